@@ -1,0 +1,161 @@
+"""Every error that a user of moa_serve can meet, in one tree.
+
+    MoaError                           code
+    ├── InvalidRequest                 invalid_value             a prompt or a sampling parameter
+    │   └── ContextLengthExceeded      context_length_exceeded
+    ├── ModelError                     the base cannot be served
+    │   ├── ModelNotFound              base_not_found
+    │   ├── ModelUnsupported           base_unsupported
+    │   └── ModelCorrupt               base_corrupt
+    ├── EngineError                    internal_error
+    └── AdapterError                   an adapter cannot be used
+        ├── AdapterNotFound            adapter_not_found
+        ├── AdapterNameInvalid         adapter_name_invalid
+        ├── AdapterExists              adapter_exists
+        ├── AdapterLimit               adapter_limit
+        ├── AdapterMemory              adapter_memory
+        ├── AdapterPathDenied          adapter_path_denied
+        ├── AdapterUnreadable          adapter_unreadable
+        ├── AdapterIncomplete          adapter_incomplete
+        ├── AdapterChanging            adapter_changing
+        ├── AdapterTooLarge            adapter_too_large
+        ├── AdapterCorrupt             adapter_corrupt
+        ├── AdapterUnsafePickle        adapter_unsafe_pickle
+        ├── AdapterConfigInvalid       adapter_config_invalid
+        ├── AdapterUnsupported         adapter_unsupported
+        ├── AdapterMismatch            adapter_shape_mismatch
+        ├── AdapterNotFinite           adapter_not_finite
+        ├── AdapterIneffective         adapter_ineffective
+        ├── AdapterNonfiniteOutput     adapter_nonfinite_output
+        └── AdapterQuarantined         adapter_quarantined
+
+A message names what is wrong, which one, and what to do. `code` is stable: the HTTP layer sends it, scripts match on it.
+Imports nothing of the package; owned by nobody.
+"""
+
+from collections.abc import Sequence
+
+
+class MoaError(Exception):
+    """A mistake that the user can mend, or a limit that the user can meet.
+
+    Args:
+        message: one sentence that names what, which, and what to do.
+        param: the field or setting at fault, where there is one.
+        problems: every single finding, where a check found several; by default just the message.
+    """
+
+    code = "moa_error"
+
+    def __init__(self, message: str, *, param: str | None = None, problems: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.param = param
+        self.problems = tuple(problems) or (message,)
+
+
+class InvalidRequest(MoaError):
+    code = "invalid_value"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class ModelError(MoaError):
+    code = "base_error"
+
+
+class ModelNotFound(ModelError):
+    code = "base_not_found"
+
+
+class ModelUnsupported(ModelError):
+    code = "base_unsupported"
+
+
+class ModelCorrupt(ModelError):
+    code = "base_corrupt"
+
+
+class EngineError(MoaError):
+    code = "internal_error"
+
+
+class AdapterError(MoaError):
+    code = "adapter_error"
+
+
+class AdapterNotFound(AdapterError):
+    code = "adapter_not_found"
+
+
+class AdapterNameInvalid(AdapterError):
+    code = "adapter_name_invalid"
+
+
+class AdapterExists(AdapterError):
+    code = "adapter_exists"
+
+
+class AdapterLimit(AdapterError):
+    code = "adapter_limit"
+
+
+class AdapterMemory(AdapterError):
+    code = "adapter_memory"
+
+
+class AdapterPathDenied(AdapterError):
+    code = "adapter_path_denied"
+
+
+class AdapterUnreadable(AdapterError):
+    code = "adapter_unreadable"
+
+
+class AdapterIncomplete(AdapterError):
+    code = "adapter_incomplete"
+
+
+class AdapterChanging(AdapterError):
+    code = "adapter_changing"
+
+
+class AdapterTooLarge(AdapterError):
+    code = "adapter_too_large"
+
+
+class AdapterCorrupt(AdapterError):
+    code = "adapter_corrupt"
+
+
+class AdapterUnsafePickle(AdapterError):
+    code = "adapter_unsafe_pickle"
+
+
+class AdapterConfigInvalid(AdapterError):
+    code = "adapter_config_invalid"
+
+
+class AdapterUnsupported(AdapterError):
+    code = "adapter_unsupported"
+
+
+class AdapterMismatch(AdapterError):
+    code = "adapter_shape_mismatch"
+
+
+class AdapterNotFinite(AdapterError):
+    code = "adapter_not_finite"
+
+
+class AdapterIneffective(AdapterError):
+    code = "adapter_ineffective"
+
+
+class AdapterNonfiniteOutput(AdapterError):
+    code = "adapter_nonfinite_output"
+
+
+class AdapterQuarantined(AdapterError):
+    code = "adapter_quarantined"
