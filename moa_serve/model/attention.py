@@ -1,0 +1,134 @@
+"""Attention as an argument of the forward: paged to serve, causal to train and to define.
+
+Both take the layer's rotated queries and keys and its values, flat over the tokens of a batch, and give each head's output.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moa_serve.config import ModelConfig
+
+
+class Attention(Protocol):
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(T, H, P), (T, K, P), (T, K, P) -> (T, H, P)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CausalAttention:
+    """Each span of tokens [a, b) is one whole sequence and sees only itself; no cache. This is the definition."""
+
+    spans: Sequence[tuple[int, int]]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([_causal(q[a:b], k[a:b], v[a:b]) for a, b in self.spans])
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """One sequence: queries are the last positions of the keys. `mask` (Tq, Tk) is needed where there are fewer of them."""
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out[0].transpose(0, 1)
+
+
+class KVCache:
+    """Keys and values of all layers in pages of `block_size` tokens; which page is whose, engine.pools.BlockPool knows.
+
+    Memory is reserved and not touched: a page becomes real when it is first zeroed. Page 0 is padding and stays zero.
+    """
+
+    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.block_size = block_size
+        self.zero([0])
+
+    @staticmethod
+    def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+        return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+    def zero(self, blocks: Sequence[int]) -> None:
+        """Clean pages that change owner: a masked place still meets a softmax weight of 0, and 0 * NaN would be NaN."""
+        for block in blocks:
+            self.keys[:, block].zero_()
+            self.values[:, block].zero_()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """Tokens [start, end) of the batch that continue one sequence: the first stands at `position`; `blocks` (n,) int64 hold it all."""
+
+    start: int
+    end: int
+    position: int
+    blocks: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PagedAttention:
+    """Writes the step's keys and values into pages, then attends: rows of one token together, longer chunks one by one.
+
+    Args:
+        places: (T,) int64, block * block_size + offset of each token.
+        decode_rows: (N,) int64, tokens that are alone in their sequence's step; None where all of them are.
+        decode_blocks: (N, M) int64, their pages, padded with page 0.
+        decode_lengths: (N,) int64, tokens to see, the own one included.
+        chunks: the others.
+    """
+
+    cache: KVCache
+    places: Tensor
+    decode_rows: Tensor | None
+    decode_blocks: Tensor
+    decode_lengths: Tensor
+    chunks: Sequence[Chunk] = ()
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys.view(-1, *k.shape[1:])[self.places] = k.to(keys.dtype)
+        values.view(-1, *v.shape[1:])[self.places] = v.to(values.dtype)
+        if self.decode_rows is None:
+            return self._decode(q, keys, values)
+        out = torch.empty_like(q)
+        if len(self.decode_rows):
+            out[self.decode_rows] = self._decode(q[self.decode_rows], keys, values)
+        for chunk in self.chunks:
+            out[chunk.start : chunk.end] = self._chunk(chunk, q, k, v, keys, values)
+        return out
+
+    def _decode(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        rows, heads, size = q.shape
+        kv_heads = keys.shape[2]
+        k = keys[self.decode_blocks].view(rows, -1, kv_heads, size).transpose(1, 2)  # (N, K, M * block_size, P)
+        v = values[self.decode_blocks].view(rows, -1, kv_heads, size).transpose(1, 2)
+        seen = torch.arange(k.shape[2], device=q.device) < self.decode_lengths[:, None]
+        grouped = q.view(rows, kv_heads, heads // kv_heads, size)  # the heads of a group share keys: no copies of them
+        if q.device.type == "cpu" and q.dtype != torch.float32:
+            # torch's bfloat16 kernel for one query is 5 to 6 times slower on CPU than its float32 one.
+            out = F.scaled_dot_product_attention(grouped.float(), k.float(), v.float(), attn_mask=seen[:, None, None, :]).to(q.dtype)
+        else:
+            out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=seen[:, None, None, :])
+        return out.reshape(rows, heads, size)
+
+    def _chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        q, k, v = (x[chunk.start : chunk.end] for x in (q, k, v))
+        if chunk.position == 0:
+            return _causal(q, k, v)
+        length = chunk.position + len(q)
+        k = keys[chunk.blocks].flatten(0, 1)[:length]
+        v = values[chunk.blocks].flatten(0, 1)[:length]
+        seen = torch.arange(length, device=q.device) <= torch.arange(chunk.position, length, device=q.device)[:, None]
+        return _causal(q, k, v, seen)

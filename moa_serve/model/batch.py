@@ -1,0 +1,76 @@
+"""What one forward step works on: a flat run of tokens of many sequences, each with its own adapter or none.
+
+Built by the engine's runner (or by a test, or by the trainer) and passed down as an argument; nothing here is global. Host integers
+describe the layout, so that a forward never asks a tensor for a number.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from moa_serve.model.moa import MoaLayer, MoaWeights, Routed
+
+
+@dataclass(eq=False, slots=True)
+class PooledRows:
+    """Instance-level routing of one segment: weights are per sequence, from the mean over its prompt, and kept for its decode.
+
+    Args:
+        row_of_token: (t,) int64, the sequence of each token, counted inside the segment.
+        spans: per sequence the tokens [a, b) of the segment that are its whole prompt, or None where `gates` is already known.
+        gates: (n, L, E) float32; a forward writes the rows whose span is given.
+    """
+
+    row_of_token: Tensor
+    spans: tuple[tuple[int, int] | None, ...]
+    gates: Tensor
+
+
+@dataclass(eq=False, slots=True)
+class Segment:
+    """The tokens [start, end) of a batch that share one adapter."""
+
+    start: int
+    end: int
+    adapter: MoaWeights
+    pooled: PooledRows | None = None
+
+
+@dataclass(eq=False, slots=True)
+class RoutingTrace:
+    """What every router said in one step: `records[segment][layer][site]`, site 'layer', a target, PROMPT or P_ADAPTER.
+
+    Only batches that somebody wants to look into carry one; the tensors are those of the forward, not copies.
+    """
+
+    records: dict[int, dict[int, dict[str, Routed]]] = field(default_factory=dict)
+
+    def add(self, segment: int, layer: int, site: str, routed: Routed) -> None:
+        self.records.setdefault(segment, {}).setdefault(layer, {})[site] = routed
+
+
+@dataclass(eq=False, slots=True)
+class ForwardBatch:
+    """One step of the model.
+
+    Args:
+        token_ids: (T,) int64.
+        positions: (T,) int64, place in the own sequence, from 0.
+        segments: runs of tokens with an adapter, ascending; tokens outside every run are the base's alone.
+        logit_rows: (N,) int64, the tokens whose logits are wanted; None for all of them.
+        trace: filled by the forward where given.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    segments: tuple[Segment, ...] = ()
+    logit_rows: Tensor | None = None
+    trace: RoutingTrace | None = None
+
+    def active(self, layer: int) -> Iterator[tuple[int, Segment, MoaLayer]]:
+        """Segments whose adapter has an expert in `layer`, with their number in the batch."""
+        for number, segment in enumerate(self.segments):
+            weights = segment.adapter.layers[layer]
+            if weights is not None:
+                yield number, segment, weights

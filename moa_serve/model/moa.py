@@ -1,0 +1,403 @@
+"""The mathematics of mixtures of adapters, once, for every family that is served.
+
+    w = route(x)                              (T, E) float32, exactly 0 where an expert is not kept
+    delta_e(u) = w_e * scale_e * B_e (A_e u)
+
+`Router` is net -> activation -> select -> finalise; the experts below it are LoRA on a base linear, a parallel adapter beside the FFN
+and a zero-initialised prompt in attention. Plain LoRA is w = 1; Soft MoA is Sparse MoA with nothing cut. Weights and selection are
+float32 always: `>=` is discontinuous, and a rounded router flips experts. An expert with w = 0 counts as not computed, so its product
+is selected away and never multiplied: 0 * NaN is NaN.
+
+Sources: arXiv:2506.05928 (Soft and Sparse MoA), Hydra-/MoLoRA, MoLA and AdaMoLE as the paper's baselines compute them; docs/adapter-format.md
+has the formulas. Tensors in, tensors out; no files, no requests. Owned by the thread that runs the forward.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moa_serve.adapter.manifest import (
+    ExpertSpec,
+    Manifest,
+    SelectConstant,
+    SelectThresholdFn,
+    SelectTopK,
+)
+from moa_serve.config import ModelConfig
+from moa_serve.model.ops import rms_norm
+from moa_serve.model.weights import BaseWeights, LayerWeights
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(eq=False, slots=True)
+class Routed:
+    """What a router said of T tokens and E experts.
+
+    `scores` (T, E) its outputs before selection, `threshold` (T, 1) or None, `selected` (T, E) bool, `gates` (T, E) the weights that
+    count, exactly 0 where not selected. All float32.
+    """
+
+    scores: Tensor
+    threshold: Tensor | None
+    selected: Tensor
+    gates: Tensor
+
+    def rows(self, index: Tensor | slice) -> "Routed":
+        threshold = None if self.threshold is None else self.threshold[index]
+        return Routed(self.scores[index], threshold, self.selected[index], self.gates[index])
+
+
+@dataclass(eq=False, slots=True)
+class Affine:
+    """weight (out, in) and bias (out,), or no bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(eq=False, slots=True)
+class LinearNet:
+    """logits = W x + b, (T, D) -> (T, E)."""
+
+    out: Affine
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.out(x)
+
+
+@dataclass(eq=False, slots=True)
+class SwigluNet:
+    """logits = W2 (silu(W1 x + b1) * (W3 x + b3)) + b2, (T, D) -> (T, E)."""
+
+    w1: Affine
+    w2: Affine
+    w3: Affine
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+@dataclass(eq=False, slots=True)
+class Router:
+    """Weights of E experts for each token; float32 whatever the base computes in.
+
+    `select` and what follows from it (s the activated scores, E the number of experts):
+        all            keep every expert, g = s                                        (Soft MoA, MoLoRA, HydraLoRA)
+        constant       keep s >= t, t given                                            (Sparse MoA)
+        threshold_fn   keep s >= t, t = t_max * sigmoid(v.x + c); g = s unchanged       (Sparse MoA, threshold function)
+        top_k          keep the k largest, g = s / their sum; of equals the first       (MoLA)
+        adamole        d = s - sigmoid(v.x + c) / E; keep d > 0, g = d / their sum       (AdaMoLE)
+    """
+
+    net: LinearNet | SwigluNet
+    softmax: bool
+    select: str
+    threshold_fn: Affine | None = None
+    max_threshold: float = 1.0
+    top_k: int = 0
+
+    def __call__(self, x: Tensor) -> Routed:
+        x = x.float()
+        logits = self.net(x)
+        scores = logits.softmax(-1) if self.softmax else logits.sigmoid()
+        if self.select == "all":
+            return Routed(scores, None, torch.ones_like(scores, dtype=torch.bool), scores)
+        if self.select == "top_k":
+            return self._keep_largest(scores)
+        threshold = self._threshold(x, scores)
+        if self.select == "adamole":
+            excess = scores - threshold
+            selected = excess > 0
+            return Routed(scores, threshold, selected, _normalised(torch.where(selected, excess, 0.0)))
+        selected = scores >= threshold
+        return Routed(scores, threshold, selected, torch.where(selected, scores, 0.0))
+
+    def _threshold(self, x: Tensor, scores: Tensor) -> Tensor:
+        if self.threshold_fn is None:
+            return scores.new_full((len(scores), 1), self.max_threshold)
+        limit = 1.0 / scores.shape[-1] if self.select == "adamole" else self.max_threshold
+        return limit * self.threshold_fn(x).sigmoid()
+
+    def _keep_largest(self, scores: Tensor) -> Routed:
+        # A stable sort, because topk may keep any of several equal scores and the answer must not depend on the batch.
+        order = scores.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+        selected = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, True)
+        return Routed(scores, None, selected, _normalised(torch.where(selected, scores, 0.0)))
+
+
+def _normalised(gates: Tensor) -> Tensor:
+    """gates / their sum; a row of zeros stays zeros."""
+    total = gates.sum(-1, keepdim=True)
+    return gates / torch.where(total == 0, 1.0, total)
+
+
+def scaled(values: Tensor, weight: Tensor | None) -> Tensor:
+    """values * weight, and exactly 0 where the weight is 0, even if the value is not finite."""
+    if weight is None:
+        return values
+    return torch.where(weight != 0, values * weight, 0.0).to(values.dtype)
+
+
+@dataclass(eq=False, slots=True)
+class Mixture:
+    """How the columns of an expert's second factor are weighed: the layer's gate of the expert, an own softmax router, both, or neither.
+
+    `column` is the output of the layer router that weighs it; `router` reads the expert's own input and has one output for each of
+    its inner experts; `inner` (C,) int64 says which inner expert each column belongs to.
+    """
+
+    column: int | None = None
+    router: Router | None = None
+    inner: Tensor | None = None
+
+    def route(self, x: Tensor) -> Routed | None:
+        return self.router(x) if self.router else None
+
+    def expert_weights(self, gates: Tensor | None, routed: Routed | None) -> Tensor | None:
+        """(T, 1), or (T, E) where there are inner experts; float32; None where everything counts fully."""
+        outer = None if gates is None or self.column is None else gates[:, self.column : self.column + 1]
+        if routed is None or outer is None:
+            return outer if routed is None else routed.gates
+        return outer * routed.gates
+
+    def column_weights(self, gates: Tensor | None, routed: Routed | None) -> Tensor | None:
+        """The same for each of the C columns: (T, 1) or (T, C)."""
+        weights = self.expert_weights(gates, routed)
+        return weights if weights is None or self.inner is None else weights[:, self.inner]
+
+
+@dataclass(eq=False, slots=True)
+class LoraExperts:
+    """All LoRA experts at one base linear: delta(u) = B (w * scale * (A u)).
+
+    `a` (Ra, in) and `b` (out, Rb) stack the experts. `a_row` (Rb,) int64 names the row of `a` that each column of `b` takes: HydraLoRA's
+    experts share their rows; None where the two run in step. `scale` (Rb,) float32 is alpha / rank.
+    """
+
+    a: Tensor
+    b: Tensor
+    a_row: Tensor | None
+    scale: Tensor
+    mixture: Mixture
+
+    def __call__(self, u: Tensor, gates: Tensor | None, routed: Routed | None) -> Tensor:
+        low = F.linear(u, self.a)
+        if self.a_row is not None:
+            low = low[:, self.a_row]
+        weight = self.mixture.column_weights(gates, routed)
+        weight = self.scale.expand(len(u), -1) if weight is None else weight * self.scale
+        return F.linear(scaled(low, weight), self.b)
+
+
+@dataclass(eq=False, slots=True)
+class ParallelAdapter:
+    """pa(m) = sum_e w_e (Up_e silu(Down_e m + d_e) + c_e), beside the FFN.
+
+    `up` (D, C) stacks the inner experts' columns, `up_bias` (E, D) has one row for each; `down_row` (C,) as LoraExperts' `a_row`.
+    """
+
+    down: Affine
+    up: Tensor
+    up_bias: Tensor
+    down_row: Tensor | None
+    mixture: Mixture
+
+    def __call__(self, m: Tensor, gates: Tensor | None, routed: Routed | None) -> Tensor:
+        low = F.silu(self.down(m))
+        if self.down_row is not None:
+            low = low[:, self.down_row]
+        out = F.linear(scaled(low, self.mixture.column_weights(gates, routed)), self.up)
+        weight = self.mixture.expert_weights(gates, routed)
+        return out + (self.up_bias if weight is None else weight.to(out.dtype) @ self.up_bias)
+
+
+@dataclass(eq=False, slots=True)
+class PromptExpert:
+    """Zero-initialised attention to n learned rows: w * gate_h * softmax(q_h . K / sqrt(P)) V, a softmax of its own.
+
+    `keys`, `values` (K, n, P) float32 are the frozen projections of the rows, made once by `project`; q is rotated, they are not. With inner
+    experts there is one softmax over all their rows, and each row is then weighed by its expert's share.
+    """
+
+    rows: Tensor
+    head_gate: Tensor
+    mixture: Mixture
+    keys: Tensor
+    values: Tensor
+
+    def __call__(self, q: Tensor, gates: Tensor | None, routed: Routed | None) -> Tensor:
+        """(T, H, P) -> (T, H, P)."""
+        tokens, heads, size = q.shape
+        grouped = q.float().view(tokens, len(self.keys), -1, size)  # (T, K, H/K, P)
+        scores = torch.einsum("tkgp,knp->tkgn", grouped, self.keys) / math.sqrt(size)
+        share = scores.softmax(-1)
+        weight = self.mixture.column_weights(gates, routed)
+        if weight is not None:
+            share = scaled(share, weight[:, None, None, :])
+        out = torch.einsum("tkgn,knp->tkgp", share, self.values).reshape(tokens, heads, size)
+        return (out * self.head_gate[:, None]).to(q.dtype)
+
+    @staticmethod
+    def project(rows: Tensor, base: LayerWeights, config: ModelConfig) -> tuple[Tensor, Tensor]:
+        """Keys and values of the rows (n, D) under the base's own K and V projections: no norm before, no rotation, k_norm where the base has one."""
+        start, size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        both = slice(start, start + 2 * size)
+        bias = None if base.qkv_bias is None else base.qkv_bias[both].float()
+        projected = F.linear(rows.float(), base.qkv[both].float(), bias)
+        keys, values = projected.view(len(rows), 2, config.num_kv_heads, config.head_dim).permute(1, 2, 0, 3)
+        if base.k_norm is not None:
+            keys = rms_norm(keys, base.k_norm.float(), config.rms_norm_eps)
+        return keys.contiguous(), values.contiguous()
+
+
+@dataclass(eq=False, slots=True)
+class MoaLayer:
+    """The experts of one decoder layer and, where there is one, the router that weighs them all."""
+
+    router: Router | None
+    reads_residual: bool
+    linears: dict[str, LoraExperts]
+    prompt: PromptExpert | None
+    parallel: ParallelAdapter | None
+
+
+@dataclass(eq=False, slots=True)
+class MoaWeights:
+    """One adapter ready to compute: `layers` has None where no expert stands."""
+
+    manifest: Manifest
+    layers: list[MoaLayer | None]
+
+    @property
+    def max_outputs(self) -> int:
+        return max(self.manifest.layer(index).num_outputs for index in range(len(self.layers)))
+
+
+class _Builder:
+    """Turns the named tensors of format version 1 into the stacked ones above."""
+
+    def __init__(self, manifest: Manifest, tensors: Tensors, base: BaseWeights, config: ModelConfig, dtype: torch.dtype) -> None:
+        self.manifest, self.base, self.config, self.dtype = manifest, base, config, dtype
+        self.device = base.embed.device
+        self.tensors = tensors
+
+    def build(self) -> MoaWeights:
+        count = self.manifest.base.num_layers
+        return MoaWeights(self.manifest, [self._layer(index) for index in range(count)])
+
+    def _get(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self.tensors[name].to(device=self.device, dtype=dtype or self.dtype)
+
+    def _affine(self, prefix: str, dtype: torch.dtype | None = None) -> Affine:
+        bias = f"{prefix}.bias"
+        return Affine(self._get(f"{prefix}.weight", dtype), self._get(bias, dtype) if bias in self.tensors else None)
+
+    def _layer(self, index: int) -> MoaLayer | None:
+        plan, spec = self.manifest.layer(index), self.manifest.router
+        if not plan.experts:
+            return None
+        columns = dict(zip((expert.site for expert in plan.experts), plan.columns, strict=True)) if spec.site == "layer" else {}
+        linears: dict[str, LoraExperts] = {}
+        prompt, parallel = None, None
+        for site in dict.fromkeys(expert.site for expert in plan.experts):
+            group, prefix, column = plan.at(site), f"layers.{index}.{site}", columns.get(site)
+            if site == "PROMPT":
+                prompt = self._prompt(prefix, group[0], column, index)
+            elif site == "P_ADAPTER":
+                parallel = self._parallel(prefix, group[0], column)
+            else:
+                linears[site] = self._lora(prefix, group, column)
+        router = self._router(f"layers.{index}.router") if spec.site == "layer" else None
+        return MoaLayer(router, spec.input == "residual", linears, prompt, parallel)
+
+    def _router(self, prefix: str) -> Router:
+        """The router that the manifest describes, at a layer or at a linear."""
+        spec, select = self.manifest.router, self.manifest.router.select
+        net: LinearNet | SwigluNet
+        if spec.net == "swiglu":
+            net = SwigluNet(*(self._affine(f"{prefix}.{part}", torch.float32) for part in ("w1", "w2", "w3")))
+        else:
+            net = LinearNet(self._affine(prefix, torch.float32))
+        router = Router(net, spec.activation == "softmax", select.kind)
+        if spec.has_threshold_fn:
+            router.threshold_fn = self._affine(f"{prefix}.threshold", torch.float32)
+        if isinstance(select, SelectConstant):
+            router.max_threshold = select.threshold
+        elif isinstance(select, SelectThresholdFn):
+            router.max_threshold = select.max_threshold
+        elif isinstance(select, SelectTopK):
+            router.top_k = select.k
+        return router
+
+    def _inner_router(self, prefix: str) -> Router:
+        return Router(LinearNet(self._affine(f"{prefix}.router", torch.float32)), softmax=True, select="all")
+
+    def _index(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+    def _lora(self, prefix: str, group: list[ExpertSpec], column: int | None) -> LoraExperts:
+        first = group[0]
+        if self.manifest.router.site == "linear":
+            names = [f"{prefix}/{expert.index}" for expert in group]
+            ranks = [expert.rank or 0 for expert in group]
+            scales = [expert.scale for expert in group]
+            router, shared = self._router(f"{prefix}.router"), self.manifest.variant == "hydralora"
+        elif first.inner:
+            count = first.inner.num_experts
+            names = [f"{prefix}.{index}" for index in range(count)]
+            ranks, scales = [first.rank or 0] * count, [first.scale] * count
+            router, shared = self._inner_router(prefix), first.inner.variant == "hydralora"
+        else:
+            names, ranks, scales, router, shared = [prefix], [first.rank or 0], [first.scale], None, False
+        a = self._get(f"{prefix}.lora_A") if shared else torch.cat([self._get(f"{name}.lora_A") for name in names])
+        b = torch.cat([self._get(f"{name}.lora_B") for name in names], dim=1)
+        inner = self._index([e for e, rank in enumerate(ranks) for _ in range(rank)]) if router else None
+        scale = torch.tensor([s for s, rank in zip(scales, ranks, strict=True) for _ in range(rank)], device=self.device)
+        a_row = self._index(list(range(ranks[0])) * len(names)) if shared else None
+        return LoraExperts(a.contiguous(), b.contiguous(), a_row, scale, Mixture(column, router, inner))
+
+    def _parallel(self, prefix: str, expert: ExpertSpec, column: int | None) -> ParallelAdapter:
+        size, inner = expert.size or 0, expert.inner
+        if not inner:
+            up = self._affine(f"{prefix}.up")
+            assert up.bias is not None  # expected_tensors asks for it
+            return ParallelAdapter(self._affine(f"{prefix}.down"), up.weight, up.bias[None], None, Mixture(column))
+        names = [f"{prefix}.{index}" for index in range(inner.num_experts)]
+        up_weight = torch.cat([self._get(f"{name}.up.weight") for name in names], dim=1)
+        up_bias = torch.stack([self._get(f"{name}.up.bias") for name in names])
+        owner = self._index([e for e in range(inner.num_experts) for _ in range(size)])
+        mixture = Mixture(column, self._inner_router(prefix), owner)
+        if inner.variant == "hydralora":
+            row = self._index(list(range(size)) * inner.num_experts)
+            return ParallelAdapter(self._affine(f"{prefix}.down"), up_weight, up_bias, row, mixture)
+        weight = torch.cat([self._get(f"{name}.down.weight") for name in names])
+        bias = torch.cat([self._get(f"{name}.down.bias") for name in names])
+        return ParallelAdapter(Affine(weight, bias), up_weight, up_bias, None, mixture)
+
+    def _prompt(self, prefix: str, expert: ExpertSpec, column: int | None, layer: int) -> PromptExpert:
+        rows = self._get(f"{prefix}.rows", torch.float32)
+        mixture = Mixture(column)
+        if expert.inner:
+            owner = [e for e in range(expert.inner.num_experts) for _ in range(expert.length or 0)]
+            mixture = Mixture(column, self._inner_router(prefix), self._index(owner))
+        keys, values = PromptExpert.project(rows, self.base.layers[layer], self.config)
+        return PromptExpert(rows, self._get(f"{prefix}.gate", torch.float32), mixture, keys, values)
+
+
+def build(manifest: Manifest, tensors: Tensors, base: BaseWeights, config: ModelConfig, dtype: torch.dtype) -> MoaWeights:
+    """Stack an adapter's tensors on the base's device, ready for `Transformer.forward`.
+
+    Args:
+        manifest: already checked against the base.
+        tensors: exactly `manifest.expected_tensors()`.
+        dtype: of the expert's matrices; routers, thresholds and the prompt's keys and values are float32 always.
+    """
+    return _Builder(manifest, tensors, base, config, dtype).build()

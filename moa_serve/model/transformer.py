@@ -1,0 +1,164 @@
+"""The base model's forward with the experts of each segment's adapter mixed in: LLaMA, Mistral, Qwen2 and Qwen3.
+
+    n = norm(x);  h = x + O(attention(Q n, K n, V n) + prompt);  m = norm(h);  y = h + DOWN(silu(GATE m) * UP m) + parallel(m)
+
+Every base linear may have LoRA experts of the token's adapter beside it. The base is frozen and shared; adapters come with the batch.
+Attention is an argument (attention.py). Not for sampling, not for scheduling. Owned by the thread that runs it.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moa_serve.config import ModelConfig
+from moa_serve.model.attention import Attention
+from moa_serve.model.batch import ForwardBatch, Segment
+from moa_serve.model.moa import Mixture, MoaLayer, Routed
+from moa_serve.model.ops import inverse_frequencies, rms_norm, rotate
+from moa_serve.model.weights import BaseWeights, LayerWeights
+
+Expert = Callable[[Tensor, Tensor | None, Routed | None], Tensor]
+
+
+class ActiveLayer:
+    """One segment in one layer: its experts, and the layer router's word on its tokens."""
+
+    def __init__(self, number: int, segment: Segment, weights: MoaLayer, index: int, x: Tensor, n: Tensor, batch: ForwardBatch) -> None:
+        self.rows = slice(segment.start, segment.end)
+        self.number, self.weights, self.index, self.trace = number, weights, index, batch.trace
+        self.gates = self._layer_gates(segment, x, n)
+
+    def _layer_gates(self, segment: Segment, x: Tensor, n: Tensor) -> Tensor | None:
+        router = self.weights.router
+        if router is None:
+            return None
+        if segment.pooled is None:
+            routed = router(x[self.rows] if self.weights.reads_residual else n[self.rows])
+        else:
+            routed = self._pooled(segment, x)
+        self._note("layer", routed)
+        return routed.gates
+
+    def _pooled(self, segment: Segment, x: Tensor) -> Routed:
+        """Instance level: a sequence's weights come from the mean of its whole prompt, once, and are kept in `pooled.gates`."""
+        pooled, router = segment.pooled, self.weights.router
+        assert pooled is not None
+        assert router is not None
+        tokens = x[self.rows]
+        for row, span in enumerate(pooled.spans):
+            if span is not None:
+                fresh = router(tokens[span[0] : span[1]].float().mean(0, keepdim=True)).gates[0]
+                pooled.gates[row, self.index, : len(fresh)] = fresh
+        outputs = segment.adapter.manifest.layer(self.index).num_outputs
+        gates = pooled.gates[:, self.index, :outputs][pooled.row_of_token]
+        return Routed(gates, None, torch.ones_like(gates, dtype=torch.bool), gates)
+
+    def _note(self, site: str, routed: Routed | None) -> None:
+        if self.trace is not None and routed is not None:
+            self.trace.add(self.number, self.index, site, routed)
+
+    def _add(self, site: str, mixture: Mixture, expert: Expert, source: Tensor, reads: Tensor, out: Tensor) -> None:
+        routed = mixture.route(reads[self.rows])
+        self._note(site, routed)
+        out[self.rows] += expert(source[self.rows], self.gates, routed)
+
+    def add_lora(self, target: str, u: Tensor, out: Tensor) -> None:
+        """out (T, out) += the LoRA experts at `target` on the linear's input u (T, in)."""
+        if experts := self.weights.linears.get(target):
+            self._add(target, experts.mixture, experts, u, u, out)
+
+    def add_prompt(self, q: Tensor, n: Tensor, out: Tensor) -> None:
+        """out (T, H, P) += attention of the rotated queries to the learned prompt; nested ones are weighed by the normed input n."""
+        if prompt := self.weights.prompt:
+            self._add("PROMPT", prompt.mixture, prompt, q, n, out)
+
+    def add_parallel(self, m: Tensor, out: Tensor) -> None:
+        if parallel := self.weights.parallel:
+            self._add("P_ADAPTER", parallel.mixture, parallel, m, m, out)
+
+
+class Transformer:
+    """`forward(batch, attention)` -> logits of the wanted rows."""
+
+    def __init__(self, config: ModelConfig, weights: BaseWeights) -> None:
+        self.config, self.weights = config, weights
+        self.inverse_frequencies = inverse_frequencies(config.rope, config.head_dim, weights.embed.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.embed.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.embed.device
+
+    def forward(self, batch: ForwardBatch, attention: Attention) -> Tensor:
+        """(N, V) float32: logits of `batch.logit_rows`, or of all T tokens.
+
+        Routers' words on the tokens go to `batch.trace`, and instance-level weights to the segments' `pooled.gates`.
+        """
+        hidden = self.hidden(batch, attention)
+        if batch.logit_rows is not None:
+            hidden = hidden[batch.logit_rows]
+        return F.linear(rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps), self.weights.head).float()
+
+    def hidden(self, batch: ForwardBatch, attention: Attention) -> Tensor:
+        """(T, D): output of the last block, before the final norm."""
+        x = F.embedding(batch.token_ids, self.weights.embed)
+        angles = batch.positions.float()[:, None] * self.inverse_frequencies
+        rope = (angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype))
+        for index, weights in enumerate(self.weights.layers):
+            x = self.block(index, weights, x, rope, batch, attention)
+        return x
+
+    def block(
+        self, index: int, w: LayerWeights, x: Tensor, rope: tuple[Tensor, Tensor], batch: ForwardBatch, attention: Attention
+    ) -> Tensor:
+        """(T, D) -> (T, D)."""
+        n = rms_norm(x, w.attention_norm, self.config.rms_norm_eps)
+        active = [ActiveLayer(number, segment, layer, index, x, n, batch) for number, segment, layer in batch.active(index)]
+        h = x + self._attention(index, w, n, rope, active, attention)
+        m = rms_norm(h, w.ffn_norm, self.config.rms_norm_eps)
+        return h + self._ffn(w, m, active)
+
+    def _attention(
+        self, index: int, w: LayerWeights, n: Tensor, rope: tuple[Tensor, Tensor], active: list[ActiveLayer], attention: Attention
+    ) -> Tensor:
+        config = self.config
+        qkv = F.linear(n, w.qkv, w.qkv_bias)
+        ends = (config.q_size, config.q_size + config.kv_size)
+        flat_q, flat_k, flat_v = qkv[:, : ends[0]], qkv[:, ends[0] : ends[1]], qkv[:, ends[1] :]
+        for part in active:
+            part.add_lora("Q", n, flat_q)
+            part.add_lora("K", n, flat_k)
+            part.add_lora("V", n, flat_v)
+        q = flat_q.unflatten(-1, (config.num_heads, config.head_dim))
+        k = flat_k.unflatten(-1, (config.num_kv_heads, config.head_dim))
+        v = flat_v.unflatten(-1, (config.num_kv_heads, config.head_dim))
+        if w.q_norm is not None and w.k_norm is not None:
+            q, k = rms_norm(q, w.q_norm, config.rms_norm_eps), rms_norm(k, w.k_norm, config.rms_norm_eps)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        mixed = attention(index, q, k, v)
+        for part in active:
+            part.add_prompt(q, n, mixed)
+        mixed = mixed.flatten(1)
+        out = F.linear(mixed, w.o, w.o_bias)
+        for part in active:
+            part.add_lora("O", mixed, out)
+        return out
+
+    def _ffn(self, w: LayerWeights, m: Tensor, active: list[ActiveLayer]) -> Tensor:
+        both = F.linear(m, w.gate_up, w.gate_up_bias)
+        size = self.config.intermediate_size
+        gate, up = both[:, :size], both[:, size:]
+        for part in active:
+            part.add_lora("UP", m, up)
+            part.add_lora("GATE", m, gate)
+        z = F.silu(gate) * up
+        out = F.linear(z, w.down, w.down_bias)
+        for part in active:
+            part.add_lora("DOWN", z, out)
+            part.add_parallel(m, out)
+        return out

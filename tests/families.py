@@ -1,0 +1,153 @@
+"""Tiny bases and one manifest for each family of adapters, with random weights: what the golden folders do not cover is covered here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moa_serve.adapter.manifest import FORMAT, BaseShape, Manifest
+from moa_serve.config import ModelConfig
+
+TINY: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 96,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": None,
+}
+LAYERS = list(range(TINY["num_hidden_layers"]))
+
+
+def base_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
+    """Random weights by their Hugging Face names, for a LLaMA config without biases."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    query, key = config["num_attention_heads"] * config["head_dim"], config["num_key_value_heads"] * config["head_dim"]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    tensors = {"model.embed_tokens.weight": torch.randn(config["vocab_size"], hidden, generator=generator), "model.norm.weight": 1 + normal(hidden)}
+    for i in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{i}"
+        tensors[f"{prefix}.input_layernorm.weight"] = 1 + normal(hidden)
+        tensors[f"{prefix}.post_attention_layernorm.weight"] = 1 + normal(hidden)
+        for name, shape in (("q", (query, hidden)), ("k", (key, hidden)), ("v", (key, hidden)), ("o", (hidden, query))):
+            tensors[f"{prefix}.self_attn.{name}_proj.weight"] = normal(*shape)
+        for name, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
+            tensors[f"{prefix}.mlp.{name}_proj.weight"] = normal(*shape)
+    return tensors
+
+
+def write_base(folder: Path, config: dict[str, Any] | None = None, seed: int = 0) -> Path:
+    """A loadable base folder without a tokenizer."""
+    config = config or TINY
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(base_tensors(config, seed), folder / "model.safetensors")
+    return folder
+
+
+def lora(name: str, *, rank: int = 4, layers: list[int] | None = None, **more: Any) -> dict[str, Any]:
+    target = name.split("/")[0]
+    return {"name": name, "kind": "lora", "target": target, "layers": layers or LAYERS, "rank": rank, "alpha": 6.0, **more}
+
+
+def prompt(**more: Any) -> dict[str, Any]:
+    return {"name": "PROMPT", "kind": "prompt", "layers": LAYERS, "length": 3, **more}
+
+
+def parallel(**more: Any) -> dict[str, Any]:
+    return {"name": "P_ADAPTER", "kind": "parallel_adapter", "layers": LAYERS, "size": 5, **more}
+
+
+LINEAR = {"site": "linear", "input": "linear", "activation": "softmax"}
+ALL_LORA = [lora(target) for target in ("Q", "K", "V", "O", "UP", "GATE", "DOWN")]
+EVERYTHING = [*ALL_LORA, prompt(), parallel()]
+
+
+def four(target: str, **more: Any) -> list[dict[str, Any]]:
+    return [lora(f"{target}/{index}", **more) for index in range(4)]
+
+
+def layer_router(**more: Any) -> dict[str, Any]:
+    return {"site": "layer", "input": "residual", **more}
+
+
+FAMILIES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
+    "soft": ("soft_moa", layer_router(net="swiglu", hidden=36), EVERYTHING),
+    "soft_softmax": ("soft_moa", layer_router(activation="softmax", input="normed"), EVERYTHING),
+    "sparse_fn": ("sparse_moa", layer_router(select={"kind": "threshold_fn", "max_threshold": 0.9}), EVERYTHING),
+    "sparse_const": (
+        "sparse_moa", layer_router(input="normed", net="swiglu", hidden=[8, 16, 24], select={"kind": "constant", "threshold": 0.5}), EVERYTHING,
+    ),
+    "instance": ("soft_moa_instance", layer_router(input="pooled"), EVERYTHING),
+    "unipeft": (
+        "unipeft",
+        layer_router(input="pooled"),
+        [lora(target, column=0) for target in ("Q", "V", "DOWN")] + [prompt(column=1), parallel(column=1)],
+    ),
+    "molora": ("molora", {**LINEAR, "bias": False}, four("Q") + four("V") + four("DOWN")),
+    "hydralora": ("hydralora", {**LINEAR, "bias": False}, four("K") + four("O") + four("UP")),
+    "mola_layerwise": (
+        "mola",
+        {**LINEAR, "select": {"kind": "top_k", "k": 2}, "finalise": "renormalise"},
+        [lora(f"{t}/{i}", layers=[x for x in LAYERS if i < 2 + x], rank=2 + i) for t in ("Q", "GATE", "DOWN") for i in range(4)],
+    ),
+    "adamole": ("adamole", {**LINEAR, "select": {"kind": "adamole"}, "finalise": "subtract_renormalise"}, four("Q") + four("GATE") + four("O")),
+    "lora": ("lora", {"site": "none"}, [lora("Q", layers=[0]), lora("Q", layers=[2], rank=8), lora("V"), lora("DOWN")]),
+    "prompt": ("prompt", {"site": "none"}, [prompt()]),
+    "parallel_adapter": ("parallel_adapter", {"site": "none"}, [parallel()]),
+    "composition": ("composition", {"site": "none"}, EVERYTHING),
+    "nested_molora": (
+        "soft_moa",
+        layer_router(net="swiglu", hidden=20),
+        [lora(t, inner={"variant": "molora", "num_experts": 3}) for t in ("Q", "V", "O", "DOWN")]
+        + [parallel(inner={"variant": "molora", "num_experts": 3, "bias": True})],
+    ),
+    "nested_hydra": (
+        "sparse_moa",
+        layer_router(select={"kind": "threshold_fn", "max_threshold": 0.9}),
+        [lora(t, inner={"variant": "hydralora", "num_experts": 2}) for t in ("K", "UP", "DOWN")]
+        + [prompt(inner={"variant": "molora", "num_experts": 2, "bias": True}), parallel(inner={"variant": "hydralora", "num_experts": 2, "bias": True})],
+    ),
+    "composition_nested": (
+        "composition",
+        {"site": "none"},
+        [lora("Q", inner={"variant": "molora", "num_experts": 2}), prompt(inner={"variant": "molora", "num_experts": 2, "bias": True}),
+         parallel(inner={"variant": "molora", "num_experts": 2, "bias": True})],
+    ),
+    "partial": (
+        "sparse_moa",
+        layer_router(select={"kind": "constant", "threshold": 0.4}),
+        [lora("Q", layers=[0]), lora("DOWN", layers=[0, 2]), prompt(layers=[2])],
+    ),
+}  # fmt: skip
+
+
+def raw_manifest(family: str, config: dict[str, Any] | None = None) -> dict[str, Any]:
+    variant, router, experts = FAMILIES[family]
+    base = BaseShape.of(ModelConfig.from_hf(config or TINY)).model_dump(exclude_none=True)
+    return {"format": FORMAT, "base": base, "variant": variant, "router": router, "experts": experts}
+
+
+def random_adapter(family: str, seed: int = 1, config: dict[str, Any] | None = None) -> tuple[Manifest, dict[str, Tensor]]:
+    """A manifest and weights large enough that every wrong rule shows in the logits."""
+    manifest = Manifest.parse(raw_manifest(family, config))
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in manifest.expected_tensors().items():
+        scale = 0.7 if name.endswith(("bias", "gate", "rows")) else shape[-1] ** -0.5
+        tensors[name] = torch.randn(shape, generator=generator) * scale
+    return manifest, tensors
