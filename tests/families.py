@@ -36,9 +36,13 @@ def base_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     query, key = config["num_attention_heads"] * config["head_dim"], config["num_key_value_heads"] * config["head_dim"]
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        out: Tensor = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        return out
 
-    tensors = {"model.embed_tokens.weight": torch.randn(config["vocab_size"], hidden, generator=generator), "model.norm.weight": 1 + normal(hidden)}
+    tensors = {
+        "model.embed_tokens.weight": torch.randn(config["vocab_size"], hidden, generator=generator),
+        "model.norm.weight": 1 + normal(hidden),
+    }
     for i in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{i}"
         tensors[f"{prefix}.input_layernorm.weight"] = 1 + normal(hidden)

@@ -17,7 +17,9 @@ ORDER = ["Q", "K", "V", "PROMPT", "O", "UP", "GATE", "DOWN", "P_ADAPTER"]
 class NaiveModel:
     """LLaMA with one adapter. `base` are tensors by their Hugging Face names, `config` the raw config.json."""
 
-    def __init__(self, config: dict[str, Any], base: dict[str, Tensor], manifest: dict[str, Any] | None, tensors: dict[str, Tensor]) -> None:
+    def __init__(
+        self, config: dict[str, Any], base: dict[str, Tensor], manifest: dict[str, Any] | None, tensors: dict[str, Tensor]
+    ) -> None:
         self.c = config
         self.base = {name: tensor.double() for name, tensor in base.items()}
         self.m = manifest
@@ -115,7 +117,8 @@ class NaiveModel:
     def one_lora(self, own: str, shared: str, expert: dict[str, Any], u: Tensor, weight: float) -> Tensor:
         a = self.t.get(f"{own}.lora_A", self.t.get(f"{shared}.lora_A"))
         assert a is not None
-        return weight * expert["alpha"] / expert["rank"] * (self.t[f"{own}.lora_B"] @ (a @ u))
+        out: Tensor = weight * expert["alpha"] / expert["rank"] * (self.t[f"{own}.lora_B"] @ (a @ u))
+        return out
 
     def parallel(self, layer: int, m: Tensor, weights: dict[str, float]) -> Tensor:
         found = [expert for expert in self.experts(layer) if expert["name"] == "P_ADAPTER"]

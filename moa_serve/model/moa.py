@@ -8,8 +8,8 @@ and a zero-initialised prompt in attention. Plain LoRA is w = 1; Soft MoA is Spa
 float32 always: `>=` is discontinuous, and a rounded router flips experts. An expert with w = 0 counts as not computed, so its product
 is selected away and never multiplied: 0 * NaN is NaN.
 
-Sources: arXiv:2506.05928 (Soft and Sparse MoA), Hydra-/MoLoRA, MoLA and AdaMoLE as the paper's baselines compute them; docs/adapter-format.md
-has the formulas. Tensors in, tensors out; no files, no requests. Owned by the thread that runs the forward.
+Sources: arXiv:2506.05928 (Soft and Sparse MoA), Hydra-/MoLoRA, MoLA and AdaMoLE as the paper's baselines compute them;
+docs/adapter-format.md has the formulas. Tensors in, tensors out; no files, no requests. Owned by the thread that runs the forward.
 """
 
 import math
@@ -223,8 +223,8 @@ class ParallelAdapter:
 class PromptExpert:
     """Zero-initialised attention to n learned rows: w * gate_h * softmax(q_h . K / sqrt(P)) V, a softmax of its own.
 
-    `keys`, `values` (K, n, P) float32 are the frozen projections of the rows, made once by `project`; q is rotated, they are not. With inner
-    experts there is one softmax over all their rows, and each row is then weighed by its expert's share.
+    `keys`, `values` (K, n, P) float32 are the frozen projections of the rows, made once by `project`; q is rotated, they are not.
+    With inner experts there is one softmax over all their rows, and each row is then weighed by its expert's share.
     """
 
     rows: Tensor
@@ -247,7 +247,7 @@ class PromptExpert:
 
     @staticmethod
     def project(rows: Tensor, base: LayerWeights, config: ModelConfig) -> tuple[Tensor, Tensor]:
-        """Keys and values of the rows (n, D) under the base's own K and V projections: no norm before, no rotation, k_norm where the base has one."""
+        """Keys and values of the rows (n, D) under the base's K and V: no norm before, no rotation, k_norm where the base has one."""
         start, size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         both = slice(start, start + 2 * size)
         bias = None if base.qkv_bias is None else base.qkv_bias[both].float()

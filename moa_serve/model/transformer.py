@@ -62,7 +62,7 @@ class ActiveLayer:
     def _add(self, site: str, mixture: Mixture, expert: Expert, source: Tensor, reads: Tensor, out: Tensor) -> None:
         routed = mixture.route(reads[self.rows])
         self._note(site, routed)
-        out[self.rows] += expert(source[self.rows], self.gates, routed)
+        out[self.rows].add_(expert(source[self.rows], self.gates, routed))
 
     def add_lora(self, target: str, u: Tensor, out: Tensor) -> None:
         """out (T, out) += the LoRA experts at `target` on the linear's input u (T, in)."""
@@ -134,9 +134,9 @@ class Transformer:
             part.add_lora("Q", n, flat_q)
             part.add_lora("K", n, flat_k)
             part.add_lora("V", n, flat_v)
-        q = flat_q.unflatten(-1, (config.num_heads, config.head_dim))
-        k = flat_k.unflatten(-1, (config.num_kv_heads, config.head_dim))
-        v = flat_v.unflatten(-1, (config.num_kv_heads, config.head_dim))
+        q = flat_q.view(len(n), config.num_heads, config.head_dim)
+        k = flat_k.view(len(n), config.num_kv_heads, config.head_dim)
+        v = flat_v.view(len(n), config.num_kv_heads, config.head_dim)
         if w.q_norm is not None and w.k_norm is not None:
             q, k = rms_norm(q, w.q_norm, config.rms_norm_eps), rms_norm(k, w.k_norm, config.rms_norm_eps)
         q, k = rotate(q, *rope), rotate(k, *rope)

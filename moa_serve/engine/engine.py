@@ -1,0 +1,306 @@
+"""The engine: requests in, tokens out, one step at a time.
+
+Owns every tensor in use, the scheduler, the pools and the bank. Knows token ids, not text, and adapters by revision, not by name.
+Not thread-safe: one thread calls it. A request ends exactly once, and its blocks and slot go back in one place (`_release`).
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from moa_serve.adapter.adapter import Adapter
+from moa_serve.engine.pools import BlockPool, SlotTable
+from moa_serve.engine.request import Request, Sequence, TokenLogprob, kv_root
+from moa_serve.engine.routing import RoutedLayers
+from moa_serve.engine.runner import ModelRunner
+from moa_serve.engine.sampler import Sampler
+from moa_serve.engine.scheduler import Scheduler
+from moa_serve.errors import (
+    AdapterNonfiniteOutput,
+    AdapterQuarantined,
+    ContextLengthExceeded,
+    EngineError,
+    InvalidRequest,
+    MoaError,
+)
+from moa_serve.model.attention import KVCache
+from moa_serve.model.bank import AdapterBank
+from moa_serve.model.transformer import Transformer
+
+Lease = Callable[[str], AbstractContextManager[Adapter]]
+QUARANTINE_AFTER = 3  # requests of one revision that ended in NaN or infinity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """Sizes and limits of one engine.
+
+    Args:
+        max_num_seqs: sequences in one step.
+        max_batch_tokens: tokens in one step; a longer prompt is prefilled in chunks.
+        max_mixed_prefill_tokens: prompt tokens in a step that also decodes, so that running rows keep their pace.
+        num_slots: adapters that one batch can mix; more of them queue.
+        block_size: tokens in a page of the KV cache.
+        kv_cache_bytes: memory for the KV cache; None for 25 % of what is free, and at least one full context.
+        max_model_len: tokens of prompt and completion together; None for the base's own, or what the KV cache holds.
+        max_instance_prompt: longest prompt of an instance-level adapter, which must be prefilled in one step.
+        adapter_cache_bytes: host memory for adapters; the least recently used leave first.
+    """
+
+    max_num_seqs: int = 32
+    max_batch_tokens: int = 256
+    max_mixed_prefill_tokens: int = 64
+    num_slots: int = 8
+    block_size: int = 16
+    kv_cache_bytes: int | None = None
+    max_model_len: int | None = None
+    max_instance_prompt: int = 8192
+    adapter_cache_bytes: int = 8 * 2**30
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise InvalidRequest(f"{name} is {value!r}, but must be a whole number of at least 1", param=name)
+
+
+@dataclass(eq=False, slots=True)
+class TokenEvent:
+    """One step's result for one sequence: a token (None where it ended without one), and how it ended if it did."""
+
+    sequence: Sequence
+    token_id: int | None
+    logprob: TokenLogprob | None = None
+    finish_reason: str | None = None
+    error: MoaError | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Collected:
+    """What a request asked to keep of its forward: logits of its prompt and its routers' words, a piece for each chunk."""
+
+    logits: list[Tensor] = field(default_factory=list)
+    routing: list[RoutedLayers] = field(default_factory=list)
+
+
+class Engine:
+    """
+    Args:
+        model: the base.
+        lease: an adapter's tensors by revision, held in memory while its slot is filled.
+        base_digest: part of the KV identity.
+        backend: the name of what computes, "torch".
+    """
+
+    def __init__(self, model: Transformer, options: EngineOptions, *, lease: Lease, base_digest: str, backend: str) -> None:
+        self.model, self.options, self.backend, self._base_digest = model, options, backend, base_digest
+        self._lease = lease
+        num_blocks, self.max_model_len = plan_kv_cache(model, options)
+        self.block_pool = BlockPool(num_blocks, options.block_size)
+        self.slot_table = SlotTable(options.num_slots)
+        self._cache = KVCache(model.config, num_blocks, options.block_size, model.dtype, model.device)
+        self._bank = AdapterBank(model, options.num_slots)
+        self.scheduler = Scheduler(
+            self.block_pool,
+            self.slot_table,
+            max_num_seqs=options.max_num_seqs,
+            max_batch_tokens=options.max_batch_tokens,
+            max_mixed_prefill_tokens=options.max_mixed_prefill_tokens,
+            max_model_len=self.max_model_len,
+        )
+        self._runner = ModelRunner(model, self._cache, self._bank)
+        self._sampler = Sampler(model.config.vocab_size, model.device)
+        self._nonfinite: dict[str, int] = {}
+        self.collected: dict[str, Collected] = {}
+
+    def drop(self, revision: str) -> None:
+        """Free the slot of a revision that is gone for good, and forget that it ever failed."""
+        self._nonfinite.pop(revision, None)
+        slot = self.slot_table.drop(revision)
+        if slot is not None:
+            self._bank.clear(slot)
+
+    def check(self, request: Request) -> None:
+        """Raises InvalidRequest or AdapterError where `request` can never run; nothing is queued."""
+        vocab_size, params = self.model.config.vocab_size, request.params
+        for param, ids in (("prompt", request.prompt_ids), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            if (largest := max(ids, default=-1)) >= vocab_size:
+                raise InvalidRequest(f"{param} has token id {largest}, but the vocabulary ends at {vocab_size - 1}", param=param)
+        prompt, new = len(request.prompt_ids), 1 if params.max_tokens is None else params.max_tokens
+        if prompt + new > self.max_model_len:
+            raise ContextLengthExceeded(
+                f"{prompt} prompt tokens and {new} to generate are {prompt + new}, but the served context is {self.max_model_len}; "
+                f"shorten the prompt or lower max_tokens",
+                param="prompt" if prompt >= self.max_model_len else "max_tokens",
+            )
+        if request.adapter is not None:
+            self._check_adapter(request.adapter, request)
+
+    def _check_adapter(self, revision: str, request: Request) -> None:
+        if self._nonfinite.get(revision, 0) >= QUARANTINE_AFTER:
+            raise AdapterQuarantined(
+                f"adapter revision {revision[:12]} gave NaN or infinity in {QUARANTINE_AFTER} requests and is out of service; "
+                f"load a mended one",
+                param="adapter",
+            )
+        if request.is_pooled and len(request.prompt_ids) > self.options.max_instance_prompt:
+            raise ContextLengthExceeded(
+                f"an instance-level adapter reads its prompt in one step: {len(request.prompt_ids)} tokens are more than "
+                f"max_instance_prompt {self.options.max_instance_prompt}; shorten it or raise that",
+                param="prompt",
+            )
+
+    def add(self, request: Request) -> Sequence:
+        """Queue a request. Raises as `check`."""
+        self.check(request)
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        root = kv_root(self._base_digest, dtype, self.backend, request.adapter, {}, "")
+        sequence = Sequence(request, list(request.prompt_ids), root, self.model.config.eos_token_ids)
+        if request.collect_logits or request.collect_routing:
+            self.collected[request.request_id] = Collected()
+        self.scheduler.add(sequence)
+        return sequence
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def end(self, sequence: Sequence, reason: str) -> None:
+        """Stop a sequence between two steps: a stop string was found, or its reader is gone. Ending twice is harmless."""
+        if sequence.finish_reason is None:
+            self._release(sequence, reason)
+
+    def _release(self, sequence: Sequence, reason: str) -> None:
+        sequence.finish_reason = reason
+        self.scheduler.finish(sequence)
+
+    def step(self) -> list[TokenEvent]:
+        """Compute one batch; one event for each sequence that got a token or ended.
+
+        Raises:
+            EngineError: the step failed as a whole; every sequence is still queued or running, and the caller decides.
+        """
+        plan = self.scheduler.schedule()
+        for slot, revision in plan.uploads:
+            with self._lease(revision) as adapter:
+                self._bank.upload(slot, adapter.manifest, adapter.tensors)
+        self._cache.zero(plan.new_blocks)
+        output = self._runner.run(plan.chunks)
+        self._collect(plan.chunks, output.collected_logits, output.collected_routing)
+        self.scheduler.advance(plan)
+        events = self._sample(output.logits, output.sampling)
+        for sequence, _ in plan.chunks:
+            if sequence.request.params.max_tokens == 0 and not sequence.num_pending:
+                self._release(sequence, "length")
+                events.append(TokenEvent(sequence, None, finish_reason="length"))
+        return events
+
+    def _collect(
+        self,
+        work: Iterable[tuple[Sequence, int]],
+        logits: Iterable[tuple[Sequence, Tensor]],
+        routing: Iterable[tuple[Sequence, RoutedLayers]],
+    ) -> None:
+        for sequence, _ in work:
+            if sequence.num_computed == 0 and sequence.request.request_id in self.collected:
+                self.collected[sequence.request.request_id] = Collected()  # preempted: it starts over
+        for sequence, rows in logits:
+            self.collected[sequence.request.request_id].logits.append(rows)
+        for sequence, layers in routing:
+            self.collected[sequence.request.request_id].routing.append(layers)
+
+    def _sample(self, logits: Tensor, sampling: list[Sequence]) -> list[TokenEvent]:
+        if not sampling:
+            return []
+        sampled = self._sampler.sample(logits, sampling)
+        events = []
+        for row, sequence in enumerate(sampling):
+            if not sampled.is_finite[row]:
+                events.append(self._fail(sequence))
+                continue
+            token = sampled.ids[row]
+            sequence.append(token)
+            reason = self._finish_reason(sequence, token)
+            if reason:
+                self._release(sequence, reason)
+            logprob = sampled.logprobs[row] if sampled.logprobs else None
+            events.append(TokenEvent(sequence, token, logprob, reason))
+        return events
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> str | None:
+        params = sequence.request.params
+        if token in sequence.stop_ids and sequence.num_generated >= params.min_tokens:
+            return "stop"
+        if len(sequence.token_ids) >= self.max_model_len or sequence.num_generated == params.max_tokens:
+            return "length"
+        return None
+
+    def _fail(self, sequence: Sequence) -> TokenEvent:
+        """A row of NaN or infinity ends its own request and nobody else's; its pages are zeroed before anyone gets them."""
+        self._release(sequence, "error")
+        revision = sequence.request.adapter
+        if revision is None:
+            error: MoaError = EngineError("the base gave NaN or infinity for this prompt")
+        else:
+            self._nonfinite[revision] = self._nonfinite.get(revision, 0) + 1
+            error = AdapterNonfiniteOutput(
+                f"adapter revision {revision[:12]} gave NaN or infinity for this prompt; its weights overflow in use"
+            )
+        return TokenEvent(sequence, None, finish_reason="error", error=error)
+
+    def close(self) -> None:
+        """Give back the KV cache and every slot; the engine is unusable afterwards."""
+        self.collected.clear()
+        del self._runner, self._cache, self._bank, self._sampler
+
+
+def plan_kv_cache(model: Transformer, options: EngineOptions) -> tuple[int, int]:
+    """(blocks, served context in tokens) under `options` and the memory that is free now.
+
+    Raises:
+        InvalidRequest: a size that was asked for does not fit, with both sizes in the message.
+    """
+    per_block = KVCache.bytes_per_block(model.config, options.block_size, model.dtype)
+    free = available_bytes(model.device)
+    context = min(options.max_model_len or model.config.max_position, model.config.max_position)
+    one_context = -(-context // options.block_size)
+    if options.kv_cache_bytes is not None:
+        if options.kv_cache_bytes > free:
+            raise InvalidRequest(
+                f"kv_cache_bytes {options.kv_cache_bytes} does not fit: {free} bytes are free on {model.device}", param="kv_cache_bytes"
+            )
+        blocks = options.kv_cache_bytes // per_block
+    else:
+        blocks = min(max(free // 4 // per_block, one_context), free * 3 // 4 // per_block)
+        blocks = min(blocks, options.max_num_seqs * one_context)  # more could never be used
+    if blocks < 1:
+        raise InvalidRequest(
+            f"the KV cache has no room for a page of {options.block_size} tokens ({per_block} bytes); {free} bytes are free on {model.device}",
+            param="kv_cache_bytes",
+        )
+    served = min(context, blocks * options.block_size)
+    if options.max_model_len is not None and served < min(options.max_model_len, model.config.max_position):
+        raise InvalidRequest(
+            f"max_model_len {options.max_model_len} needs {one_context * per_block} bytes of KV cache, but it has {blocks * per_block}; "
+            f"lower it or raise kv_cache_bytes",
+            param="max_model_len",
+        )
+    return blocks + 1, served  # page 0 is padding
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that a new allocation may take: of the GPU, or of the machine within the limit of its control group."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    available: int = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text().strip()
+    except OSError:
+        return available
+    return available if limit == "max" else max(0, min(available, int(limit) - int(used)))

@@ -1,0 +1,103 @@
+"""What the routers of one adapter said of one prompt, in one table: the public `Routing`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moa_serve.adapter.manifest import KINDS, ExpertSpec, Manifest
+from moa_serve.model.moa import Routed
+
+_OUTPUT_FACTORS = ("lora_B", "up.weight", "up.bias", "PROMPT.gate")
+RoutedLayers = Mapping[int, Mapping[str, Routed]]  # layer -> site -> what its router said of some tokens
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routing:
+    """Expert weights of T tokens in L layers; a layer's columns are its own experts in canonical order, left-aligned, the rest 0.
+
+    Args:
+        weights: (L, T, E) float32, the routers' outputs before selection.
+        selected: (L, T, E) bool, the experts that were kept.
+        threshold: (L, T) float32, what a weight had to reach; None where nothing is compared with a threshold of the layer. AdaMoLE has one
+            threshold at each linear, not one a layer: None as well.
+        experts: names per layer: `Q`, `PROMPT`, ... of a layer router, `Q/0`, `Q/1`, ... of routers at each linear.
+        inner: nested adapters only: per outer expert (L, T, inner experts), the softmax shares inside it; 0 in layers without it.
+        gates: (L, T, E) float32, the weights that counted: 0 where not selected, renormalised where the family does so.
+    """
+
+    weights: Tensor
+    selected: Tensor
+    threshold: Tensor | None
+    experts: list[list[str]]
+    inner: dict[str, Tensor] = field(default_factory=dict)
+    gates: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def expert_names(manifest: Manifest) -> list[list[str]]:
+    return [[expert.name for expert in manifest.layer(layer).experts] for layer in range(manifest.base.num_layers)]
+
+
+def assemble(manifest: Manifest, pieces: Sequence[RoutedLayers], num_tokens: int) -> Routing:
+    """Join what was collected chunk by chunk, in the order of the tokens."""
+    names = expert_names(manifest)
+    shape = (manifest.base.num_layers, num_tokens, max(map(len, names)))
+    weights, gates = torch.zeros(shape), torch.zeros(shape)
+    selected = torch.zeros(shape, dtype=torch.bool)
+    at_layer = manifest.router.site == "layer"
+    has_threshold = at_layer and manifest.router.select.kind in ("constant", "threshold_fn")
+    threshold = torch.zeros(shape[:2]) if has_threshold else None
+    inner: dict[str, Tensor] = {}
+    start = 0
+    for piece in pieces:
+        end = start
+        for layer, sites in piece.items():
+            plan = manifest.layer(layer)
+            end = start + len(next(iter(sites.values())).scores)
+            rows = (layer, slice(start, end))
+            if at_layer:
+                routed, columns = sites["layer"], torch.tensor(plan.columns)
+                _fill(weights, selected, gates, rows, 0, routed, columns)
+                if threshold is not None and routed.threshold is not None:
+                    threshold[rows] = routed.threshold[:, 0].cpu()
+                _fill_inner(inner, shape, rows, sites)
+            else:
+                _fill_linears(weights, selected, gates, rows, sites, plan.experts)
+        start = end
+    return Routing(weights, selected, threshold, names, inner, gates)
+
+
+def _fill(weights: Tensor, selected: Tensor, gates: Tensor, rows: tuple[int, slice], offset: int, routed: Routed, columns: Tensor) -> None:
+    place = (*rows, slice(offset, offset + len(columns)))
+    weights[place] = routed.scores.cpu()[:, columns]
+    selected[place] = routed.selected.cpu()[:, columns]
+    gates[place] = routed.gates.cpu()[:, columns]
+
+
+def _fill_linears(
+    weights: Tensor, selected: Tensor, gates: Tensor, rows: tuple[int, slice], sites: Mapping[str, Routed], experts: Sequence[ExpertSpec]
+) -> None:
+    offset = 0
+    for site in KINDS:
+        count = sum(expert.site == site for expert in experts)
+        if count:
+            _fill(weights, selected, gates, rows, offset, sites[site], torch.arange(count))
+            offset += count
+
+
+def _fill_inner(inner: dict[str, Tensor], shape: tuple[int, int, int], rows: tuple[int, slice], sites: Mapping[str, Routed]) -> None:
+    for site, routed in sites.items():
+        if site != "layer":
+            table = inner.setdefault(site, torch.zeros(*shape[:2], routed.scores.shape[-1]))
+            table[rows] = routed.scores.cpu()
+
+
+def unchanged_reason(manifest: Manifest, tensors: Mapping[str, Tensor], routing: Routing | None) -> str | None:
+    """Why an adapter may honestly leave logits as they are: all that it adds is zero, or its routers kept nothing. None: no such reason."""
+    outputs = [tensor for name, tensor in tensors.items() if name.endswith(_OUTPUT_FACTORS)]
+    if not any(bool(tensor.any()) for tensor in outputs) or all(expert.alpha == 0 for expert in manifest.experts):
+        return "every output factor is zero, as in a fresh adapter"
+    if routing is not None and not bool(routing.selected.any()):
+        return "its routers selected no expert"
+    return None

@@ -1,0 +1,168 @@
+"""From a scheduler's decision to logits: builds the flat batch of a step and runs the model on it.
+
+Order of tokens is the scheduler's, so each adapter's tokens are one run. Work is per sequence, never per token. Owned by the engine thread.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moa_serve.engine.request import Sequence
+from moa_serve.engine.routing import RoutedLayers
+from moa_serve.model.attention import Chunk, KVCache, PagedAttention
+from moa_serve.model.bank import AdapterBank
+from moa_serve.model.batch import ForwardBatch, PooledRows, RoutingTrace, Segment
+from moa_serve.model.moa import MoaWeights
+from moa_serve.model.transformer import Transformer
+
+Work = SequenceOf[tuple[Sequence, int]]  # a sequence and how many of its pending tokens this step computes
+
+
+@dataclass(eq=False, slots=True)
+class StepOutput:
+    """`logits` (N, V) float32 belong to `sampling`, the sequences whose last token was computed; the rest single requests asked for."""
+
+    sampling: list[Sequence]
+    logits: Tensor
+    collected_logits: list[tuple[Sequence, Tensor]] = field(default_factory=list)  # (n, V) float32 of the step's tokens
+    collected_routing: list[tuple[Sequence, RoutedLayers]] = field(default_factory=list)
+
+
+@dataclass(eq=False, slots=True)
+class _Layout:
+    """Where each sequence's tokens stand in the flat batch: [starts[i], starts[i] + counts[i])."""
+
+    work: Work
+    starts: list[int]
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """[first, last) of `work` for each run of sequences with one adapter."""
+        first = 0
+        for index in range(1, len(self.work) + 1):
+            if index == len(self.work) or self.work[index][0].slot != self.work[first][0].slot:
+                if self.work[first][0].slot is not None:
+                    yield first, index
+                first = index
+
+
+def _prompt_part(sequence: Sequence, count: int) -> int:
+    """How many of the next `count` tokens are prompt; only their logits are collected."""
+    return max(0, min(count, sequence.num_prompt - sequence.num_computed))
+
+
+class ModelRunner:
+    def __init__(self, model: Transformer, cache: KVCache, bank: AdapterBank) -> None:
+        self.model, self.cache, self.bank = model, cache, bank
+
+    @torch.inference_mode()
+    def run(self, work: Work) -> StepOutput:
+        """Compute `work`; keys and values are in the cache afterwards, and instance-level weights on their sequences."""
+        starts = np.cumsum([0, *(count for _, count in work)]).tolist()
+        layout = _Layout(work, starts)
+        positions = [np.arange(sequence.num_computed, sequence.num_computed + count) for sequence, count in work]
+        token_ids: list[int] = []
+        for sequence, count in work:
+            token_ids += sequence.token_ids[sequence.num_computed : sequence.num_computed + count]
+        trace = RoutingTrace() if any(sequence.request.collect_routing for sequence, _ in work) else None
+        segments = [self._segment(layout, first, last) for first, last in layout.runs()]
+        rows, sampling = self._logit_rows(layout)
+        batch = ForwardBatch(
+            self._tensor(np.array(token_ids)), self._tensor(np.concatenate(positions)), tuple(segments), self._tensor(rows), trace
+        )
+        logits = self.model.forward(batch, self._attention(layout, positions))
+        self._keep_gates(layout, segments)
+        return self._output(layout, logits, sampling, trace)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array.astype(np.int64, copy=False)).to(self.model.device, non_blocking=True)
+
+    def _attention(self, layout: _Layout, positions: list[np.ndarray]) -> PagedAttention:
+        size = self.cache.block_size
+        places, decode, chunks = [], [], []
+        for (sequence, count), start, position in zip(layout.work, layout.starts, positions, strict=False):
+            table = np.array(sequence.block_table)
+            places.append(table[position // size] * size + position % size)
+            if count == 1:
+                decode.append((start, table, int(position[0]) + 1))
+            else:
+                chunks.append(Chunk(start, start + count, int(position[0]), self._tensor(table)))
+        width = max((-(-length // size) for _, _, length in decode), default=0)
+        blocks = np.zeros((len(decode), width), dtype=np.int64)
+        for row, (_, table, length) in enumerate(decode):
+            used = -(-length // size)
+            blocks[row, :used] = table[:used]
+        return PagedAttention(
+            cache=self.cache,
+            places=self._tensor(np.concatenate(places)),
+            decode_rows=self._tensor(np.array([start for start, _, _ in decode], dtype=np.int64)) if chunks else None,
+            decode_blocks=self._tensor(blocks),
+            decode_lengths=self._tensor(np.array([length for _, _, length in decode], dtype=np.int64)),
+            chunks=chunks,
+        )
+
+    def _segment(self, layout: _Layout, first: int, last: int) -> Segment:
+        slot = layout.work[first][0].slot
+        assert slot is not None
+        adapter = self.bank[slot]
+        start, end = layout.starts[first], layout.starts[last]
+        pooled = self._pooled(layout, first, last, adapter) if adapter.manifest.is_pooled else None
+        return Segment(start, end, adapter, pooled)
+
+    def _pooled(self, layout: _Layout, first: int, last: int, adapter: MoaWeights) -> PooledRows:
+        group, origin = layout.work[first:last], layout.starts[first]
+        gates = torch.zeros(len(group), len(adapter.layers), adapter.max_outputs, device=self.model.device)
+        spans: list[tuple[int, int] | None] = []
+        for row, (sequence, count) in enumerate(group):
+            if sequence.gates is None:
+                assert sequence.num_computed == 0, "an instance-level prompt is prefilled whole"
+                assert count >= sequence.num_prompt, "an instance-level prompt is prefilled whole"
+                start = layout.starts[first + row] - origin
+                spans.append((start, start + sequence.num_prompt))
+            else:
+                gates[row] = sequence.gates
+                spans.append(None)
+        owner = np.repeat(np.arange(len(group)), [count for _, count in group])
+        return PooledRows(self._tensor(owner), tuple(spans), gates)
+
+    def _keep_gates(self, layout: _Layout, segments: list[Segment]) -> None:
+        """Instance-level weights live on their sequence: they survive preemption, after which the prompt may be recomputed in chunks."""
+        for (first, last), segment in zip(layout.runs(), segments, strict=True):
+            if segment.pooled is None:
+                continue
+            for row, (sequence, _) in enumerate(layout.work[first:last]):
+                if sequence.gates is None:
+                    sequence.gates = segment.pooled.gates[row].clone()
+
+    def _logit_rows(self, layout: _Layout) -> tuple[np.ndarray, list[Sequence]]:
+        """Tokens whose logits are needed: the last of each sequence that will sample, then all of those that collect."""
+        last, everything, sampling = [], [], []
+        for (sequence, count), start in zip(layout.work, layout.starts, strict=False):
+            if count == sequence.num_pending and sequence.request.params.max_tokens != 0:
+                last.append(start + count - 1)
+                sampling.append(sequence)
+            if sequence.request.collect_logits:
+                everything.append(np.arange(start, start + _prompt_part(sequence, count)))
+        return np.concatenate([np.array(last, dtype=np.int64), *everything]), sampling
+
+    def _output(self, layout: _Layout, logits: Tensor, sampling: list[Sequence], trace: RoutingTrace | None) -> StepOutput:
+        output = StepOutput(sampling, logits[: len(sampling)])
+        offset = len(sampling)
+        for sequence, count in layout.work:
+            if sequence.request.collect_logits:
+                rows = _prompt_part(sequence, count)
+                output.collected_logits.append((sequence, logits[offset : offset + rows]))
+                offset += rows
+        if trace is None:
+            return output
+        for number, (first, last) in enumerate(layout.runs()):
+            layers, origin = trace.records.get(number, {}), layout.starts[first]
+            for (sequence, count), start in zip(layout.work[first:last], layout.starts[first:last], strict=True):
+                if sequence.request.collect_routing:
+                    span = slice(start - origin, start - origin + count)
+                    own = {layer: {site: routed.rows(span) for site, routed in sites.items()} for layer, sites in layers.items()}
+                    output.collected_routing.append((sequence, own))
+        return output

@@ -1,0 +1,387 @@
+"""`LLM`: the engine as a Python object: one base, many adapters, one chosen for each prompt, all in one batch.
+
+    with LLM("folder", adapters={"math": "adapters/math"}) as llm:
+        llm.generate(["1 + 1 =", "1 + 1 ="], SamplingParams(temperature=0), adapter=["math", None])
+
+Composition of store, engine and tokenizer for one process and one thread; the HTTP server composes the same parts around a thread of its own.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moa_serve.adapter.adapter import Adapter, AdapterSource
+from moa_serve.adapter.manifest import Manifest
+from moa_serve.adapter.store import AdapterStore
+from moa_serve.engine.engine import Collected, Engine, EngineOptions, TokenEvent
+from moa_serve.engine.request import Request, SamplingParams, TokenLogprob
+from moa_serve.engine.routing import Routing, assemble, unchanged_reason
+from moa_serve.errors import AdapterIneffective, AdapterNotFinite, AdapterNotFound, InvalidRequest, MoaError
+from moa_serve.model.transformer import Transformer
+from moa_serve.model.weights import load_base
+from moa_serve.text import IncrementalDecoder, Tokenizer
+
+Prompt = str | Sequence[int]
+Source = str | os.PathLike[str] | AdapterSource
+_SELF_TEST_TOKENS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What was generated for one prompt.
+
+    Args:
+        text: without the stop string; "" where the base has no tokenizer.
+        token_ids: the generated tokens only, the end of text or stop token included.
+        logprobs: one for each token where `SamplingParams.logprobs` asked for them, else None.
+        finish_reason: stop (end of text, stop token or stop string), length, or error.
+        error: why, where the reason is error: the adapter's weights overflowed for this prompt. Other prompts are not touched.
+        adapter: the name that was asked for; None is the base.
+        prompt_token_ids: what the prompt was encoded to.
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None
+    finish_reason: str
+    error: MoaError | None = None
+    adapter: str | None = None
+    prompt_token_ids: tuple[int, ...] = ()
+
+
+class _Job:
+    """One prompt of a `generate` call while it runs."""
+
+    def __init__(self, request: Request, adapter: str | None, tokenizer: Tokenizer | None) -> None:
+        self.request, self.adapter = request, adapter
+        stop = request.params.stop
+        assert isinstance(stop, tuple)  # SamplingParams made it one
+        self.decoder = IncrementalDecoder(tokenizer, stop=stop) if tokenizer else None
+        self.text: list[str] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] | None = None if request.params.logprobs is None else []
+        self.finish_reason = ""
+        self.error: MoaError | None = None
+
+    def take(self, event: TokenEvent) -> bool:
+        """Add one event; whether a stop string now asks for the end."""
+        self.finish_reason, self.error = event.finish_reason or "", event.error
+        if event.token_id is None:
+            return False
+        self.token_ids.append(event.token_id)
+        if self.logprobs is not None and event.logprob is not None:
+            self.logprobs.append(event.logprob)
+        if self.decoder is None:
+            return False
+        self.text.append(self.decoder.push([event.token_id]))
+        if self.decoder.stopped is not None:
+            self.finish_reason = "stop"
+        return self.decoder.stopped is not None
+
+    def completion(self) -> Completion:
+        rest = self.decoder.finish() if self.decoder else ""
+        return Completion(
+            "".join(self.text) + rest,
+            self.token_ids,
+            self.logprobs,
+            self.finish_reason,
+            self.error,
+            self.adapter,
+            tuple(self.request.prompt_ids),
+        )
+
+
+class LLM:
+    """One base and its adapters.
+
+    Args:
+        model: a folder, a GGUF file, a hub id, or None for the default base.
+        adapters: name -> folder, or AdapterSource where the files alone cannot tell the variant.
+        backend: "auto" or "torch". "native" is refused: this version has no native backend.
+        device: "auto" (CUDA where there is a device), "cpu" or "cuda".
+        dtype: "auto" (bfloat16 on CUDA, float32 on CPU), "float32" or "bfloat16".
+        engine_options: fields of `EngineOptions`.
+    Raises:
+        ModelError, AdapterError, InvalidRequest: what is wrong and what to do; nothing is half loaded.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        adapters: Mapping[str, Source] | None = None,
+        backend: str = "auto",
+        device: str = "auto",
+        dtype: str = "auto",
+        **engine_options: Any,
+    ) -> None:
+        self.backend = _resolve_backend(backend)
+        self.device = _resolve_device(device)
+        options = _options(engine_options)
+        base = load_base(os.fspath(model) if model is not None else None, device=self.device, dtype=_resolve_dtype(dtype, self.device))
+        self.config, self.name, self.base_digest = base.config, base.name, base.digest
+        self.tokenizer = Tokenizer.from_folder(base.folder) if base.folder else None
+        self._store = AdapterStore(base.config, base_name=base.name, base_digest=base.digest, max_bytes=options.adapter_cache_bytes)
+        self._on_trial: dict[str, Adapter] = {}
+        self._engine = Engine(
+            Transformer(base.config, base.weights), options, lease=self._lease, base_digest=base.digest, backend=self.backend
+        )
+        self._is_open = True
+        for name, source in (adapters or {}).items():
+            self.load_adapter(name, source)
+
+    # -- life
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free weights, KV cache and adapters; twice is as good as once."""
+        if self._is_open:
+            self._is_open = False
+            self._engine.close()
+            del self._engine, self._store
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise InvalidRequest("this LLM is closed; make a new one")
+
+    @property
+    def max_model_len(self) -> int:
+        """The served context: tokens of prompt and completion together."""
+        self._check_open()
+        return self._engine.max_model_len
+
+    # -- adapters
+
+    def load_adapter(self, name: str, source: Source) -> Adapter:
+        """Read, validate, try and publish an adapter under `name`; what comes back tells its revision, variant and warnings.
+
+        Raises:
+            AdapterError: what is wrong with it; nothing has changed then.
+        """
+        self._check_open()
+        source = source if isinstance(source, AdapterSource) else AdapterSource(source)
+        adapter = self._store.read(name, source)
+        adapter = self._self_test(name, adapter)
+        self._store.publish(name, source, adapter)
+        return adapter
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter and free its memory. Raises AdapterNotFound."""
+        self._check_open()
+        revision = self._store.get(name).revision
+        self._store.remove(name)
+        if revision not in self._revisions():
+            self._engine.drop(revision)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the loaded adapters."""
+        self._check_open()
+        return self._store.names()
+
+    def _revisions(self) -> dict[str, str]:
+        """revision -> one of its names."""
+        return {self._store.get(name).revision: name for name in self._store.names()}
+
+    def _lease(self, revision: str) -> AbstractContextManager[Adapter]:
+        if revision in self._on_trial:
+            return nullcontext(self._on_trial[revision])
+        return self._store.lease(self._revisions()[revision])
+
+    def _self_test(self, name: str, adapter: Adapter) -> Adapter:
+        """An adapter proves on a short prompt that it computes finite logits and changes the base's.
+
+        One that does nothing is served with a warning where that is its honest state (fresh, or nothing selected), else refused.
+        """
+        vocab_size = self.config.vocab_size
+        prompt = [(1 + 7919 * index) % vocab_size for index in range(min(_SELF_TEST_TOKENS, self._engine.max_model_len))]
+        self._on_trial[adapter.revision] = adapter
+        try:
+            base, _ = self._score(prompt, None, None)
+            logits, routing = self._score(prompt, adapter.revision, adapter.manifest)
+        finally:
+            del self._on_trial[adapter.revision]
+            if adapter.revision not in self._revisions():
+                self._engine.drop(adapter.revision)
+        if not bool(torch.isfinite(logits).all()):
+            raise AdapterNotFinite(f"adapter {name!r}: gives NaN or infinity on a test prompt; its weights overflow in {self._engine.model.dtype}")
+        if not torch.equal(base, logits):
+            return adapter
+        reason = unchanged_reason(adapter.manifest, adapter.tensors, routing)
+        if reason is None:
+            raise AdapterIneffective(
+                f"adapter {name!r}: the logits of a test prompt are those of the base although its weights are not zero; "
+                f"it would be served without any effect"
+            )
+        return replace(adapter, warnings=(*adapter.warnings, f"does not change the base on a test prompt: {reason}"))
+
+    # -- requests
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str | None | Sequence[str | None] = None,
+    ) -> list[Completion]:
+        """Complete every prompt, all of them in one mixed batch.
+
+        Args:
+            prompts: strings, which the tokenizer's defaults encode, or token ids, which are taken as they are; no chat template.
+            params: one for all prompts, or one for each; None is temperature 1 and 16 tokens.
+            adapter: a name, None for the base, or a list with one of these for each prompt.
+        Returns:
+            One completion for each prompt, in their order.
+        Raises:
+            InvalidRequest, AdapterNotFound: one prompt is not valid; then none has run.
+        """
+        self._check_open()
+        if isinstance(prompts, str):
+            raise InvalidRequest("prompts is one string; give a list of prompts", param="prompts")
+        chosen = _spread("params", params or SamplingParams(), SamplingParams, len(prompts))
+        names = _spread("adapter", adapter, str, len(prompts))
+        jobs = [self._job(prompt, one, name) for prompt, one, name in zip(prompts, chosen, names, strict=True)]
+        for job in jobs:
+            self._engine.check(job.request)
+        self._run(jobs)
+        return [job.completion() for job in jobs]
+
+    def logits(self, token_ids: Sequence[int], *, adapter: str | None = None, moa: Mapping[str, Any] | None = None) -> Tensor:
+        """(T, V) float32 on the CPU: what the model expects after each token.
+
+        Args:
+            moa: per-request routing options; this version has none, so anything but an empty mapping is refused.
+        """
+        self._check_open()
+        if moa:
+            raise InvalidRequest(f"moa: routing option {next(iter(moa))!r} is not supported by this version", param="moa")
+        logits, _ = self._score(token_ids, *self._resolve(adapter))
+        return logits
+
+    def route(self, token_ids: Sequence[int], *, adapter: str) -> Routing:
+        """What the adapter's routers say of each token.
+
+        Raises:
+            InvalidRequest: the adapter has no router.
+        """
+        self._check_open()
+        revision, manifest = self._resolve(adapter)
+        if manifest is None or manifest.router.site == "none":
+            raise InvalidRequest(f"adapter {adapter!r} has no router: all its experts always count fully", param="adapter")
+        _, routing = self._score(token_ids, revision, manifest)
+        assert routing is not None
+        return routing
+
+    def _score(self, token_ids: Sequence[int], revision: str | None, manifest: Manifest | None) -> tuple[Tensor, Routing | None]:
+        """Logits of every token, and the routing where there is a router, through the same step that serves."""
+        is_routed = manifest is not None and manifest.router.site != "none"
+        request = Request(
+            tuple(token_ids),
+            SamplingParams(max_tokens=0),
+            revision,
+            is_pooled=manifest is not None and manifest.is_pooled,
+            collect_logits=True,
+            collect_routing=is_routed,
+        )
+        collected = Collected()
+        sequence = self._engine.add(request)
+        try:
+            while self._engine.has_work:
+                self._engine.step()
+        finally:
+            self._engine.end(sequence, "abort")
+            collected = self._engine.collected.pop(request.request_id)
+        logits = torch.cat([piece.cpu() for piece in collected.logits])
+        routing = assemble(manifest, collected.routing, len(request.prompt_ids)) if is_routed and manifest else None
+        return logits, routing
+
+    def _resolve(self, adapter: str | None) -> tuple[str | None, Manifest | None]:
+        """(revision, manifest) of a name; (None, None) for the base."""
+        if adapter is None:
+            return None, None
+        if adapter not in self._store:
+            loaded = ", ".join(self._store.names()) or "none"
+            raise AdapterNotFound(f"adapter {adapter!r} is not loaded; loaded are: {loaded}", param="adapter")
+        with self._store.lease(adapter) as found:
+            return found.revision, found.manifest
+
+    def _job(self, prompt: Prompt, params: SamplingParams, adapter: str | None) -> _Job:
+        if params.stop and self.tokenizer is None:
+            raise InvalidRequest("stop: the base has no tokenizer, so there is no text to stop at; use stop_token_ids", param="stop")
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidRequest("a prompt is text, but the base has no tokenizer; give token ids", param="prompts")
+            prompt = self.tokenizer.encode(prompt, parse_special=True)
+        revision, manifest = self._resolve(adapter)
+        request = Request(tuple(prompt), params, revision, is_pooled=manifest is not None and manifest.is_pooled)
+        return _Job(request, adapter, self.tokenizer)
+
+    def _run(self, jobs: list[_Job]) -> None:
+        running = {}
+        try:
+            for job in jobs:
+                running[self._engine.add(job.request)] = job
+            while self._engine.has_work:
+                for event in self._engine.step():
+                    if running[event.sequence].take(event):
+                        self._engine.end(event.sequence, "stop")
+        finally:
+            for sequence in running:
+                self._engine.end(sequence, "abort")
+
+
+def _spread(param: str, value: Any, kind: type, count: int) -> list[Any]:
+    """`count` copies of one value, or a list that has that many."""
+    if value is None or isinstance(value, kind):
+        return [value] * count
+    if not isinstance(value, Sequence) or isinstance(value, str) or not all(item is None or isinstance(item, kind) for item in value):
+        raise InvalidRequest(f"{param} must be one {kind.__name__} or a list of them, not {value!r}", param=param)
+    if len(value) != count:
+        raise InvalidRequest(f"{param} has {len(value)} entries for {count} prompts; give one, or one for each", param=param)
+    return list(value)
+
+
+def _options(given: Mapping[str, Any]) -> EngineOptions:
+    known = [field.name for field in fields(EngineOptions)]
+    for name in given:
+        if name not in known:
+            raise InvalidRequest(f"unknown engine option {name!r}; known are {', '.join(known)}", param=name)
+    return EngineOptions(**given)
+
+
+def _resolve_backend(backend: str) -> str:
+    if backend in ("auto", "torch"):
+        return "torch"
+    if backend == "native":
+        raise InvalidRequest("backend 'native' is not part of this version; use 'auto' or 'torch'", param="backend")
+    raise InvalidRequest(f"backend {backend!r} is unknown; use 'auto' or 'torch'", param="backend")
+
+
+def _resolve_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu":
+        return torch.device("cpu")
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise InvalidRequest("device 'cuda' was asked for, but torch finds no CUDA device; use 'cpu' or 'auto'", param="device")
+        return torch.device("cuda")
+    raise InvalidRequest(f"device {device!r} is unknown; use 'auto', 'cpu' or 'cuda'", param="device")
+
+
+def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}
+    if dtype not in known:
+        raise InvalidRequest(f"dtype {dtype!r} is unknown; use 'auto', 'float32' or 'bfloat16'", param="dtype")
+    return known[dtype]
