@@ -117,7 +117,7 @@ class ModelConfig:
         max_position = _positive(raw, "max_position_embeddings", 2048)
         window = raw.get("sliding_window")
         if window is not None and raw.get("use_sliding_window", architecture == "mistral"):
-            max_position = min(max_position, int(window))  # inside the window full attention is the same thing
+            max_position = min(max_position, _positive(raw, "sliding_window"))  # inside the window full attention is the same thing
         attention_bias = bool(raw.get("attention_bias", False))
         return cls(
             architecture=architecture,
@@ -129,15 +129,15 @@ class ModelConfig:
             head_dim=head_dim,
             vocab_size=_positive(raw, "vocab_size"),
             max_position=max_position,
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
             rope=_rope(raw),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             qkv_bias=architecture == "qwen2" or attention_bias,
             o_bias=architecture != "qwen2" and attention_bias,
             mlp_bias=bool(raw.get("mlp_bias", False)),
             qk_norm=architecture == "qwen3",
-            bos_token_id=raw.get("bos_token_id"),
-            eos_token_ids=_ids(raw.get("eos_token_id")),
+            bos_token_id=next(iter(token_ids(raw.get("bos_token_id"), "bos_token_id")), None),
+            eos_token_ids=token_ids(raw.get("eos_token_id")),
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
         )
 
@@ -165,28 +165,24 @@ def _refuse_unserved(raw: Mapping[str, Any]) -> None:
         )
     if raw.get("num_experts") or raw.get("num_local_experts"):
         raise ModelUnsupported("config.json: num_experts: a mixture-of-experts base is not served", param="num_experts")
-    if float(raw.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ModelUnsupported("config.json: partial_rotary_factor other than 1 is not served", param="partial_rotary_factor")
 
 
 def _rope(raw: Mapping[str, Any]) -> RopeConfig:
     """`rope_theta` and `rope_scaling` (transformers 4), or `rope_parameters` (transformers 5)."""
-    spec = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    theta = float(spec.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    spec = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(spec, Mapping):
+        raise ModelUnsupported(f"config.json: rope_scaling is {spec!r}, but must be an object", param="rope_scaling")
+    if _number(spec if spec.get("partial_rotary_factor") else raw, "partial_rotary_factor", 1.0) != 1.0:
+        raise ModelUnsupported("config.json: partial_rotary_factor other than 1 is not served", param="partial_rotary_factor")
+    theta = _number(spec if spec.get("rope_theta") else raw, "rope_theta", 10000.0)
     kind = str(spec.get("rope_type") or spec.get("type") or "default")
-    if not math.isfinite(theta) or theta <= 0:
-        raise ModelUnsupported(f"config.json: rope_theta {theta} must be a positive number", param="rope_theta")
     if kind == "default":
         return RopeConfig(theta)
     if kind == "linear":
-        return RopeConfig(theta, kind, factor=float(spec["factor"]))
+        return RopeConfig(theta, kind, factor=_number(spec, "factor"))
     if kind == "llama3":
-        missing = [key for key in _LLAMA3_KEYS if key not in spec]
-        if missing:
-            raise ModelUnsupported(f"config.json: rope_scaling of type llama3 lacks {', '.join(missing)}", param="rope_scaling")
-        return RopeConfig(
-            theta, kind, float(spec["factor"]), float(spec["low_freq_factor"]), float(spec["high_freq_factor"]), int(spec[_LLAMA3_KEYS[3]])
-        )
+        factor, low, high, original = (_number(spec, key) for key in _LLAMA3_KEYS)
+        return RopeConfig(theta, kind, factor, low, high, int(original))
     raise ModelUnsupported(
         f"config.json: rope_scaling type {kind!r} is not served; served are default, linear and llama3", param="rope_scaling"
     )
@@ -201,7 +197,18 @@ def _positive(raw: Mapping[str, Any], key: str, default: int | None = None) -> i
     return value
 
 
-def _ids(value: Any) -> tuple[int, ...]:
+def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = raw.get(key)
     if value is None:
-        return ()
-    return (int(value),) if isinstance(value, int) else tuple(int(item) for item in value)
+        value = default
+    if not isinstance(value, int | float) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
+        raise ModelUnsupported(f"config.json: {key} is {value!r}, but must be a positive number", param=key)
+    return float(value)
+
+
+def token_ids(value: Any, key: str = "eos_token_id") -> tuple[int, ...]:
+    """A token id, a list of them or nothing, as configs write it."""
+    items = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in items):
+        raise ModelUnsupported(f"config.json: {key} is {value!r}, but must be a token id or a list of them", param=key)
+    return tuple(items)

@@ -125,7 +125,7 @@ class LLM:
         self.device = _resolve_device(device)
         options = _options(engine_options)
         base = load_base(os.fspath(model) if model is not None else None, device=self.device, dtype=_resolve_dtype(dtype, self.device))
-        self.config, self.name, self.base_digest = base.config, base.name, base.digest
+        self.config, self.name, self.base_digest, self.folder = base.config, base.name, base.digest, base.folder
         self.tokenizer = Tokenizer.from_folder(base.folder) if base.folder else None
         self._store = AdapterStore(base.config, base_name=base.name, base_digest=base.digest, max_bytes=options.adapter_cache_bytes)
         self._on_trial: dict[str, Adapter] = {}

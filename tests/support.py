@@ -71,8 +71,8 @@ def tiny_manifest(
 
 
 def _router(variant: str) -> dict[str, Any]:
-    linear = {"site": "linear", "input": "linear", "activation": "softmax"}
-    return {
+    linear: dict[str, Any] = {"site": "linear", "input": "linear", "activation": "softmax"}
+    routers: dict[str, dict[str, Any]] = {
         "soft_moa": {"site": "layer", "input": "residual"},
         "sparse_moa": {"site": "layer", "input": "residual", "select": {"kind": "threshold_fn", "max_threshold": 0.5}},
         "soft_moa_instance": {"site": "layer", "input": "pooled"},
@@ -81,7 +81,8 @@ def _router(variant: str) -> dict[str, Any]:
         "hydralora": linear | {"bias": False},
         "mola": linear | {"select": {"kind": "top_k", "k": 2}, "finalise": "renormalise"},
         "adamole": linear | {"select": {"kind": "adamole"}, "finalise": "subtract_renormalise"},
-    }.get(variant, {"site": "none"})
+    }
+    return routers.get(variant, {"site": "none"})
 
 
 def random_tensors(manifest: Manifest, seed: int = 0, scale: float = 0.1) -> dict[str, Tensor]:

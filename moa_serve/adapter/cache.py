@@ -1,0 +1,96 @@
+"""AdapterCache: adapters in host memory by revision, within a budget of bytes.
+
+Knows no names and no files. A lease keeps an adapter; idle ones leave least recently used first when room is needed. State is owned
+by the caller's thread (the event loop, or LLM): no locks.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from moa_serve.adapter.adapter import Adapter
+from moa_serve.errors import AdapterMemory, AdapterTooLarge
+
+
+@dataclass(slots=True)
+class _Cached:
+    adapter: Adapter
+    num_leases: int = 0
+    is_discarded: bool = False  # leaves with its last lease
+
+
+class AdapterCache:
+    """revision -> Adapter. Every method is all or nothing."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._cached: OrderedDict[str, _Cached] = OrderedDict()  # least recently used first
+
+    def __contains__(self, revision: str) -> bool:
+        return revision in self._cached
+
+    def __len__(self) -> int:
+        return len(self._cached)
+
+    @property
+    def num_bytes(self) -> int:
+        """Host memory in use, of discarded adapters that are still leased too."""
+        return sum(cached.adapter.num_bytes for cached in self._cached.values())
+
+    def num_leases(self, revision: str) -> int:
+        cached = self._cached.get(revision)
+        return cached.num_leases if cached else 0
+
+    def add(self, adapter: Adapter) -> None:
+        """Keep an adapter, evicting idle ones for it; one that is there already is as good.
+
+        Raises:
+            AdapterTooLarge: it alone is above the budget.
+            AdapterMemory: the leased ones leave too little; nothing was evicted.
+        """
+        known = self._cached.get(adapter.revision)
+        if known:
+            known.is_discarded = False
+            return
+        if adapter.num_bytes > self.max_bytes:
+            raise AdapterTooLarge(
+                f"the adapter has {adapter.num_bytes:,} bytes, the budget for all adapters is {self.max_bytes:,}; raise it"
+            )
+        excess = self.num_bytes + adapter.num_bytes - self.max_bytes
+        leaving: list[str] = []
+        for revision, cached in self._cached.items():
+            if excess <= 0:
+                break
+            if cached.num_leases == 0:
+                leaving.append(revision)
+                excess -= cached.adapter.num_bytes
+        if excess > 0:
+            raise AdapterMemory(f"no room for {adapter.num_bytes:,} bytes: all other adapters are in use; try again, or raise the budget")
+        for revision in leaving:
+            del self._cached[revision]
+        self._cached[adapter.revision] = _Cached(adapter)
+
+    def acquire(self, revision: str) -> Adapter | None:
+        """Lease an adapter; None if it is not here (evicted, or never added). Give it back with `release`."""
+        cached = self._cached.get(revision)
+        if cached is None:
+            return None
+        cached.num_leases += 1
+        self._cached.move_to_end(revision)
+        return cached.adapter
+
+    def release(self, revision: str) -> None:
+        """End one lease."""
+        cached = self._cached[revision]
+        assert cached.num_leases > 0, "released more often than acquired"
+        cached.num_leases -= 1
+        if cached.is_discarded and cached.num_leases == 0:
+            del self._cached[revision]
+
+    def discard(self, revision: str) -> None:
+        """Free an adapter that nobody will ask for again: now, or with its last lease."""
+        cached = self._cached.get(revision)
+        if cached is None:
+            return
+        cached.is_discarded = True
+        if cached.num_leases == 0:
+            del self._cached[revision]

@@ -1,0 +1,212 @@
+"""AdapterStore: which adapter a name means, and leases on it.
+
+A name is published only after its adapter was read, validated and (by the caller) tried on the engine, so a broken one is never
+served. Files are read by importers/, memory is cache.py's. State is owned by the caller's thread (the event loop, or LLM): no
+locks; only `read` may run in a loader thread, for it changes nothing.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from moa_serve.adapter.adapter import Adapter, AdapterSource
+from moa_serve.adapter.cache import AdapterCache
+from moa_serve.adapter.importers import MAX_FILE_BYTES, has_config, read_adapter
+from moa_serve.config import ModelConfig
+from moa_serve.errors import (
+    AdapterError,
+    AdapterExists,
+    AdapterLimit,
+    AdapterNameInvalid,
+    AdapterNotFound,
+    AdapterPathDenied,
+    AdapterUnreadable,
+)
+
+__all__ = ["Adapter", "AdapterEntry", "AdapterSource", "AdapterStore", "resolve_below"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterEntry:
+    """One published name."""
+
+    name: str
+    source: AdapterSource
+    revision: str
+
+
+def resolve_below(root: Path, path: str | os.PathLike[str]) -> Path:
+    """An absolute path, or one relative to `root`, that stays below `root` and passes through no link.
+
+    Raises:
+        AdapterPathDenied: it does not; the message does not say what is there.
+    """
+    text = os.fspath(path)
+    denied = AdapterPathDenied(
+        f"{text[:200]!a}: adapters are loaded from folders below the adapters directory only, without links", param="path"
+    )
+    if not text or "\0" in text or "://" in text or "$" in text or text.startswith("~") or ".." in Path(text).parts:
+        raise denied
+    top = root.resolve()
+    for base in (root.absolute(), top):
+        if (base / text).is_relative_to(base):
+            relative = (base / text).relative_to(base)
+            break
+    else:
+        raise denied
+    place = top / relative
+    try:
+        has_link = any(part.is_symlink() for part in (place, *place.parents) if part.is_relative_to(top))
+        stays = place != top and place.resolve().is_relative_to(top)
+    except OSError:  # a name that the file system does not take
+        raise denied from None
+    if has_link or not stays:
+        raise denied
+    return place
+
+
+class AdapterStore:
+    """Names and their adapters for one base.
+
+    Args:
+        base_name: the served name of the base, which no adapter may have.
+        base_digest: of the base's weights; adapters made for other weights get a warning.
+        adapters_dir: where set, every source lies below it; relative sources start there.
+        max_bytes: of host memory for adapters; the least recently used idle ones leave first and are read again when asked for.
+        isolate: unpickle in a child process (when files come from others).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        base_name: str,
+        base_digest: str | None = None,
+        adapters_dir: str | os.PathLike[str] | None = None,
+        max_bytes: int = 8 * 2**30,
+        max_adapters: int = 10_000,
+        max_file_bytes: int = MAX_FILE_BYTES,
+        isolate: bool = False,
+    ) -> None:
+        self.config = config
+        self.base_name = base_name
+        self.base_digest = base_digest
+        self.adapters_dir = None if adapters_dir is None else Path(adapters_dir)
+        self.max_adapters = max_adapters
+        self.max_file_bytes = max_file_bytes
+        self.isolate = isolate
+        self.cache = AdapterCache(max_bytes)
+        self._entries: dict[str, AdapterEntry] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def names(self) -> list[str]:
+        return sorted(self._entries)
+
+    def get(self, name: str) -> AdapterEntry:
+        """Raises AdapterNotFound."""
+        if name not in self._entries:
+            raise AdapterNotFound(f"adapter {name[:64]!a} is not loaded")
+        return self._entries[name]
+
+    def scan(self) -> list[str]:
+        """Names of the adapters that lie in `adapters_dir`, read or not; folders without a config file and links are none.
+
+        Raises:
+            AdapterLimit: there are more than `max_adapters`.
+            AdapterUnreadable: the directory cannot be listed.
+        """
+        if self.adapters_dir is None:
+            return []
+        try:
+            with os.scandir(self.adapters_dir) as entries:
+                names = [entry.name for entry in entries if self._is_adapter(entry)]
+        except OSError as error:
+            raise AdapterUnreadable(f"{self.adapters_dir}: cannot be listed ({error.strerror})") from None
+        if len(names) > self.max_adapters:
+            raise AdapterLimit(
+                f"{self.adapters_dir}: holds {len(names):,} adapters, but at most {self.max_adapters:,} are served; raise the limit"
+            )
+        return sorted(names)
+
+    def _is_adapter(self, entry: os.DirEntry[str]) -> bool:
+        if entry.name == self.base_name or not _NAME.fullmatch(entry.name):
+            return False
+        return entry.is_dir(follow_symlinks=False) and has_config(entry.path)
+
+    def check_name(self, name: object) -> None:
+        """Raises AdapterNameInvalid for what cannot be an adapter's name here."""
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            shown = f"{name[:80]!a}" if isinstance(name, str) else f"of type {type(name).__name__}"
+            raise AdapterNameInvalid(
+                f"adapter name {shown} is not valid; use 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit",
+                param="name",
+            )
+        if name == self.base_name:
+            raise AdapterNameInvalid(f"adapter name {name!r} is the base's; choose another", param="name")
+
+    def read(self, name: str, source: AdapterSource) -> Adapter:
+        """Read and validate; publishes nothing, so that the caller can try the adapter first. Safe in a loader thread."""
+        self.check_name(name)
+        if self.adapters_dir is not None:
+            source = AdapterSource(resolve_below(self.adapters_dir, source.path), source.variant)
+        try:
+            return read_adapter(source, self.config, base_digest=self.base_digest, isolate=self.isolate, max_file_bytes=self.max_file_bytes)
+        except AdapterError as error:
+            raise type(error)(f"adapter {name!r}: {error}", param=error.param, problems=error.problems) from None
+
+    def publish(self, name: str, source: AdapterSource, adapter: Adapter) -> None:
+        """Give a name to an adapter that `read` returned.
+
+        Raises:
+            AdapterNameInvalid, AdapterExists, AdapterLimit, AdapterMemory, AdapterTooLarge: nothing has changed then.
+        """
+        self.check_name(name)
+        if name in self._entries:
+            raise AdapterExists(f"adapter {name!r} is loaded already; unload it first", param="name")
+        if len(self._entries) >= self.max_adapters:
+            raise AdapterLimit(f"{self.max_adapters:,} adapters are loaded, which is the limit; unload one or raise it")
+        self.cache.add(adapter)
+        self._entries[name] = AdapterEntry(name, source, adapter.revision)
+
+    def remove(self, name: str) -> None:
+        """Forget a name. Leases go on; the memory is freed with the last of them, unless another name has the same revision."""
+        entry = self.get(name)
+        del self._entries[name]
+        if all(other.revision != entry.revision for other in self._entries.values()):
+            self.cache.discard(entry.revision)
+
+    @contextmanager
+    def lease(self, name: str) -> Iterator[Adapter]:
+        """The adapter of a name, which stays in memory and unchanged inside the block; an evicted one is read again.
+
+        Raises:
+            AdapterNotFound: the name is not published.
+            AdapterUnreadable: the files now hold another adapter than the published one.
+            AdapterMemory: it was evicted, and all others are in use.
+        """
+        entry = self.get(name)
+        adapter = self.cache.acquire(entry.revision)
+        if adapter is None:
+            adapter = self._read_again(entry)
+            self.cache.add(adapter)
+            self.cache.acquire(entry.revision)
+        try:
+            yield adapter
+        finally:
+            self.cache.release(entry.revision)
+
+    def _read_again(self, entry: AdapterEntry) -> Adapter:
+        adapter = self.read(entry.name, entry.source)
+        if adapter.revision != entry.revision:
+            raise AdapterUnreadable(
+                f"adapter {entry.name!r}: its files were replaced since it was loaded (revision {adapter.revision[:8]} instead of "
+                f"{entry.revision[:8]}); unload it and load it again"
+            )
+        return adapter

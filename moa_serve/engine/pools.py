@@ -1,0 +1,191 @@
+"""Ids of what is scarce: KV blocks (BlockPool) and adapter slots (SlotTable).
+
+Only the book-keeping: the bytes behind the ids are KVCache's and AdapterBank's, one to one. Knows no tensors. Owned by the
+engine thread, so nothing here locks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moa_serve.errors import EngineError
+
+
+class BlockPool:
+    """Block ids 1 .. num_blocks - 1, each held by one sequence or free.
+
+    Block 0 is never handed out: it stays zero, and padded rows of a block table point at it.
+    The block freed last is handed out first: its memory is warm, and a cache whose pages are touched lazily grows only to
+    the most that was ever held at once. First in, first out would touch every page of the pool in the end.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int = 16) -> None:
+        """`num_blocks` counts block 0, as the cache does; `block_size` is in tokens."""
+        if num_blocks < 2 or block_size < 1:
+            raise EngineError(f"a KV pool of {num_blocks} blocks of {block_size} tokens holds no sequence; give it more memory")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._free = list(range(num_blocks - 1, 0, -1))
+        self._is_held = bytearray(num_blocks)
+        self._num_held = 0
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_held(self) -> int:
+        return self._num_held
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest sequence that fits when it is alone."""
+        return (self.num_blocks - 1) * self.block_size
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` blocks, or None and nothing taken. What they contain is what their last holder left there."""
+        if count > len(self._free):
+            return None
+        taken = [self._free.pop() for _ in range(count)]
+        for block in taken:
+            self._is_held[block] = True
+        self._num_held += count
+        self._check()
+        return taken
+
+    def free(self, blocks: Sequence[int]) -> None:
+        """Give back blocks in the order of their table: the next holder gets them in that order again."""
+        for block in reversed(blocks):
+            assert self._is_held[block], f"block {block} is freed, but nobody holds it"
+            self._is_held[block] = False
+            self._free.append(block)
+        self._num_held -= len(blocks)
+        self._check()
+
+    def _check(self) -> None:
+        assert self.num_free + self.num_held == self.num_blocks - 1, "a block is lost"
+
+
+@dataclass(slots=True)
+class _Slot:
+    index: int
+    revision: str | None = None
+    num_users: int = 0
+    last_used: int = 0
+    needs_upload: bool = False
+    is_dropped: bool = False
+
+
+class SlotTable:
+    """Which adapter revision stands in which slot, and how many running sequences use it.
+
+    A slot with users is never given to another revision. An idle one keeps its revision, at no cost, until the room is
+    needed: then the least recently used goes.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        if num_slots < 0:
+            raise EngineError(f"num_slots is {num_slots}, but must be 0 or more")
+        self._slots = [_Slot(index) for index in range(num_slots)]
+        self._by_revision: dict[str, _Slot] = {}
+        self._clock = 0  # counts uses, so that two of them never tie
+
+    @property
+    def num_slots(self) -> int:
+        return len(self._slots)
+
+    @property
+    def num_busy(self) -> int:
+        return sum(slot.num_users > 0 for slot in self._slots)
+
+    @property
+    def revisions(self) -> list[str | None]:
+        """What stands in each slot, by index; None is empty."""
+        return [slot.revision for slot in self._slots]
+
+    @property
+    def least_shared(self) -> int | None:
+        """The busy slot with the fewest users, the lowest index of equals; None while no slot is busy."""
+        busy = [slot for slot in self._slots if slot.num_users]
+        return min(busy, key=lambda slot: (slot.num_users, slot.index)).index if busy else None
+
+    def find(self, revision: str) -> int | None:
+        slot = self._by_revision.get(revision)
+        return None if slot is None else slot.index
+
+    def assign(self, revision: str) -> int | None:
+        """Slot for `revision`: its own, else an empty one, else the least recently used idle one; None while all are busy.
+
+        Only `acquire` keeps it from being assigned to another.
+        """
+        slot = self._by_revision.get(revision) or self._first_empty() or self._oldest_idle()
+        if slot is None:
+            return None
+        if slot.revision != revision:
+            self._clear(slot)
+            slot.revision, slot.needs_upload = revision, True
+            self._by_revision[revision] = slot
+        return slot.index
+
+    def acquire(self, index: int) -> None:
+        """One more sequence runs with this slot."""
+        slot = self._slots[index]
+        assert slot.revision is not None, f"slot {index} is acquired, but nothing is assigned to it"
+        slot.num_users += 1
+        self._touch(slot)
+
+    def release(self, index: int) -> None:
+        """One sequence fewer; exactly one for each `acquire`."""
+        slot = self._slots[index]
+        assert slot.num_users > 0, f"slot {index} is released, but nobody uses it"
+        slot.num_users -= 1
+        self._touch(slot)
+        if slot.is_dropped and not slot.num_users:
+            self._clear(slot)
+
+    def drop(self, revision: str) -> int | None:
+        """Unload: empty the slot of `revision` at once if it is idle, else when its last user is gone.
+
+        Returns:
+            The slot that is empty now; None while it is busy, or where the revision stands in none.
+        """
+        slot = self._by_revision.get(revision)
+        if slot is None:
+            return None
+        slot.is_dropped = True
+        if slot.num_users:
+            return None
+        self._clear(slot)
+        return slot.index
+
+    def num_users(self, index: int) -> int:
+        return self._slots[index].num_users
+
+    def needs_upload(self, index: int) -> bool:
+        """The weights are not in the slot yet; true until `mark_uploaded`, so an upload that failed is asked for again."""
+        return self._slots[index].needs_upload
+
+    def mark_uploaded(self, index: int, revision: str) -> None:
+        """`revision` is in its slot now; harmless if it was dropped meanwhile."""
+        slot = self._slots[index]
+        if slot.revision == revision:
+            slot.needs_upload = False
+
+    def _first_empty(self) -> _Slot | None:
+        return next((slot for slot in self._slots if slot.revision is None), None)
+
+    def _oldest_idle(self) -> _Slot | None:
+        idle = [slot for slot in self._slots if not slot.num_users]
+        return min(idle, key=lambda slot: slot.last_used, default=None)
+
+    def _touch(self, slot: _Slot) -> None:
+        self._clock += 1
+        slot.last_used = self._clock
+
+    def _clear(self, slot: _Slot) -> None:
+        assert not slot.num_users, f"slot {slot.index} is cleared under {slot.num_users} users"
+        if slot.revision is not None:
+            del self._by_revision[slot.revision]
+        slot.revision, slot.needs_upload, slot.is_dropped = None, False, False

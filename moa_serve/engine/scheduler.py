@@ -1,0 +1,299 @@
+"""Which sequences compute how many tokens in the next step, and who waits for blocks or an adapter slot.
+
+Prefill, chunk, recomputation and decode are one case: some of a sequence's pending tokens. Knows ids, no tensors. Owned by
+the engine thread.
+
+The rules, and why nothing can wait for ever:
+
+- Decode rows come first, one token each; prefill takes what the budget leaves, in order of arrival.
+- A sequence is admitted with the blocks of all its pending tokens at once, so only a decode row ever asks for another one.
+- When blocks run out, the youngest running row gives all of its back and is computed anew later. It never takes from an
+  older one, so the oldest running row always advances; it fits the pool alone, so it ends, and then the next is the oldest.
+- Who comes first is served first. Only a sequence that waits for nothing but a slot is passed over, by those whose adapter
+  has one or that need none. After `max_skips` steps it reserves the busy slot with the fewest users: nobody younger joins
+  that slot, so its users run out.
+"""
+
+from bisect import insort
+from dataclasses import dataclass, field
+
+from moa_serve.engine.pools import BlockPool, SlotTable
+from moa_serve.engine.request import Sequence, SequenceStatus
+from moa_serve.errors import ContextLengthExceeded, EngineError
+
+_LOOKAHEAD = 512
+"""Waiting sequences to look at in a step, so that a queue of 100,000 does not cost more than the step itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    """One step.
+
+    Args:
+        chunks: (sequence, tokens of it to compute), at least one token each. Sorted by slot, the base first, so that all
+            tokens of one adapter are one run; within a slot decode rows before prefill.
+        new_blocks: blocks handed out since the last step that went through. They must be zeroed before use: they hold
+            what their last owner left, and a NaN there would reach the new one even where attention masks it (0 * NaN is NaN).
+        uploads: (slot, revision) whose weights must be put in place before the forward.
+        preempted: sequences that lost their blocks and wait again.
+    """
+
+    chunks: list[tuple[Sequence, int]]
+    new_blocks: list[int]
+    uploads: list[tuple[int, str]]
+    preempted: list[Sequence]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(count for _, count in self.chunks)
+
+
+@dataclass(slots=True)
+class _Step:
+    """A step in the making; `prefill_budget` is in tokens."""
+
+    decode: list[tuple[Sequence, int]] = field(default_factory=list)
+    prefill: list[tuple[Sequence, int]] = field(default_factory=list)
+    prefill_budget: int = 0
+    preempted: list[Sequence] = field(default_factory=list)
+
+
+class Scheduler:
+    """
+    Args:
+        block_pool, slot_table: shared with the engine, which only reads them and drops revisions.
+        max_num_seqs: running sequences, those in prefill included.
+        max_batch_tokens: tokens in one step; at least max_num_seqs, so that decode rows alone never exceed it.
+        max_mixed_prefill_tokens: prefill tokens in a step that also decodes: bounds the gap between two tokens of a stream.
+        max_model_len: prompt and generated tokens of one sequence; what the pool holds limits it too.
+        max_skips: steps that a sequence is passed over for want of a slot before it reserves one.
+    """
+
+    def __init__(
+        self,
+        block_pool: BlockPool,
+        slot_table: SlotTable,
+        *,
+        max_num_seqs: int = 32,
+        max_batch_tokens: int = 256,
+        max_mixed_prefill_tokens: int = 64,
+        max_model_len: int,
+        max_skips: int = 32,
+    ) -> None:
+        if max_num_seqs < 1 or max_mixed_prefill_tokens < 1:
+            raise EngineError(
+                f"max_num_seqs is {max_num_seqs} and max_mixed_prefill_tokens {max_mixed_prefill_tokens}, but both must be at least 1"
+            )
+        if max_batch_tokens < max_num_seqs:
+            raise EngineError(
+                f"max_batch_tokens {max_batch_tokens} is less than max_num_seqs {max_num_seqs}: a step could not give each row one token; "
+                f"raise max_batch_tokens",
+                param="max_batch_tokens",
+            )
+        self._blocks, self._slots = block_pool, slot_table
+        self._max_num_seqs = max_num_seqs
+        self._max_batch_tokens = max_batch_tokens
+        self._max_mixed_prefill_tokens = max_mixed_prefill_tokens
+        self._max_skips = max_skips
+        self.max_model_len = min(max_model_len, block_pool.max_tokens)
+        self._waiting: list[Sequence] = []  # both sorted by order, oldest first
+        self._running: list[Sequence] = []
+        self._num_added = 0
+        self._new_blocks: dict[int, None] = {}  # an ordered set: a block may go round twice before a step goes through
+        self._was_alone = False
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence.
+
+        Raises:
+            ContextLengthExceeded: it could not end even if it had the pool to itself.
+            EngineError: it needs an adapter, and there are no slots at all.
+        """
+        assert sequence.order < 0, "a sequence is added once"
+        assert sequence.status is SequenceStatus.WAITING, "a sequence that has ended does not come back"
+        max_tokens = sequence.request.params.max_tokens
+        wanted = sequence.num_prompt + (1 if max_tokens is None else max_tokens)
+        if wanted > self.max_model_len:
+            raise ContextLengthExceeded(
+                f"the prompt of {sequence.num_prompt} tokens and {wanted - sequence.num_prompt} to generate are {wanted}, but the served "
+                f"context is {self.max_model_len}; shorten the prompt or lower max_tokens",
+                param="prompt" if sequence.num_prompt >= self.max_model_len else "max_tokens",
+            )
+        if sequence.request.adapter is not None and not self._slots.num_slots:
+            raise EngineError("the request names an adapter, but this engine has no adapter slots; raise num_slots")
+        sequence.order = self._num_added
+        self._num_added += 1
+        self._waiting.append(sequence)
+
+    def abort(self, sequence: Sequence) -> None:
+        """End a sequence whose reader is gone; nothing happens to one that has ended."""
+        if sequence.status is not SequenceStatus.FINISHED:
+            sequence.finish_reason = "abort"
+            self.finish(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, running or waiting, and give back what it holds; nothing happens to one that has ended."""
+        self._release(sequence)
+        sequence.status = SequenceStatus.FINISHED
+
+    def schedule(self) -> SchedulerOutput:
+        """The next step. Changes nothing in `num_computed`: the engine calls `advance` after the forward, so that a step
+        that failed can be scheduled again.
+
+        Wherever there is work, there is at least one chunk.
+        """
+        step = _Step()
+        self._schedule_decode(step)
+        budget = self._max_batch_tokens - len(step.decode)
+        step.prefill_budget = min(budget, self._max_mixed_prefill_tokens) if step.decode else budget
+        for sequence in self._running:
+            if sequence.is_prefill:
+                self._schedule_prefill(step, sequence)
+        self._admit(step)
+        self._was_alone = any(sequence.is_whole and not step.decode for sequence, _ in step.prefill)
+        chunks = sorted(step.decode + step.prefill, key=lambda chunk: -1 if chunk[0].slot is None else chunk[0].slot)
+        assert chunks or not self.has_work, "there is work, but nothing to run"
+        return SchedulerOutput(chunks, list(self._new_blocks), self._uploads(chunks), step.preempted)
+
+    def advance(self, output: SchedulerOutput) -> None:
+        """The forward of `output` went through: its tokens are in the cache, its uploads in their slots.
+
+        Before the sampled tokens are appended. Sequences that have ended meanwhile are left alone.
+        """
+        for sequence, count in output.chunks:
+            if sequence.status is SequenceStatus.RUNNING:
+                sequence.num_computed += count
+        for slot, revision in output.uploads:
+            self._slots.mark_uploaded(slot, revision)
+        self._new_blocks.clear()
+
+    def _schedule_decode(self, step: _Step) -> None:
+        for sequence in list(self._running):  # preemption shortens it
+            if sequence.status is not SequenceStatus.RUNNING or sequence.is_prefill:
+                continue
+            assert sequence.num_pending == 1, "a row that runs got a token or was finished after its last step"
+            if self._grow(step, sequence):
+                step.decode.append((sequence, 1))
+
+    def _grow(self, step: _Step, sequence: Sequence) -> bool:
+        """Have a block for the pending token, at the expense of younger rows; False where `sequence` itself is the youngest."""
+        missing = self._blocks.blocks_for(len(sequence.token_ids)) - len(sequence.block_table)
+        while (blocks := self._blocks.allocate(missing)) is None:
+            victim = self._running[-1]
+            self._preempt(step, victim)
+            if victim is sequence:
+                return False
+        sequence.block_table += blocks
+        self._new_blocks.update(dict.fromkeys(blocks))
+        return True
+
+    def _schedule_prefill(self, step: _Step, sequence: Sequence) -> None:
+        """Give `sequence`, which has its blocks, its share of the step; that may be nothing."""
+        count = self._prefill_size(step, sequence)
+        if not count:
+            return
+        step.prefill.append((sequence, count))
+        step.prefill_budget = max(0, step.prefill_budget - count)
+        if len(step.decode) + count > self._max_batch_tokens:
+            step.decode.clear()  # alone: the rows keep their new blocks and go on in the next step
+
+    def _prefill_size(self, step: _Step, sequence: Sequence) -> int:
+        """Tokens that `sequence` may compute now, 0 for none.
+
+        A prompt that must be whole may exceed the share of prefill, and even the budget, if it is the only prefill of its
+        step. Over the budget it runs without the decode rows; two such steps never follow each other while rows decode.
+        """
+        pending = sequence.num_pending
+        if not sequence.is_whole:
+            return min(pending, step.prefill_budget)
+        if pending <= step.prefill_budget:
+            return pending
+        if step.prefill:
+            return 0
+        is_over = len(step.decode) + pending > self._max_batch_tokens
+        return 0 if is_over and step.decode and self._was_alone else pending
+
+    def _admit(self, step: _Step) -> None:
+        """Start waiting sequences while there are rows, tokens, blocks and slots for them."""
+        reserved = self._reserved_slot()
+        for sequence in self._waiting[:_LOOKAHEAD]:
+            if len(self._running) >= self._max_num_seqs or not step.prefill_budget:
+                return
+            slot = self._find_slot(sequence, reserved)
+            if slot is None and sequence.request.adapter is not None:
+                sequence.num_skipped += 1
+                continue
+            if not self._prefill_size(step, sequence):
+                return
+            # One spare block for each running row, or the next rows to grow would throw the newcomer out again. It also keeps
+            # blocks that were won by preemption from going straight back to the row that lost them.
+            missing = self._blocks.blocks_for(len(sequence.token_ids))
+            if self._blocks.num_free < missing + len(self._running):
+                return
+            blocks = self._blocks.allocate(missing)
+            assert blocks is not None, "these blocks were free a moment ago"
+            self._start(sequence, blocks, slot)
+            self._schedule_prefill(step, sequence)
+
+    def _reserved_slot(self) -> tuple[int, int] | None:
+        """(slot, order of the sequence that it is kept for): the oldest one that was passed over too often."""
+        for sequence in self._waiting[:_LOOKAHEAD]:
+            if sequence.num_skipped >= self._max_skips:
+                slot = self._slots.least_shared
+                return None if slot is None else (slot, sequence.order)
+        return None
+
+    def _find_slot(self, sequence: Sequence, reserved: tuple[int, int] | None) -> int | None:
+        revision = sequence.request.adapter
+        if revision is None:
+            return None
+        if reserved and sequence.order > reserved[1] and self._slots.find(revision) == reserved[0]:
+            return None
+        return self._slots.assign(revision)
+
+    def _start(self, sequence: Sequence, blocks: list[int], slot: int | None) -> None:
+        self._waiting.remove(sequence)
+        insort(self._running, sequence, key=lambda other: other.order)
+        sequence.status = SequenceStatus.RUNNING
+        sequence.block_table = blocks
+        self._new_blocks.update(dict.fromkeys(blocks))
+        sequence.num_skipped = 0
+        if slot is not None:
+            self._slots.acquire(slot)
+            sequence.slot = slot
+
+    def _preempt(self, step: _Step, sequence: Sequence) -> None:
+        self._release(sequence)
+        sequence.status = SequenceStatus.WAITING
+        sequence.num_preemptions += 1
+        insort(self._waiting, sequence, key=lambda other: other.order)
+        step.preempted.append(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        """The one place where blocks and slot go back; twice is as good as once."""
+        if sequence.status is SequenceStatus.RUNNING:
+            self._running.remove(sequence)
+        elif sequence.status is SequenceStatus.WAITING and sequence.order >= 0:
+            self._waiting.remove(sequence)
+        self._blocks.free(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed = 0
+        if sequence.slot is not None:
+            self._slots.release(sequence.slot)
+            sequence.slot = None
+
+    def _uploads(self, chunks: list[tuple[Sequence, int]]) -> list[tuple[int, str]]:
+        slots = {sequence.slot: sequence.request.adapter for sequence, _ in chunks}
+        return [(slot, revision) for slot, revision in slots.items() if slot is not None and revision and self._slots.needs_upload(slot)]
