@@ -89,12 +89,19 @@ def layer_router(**more: Any) -> dict[str, Any]:
     return {"site": "layer", "input": "residual", **more}
 
 
+THRESHOLD_FN = {"kind": "threshold_fn", "max_threshold": 0.9}
+TWO, THREE = ({"variant": "molora", "num_experts": count} for count in (2, 3))
+TWO_HYDRA = {"variant": "hydralora", "num_experts": 2}
+BIAS = {"bias": True}  # the routers inside a prompt or a parallel adapter have one in the authors' files
+
 FAMILIES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "soft": ("soft_moa", layer_router(net="swiglu", hidden=36), EVERYTHING),
     "soft_softmax": ("soft_moa", layer_router(activation="softmax", input="normed"), EVERYTHING),
-    "sparse_fn": ("sparse_moa", layer_router(select={"kind": "threshold_fn", "max_threshold": 0.9}), EVERYTHING),
+    "sparse_fn": ("sparse_moa", layer_router(select=THRESHOLD_FN), EVERYTHING),
     "sparse_const": (
-        "sparse_moa", layer_router(input="normed", net="swiglu", hidden=[8, 16, 24], select={"kind": "constant", "threshold": 0.5}), EVERYTHING,
+        "sparse_moa",
+        layer_router(input="normed", net="swiglu", hidden=[8, 16, 24], select={"kind": "constant", "threshold": 0.5}),
+        EVERYTHING,
     ),
     "instance": ("soft_moa_instance", layer_router(input="pooled"), EVERYTHING),
     "unipeft": (
@@ -109,7 +116,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
         {**LINEAR, "select": {"kind": "top_k", "k": 2}, "finalise": "renormalise"},
         [lora(f"{t}/{i}", layers=[x for x in LAYERS if i < 2 + x], rank=2 + i) for t in ("Q", "GATE", "DOWN") for i in range(4)],
     ),
-    "adamole": ("adamole", {**LINEAR, "select": {"kind": "adamole"}, "finalise": "subtract_renormalise"}, four("Q") + four("GATE") + four("O")),
+    "adamole": (
+        "adamole",
+        {**LINEAR, "select": {"kind": "adamole"}, "finalise": "subtract_renormalise"},
+        four("Q") + four("GATE") + four("O"),
+    ),
     "lora": ("lora", {"site": "none"}, [lora("Q", layers=[0]), lora("Q", layers=[2], rank=8), lora("V"), lora("DOWN")]),
     "prompt": ("prompt", {"site": "none"}, [prompt()]),
     "parallel_adapter": ("parallel_adapter", {"site": "none"}, [parallel()]),
@@ -117,27 +128,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "nested_molora": (
         "soft_moa",
         layer_router(net="swiglu", hidden=20),
-        [lora(t, inner={"variant": "molora", "num_experts": 3}) for t in ("Q", "V", "O", "DOWN")]
-        + [parallel(inner={"variant": "molora", "num_experts": 3, "bias": True})],
+        [lora(t, inner=THREE) for t in ("Q", "V", "O", "DOWN")] + [parallel(inner=THREE | BIAS)],
     ),
     "nested_hydra": (
         "sparse_moa",
-        layer_router(select={"kind": "threshold_fn", "max_threshold": 0.9}),
-        [lora(t, inner={"variant": "hydralora", "num_experts": 2}) for t in ("K", "UP", "DOWN")]
-        + [prompt(inner={"variant": "molora", "num_experts": 2, "bias": True}), parallel(inner={"variant": "hydralora", "num_experts": 2, "bias": True})],
+        layer_router(select=THRESHOLD_FN),
+        [lora(t, inner=TWO_HYDRA) for t in ("K", "UP", "DOWN")] + [prompt(inner=TWO | BIAS), parallel(inner=TWO_HYDRA | BIAS)],
     ),
     "composition_nested": (
         "composition",
         {"site": "none"},
-        [lora("Q", inner={"variant": "molora", "num_experts": 2}), prompt(inner={"variant": "molora", "num_experts": 2, "bias": True}),
-         parallel(inner={"variant": "molora", "num_experts": 2, "bias": True})],
+        [lora("Q", inner=TWO), prompt(inner=TWO | BIAS), parallel(inner=TWO | BIAS)],
     ),
     "partial": (
         "sparse_moa",
         layer_router(select={"kind": "constant", "threshold": 0.4}),
         [lora("Q", layers=[0]), lora("DOWN", layers=[0, 2]), prompt(layers=[2])],
     ),
-}  # fmt: skip
+}
 
 
 def raw_manifest(family: str, config: dict[str, Any] | None = None) -> dict[str, Any]:

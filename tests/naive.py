@@ -89,7 +89,12 @@ class NaiveModel:
         if self.m is None:
             return []
         here = [expert for expert in self.m["experts"] if layer in expert["layers"]]
-        return sorted(here, key=lambda e: (ORDER.index(e["name"].split("/")[0]), int((e["name"].split("/") + ["0"])[1])))
+
+        def place(expert: dict[str, Any]) -> tuple[int, int]:
+            site, _, number = expert["name"].partition("/")
+            return ORDER.index(site), int(number or 0)
+
+        return sorted(here, key=place)
 
     # -- experts
 

@@ -1,6 +1,7 @@
 """A sequence's tokens do not depend on its neighbours, their adapters, preemption or swapping."""
 
 import random
+from typing import Any
 
 import pytest
 from goldens import Golden, goldens
@@ -40,7 +41,7 @@ def run(llm: LLM, jobs: list[Job], params: SamplingParams = PARAMS) -> list[list
     return [completion.token_ids for completion in completions]
 
 
-def open_llm(family: str, device: str, **options: int) -> LLM:
+def open_llm(family: str, device: str, **options: Any) -> LLM:
     members = of_family(family)
     return LLM(members[0].base, adapters={golden.name: golden.source for golden in members}, device=device, dtype="float32", **options)
 

@@ -1,6 +1,7 @@
 """Every golden folder against the numbers of the authors' own code, in float32, through the same engine that serves."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_chunked_prefill_logits(golden: Golden) -> None:
     """The router sees each token once, whatever chunk it comes in; a mean over the prompt needs it whole."""
     sizes = (3, 7)
     for size in sizes:
-        options = {"max_batch_tokens": size, "max_num_seqs": 2, "kv_cache_bytes": 2**22}
+        options: dict[str, Any] = {"max_batch_tokens": size, "max_num_seqs": 2, "kv_cache_bytes": 2**22}
         with LLM(golden.base, adapters={"a": golden.source}, device="cpu", dtype="float32", **options) as llm:
             if golden.is_pooled:
                 close(llm.logits(golden.prompts[0], adapter="a"), golden.expected["logits"][0])  # whole, though over the budget
@@ -61,7 +62,7 @@ def test_decode_through_the_cache(golden: Golden, llm: LLM) -> None:
     assert slot is not None
     with llm._lease(str(revision)) as adapter:
         engine._bank.upload(slot, manifest, adapter.tensors)
-    rows, prefill = [], []
+    rows = []
     for prompt in golden.prompts:
         blocks = engine.block_pool.allocate(2)
         assert blocks is not None
@@ -90,8 +91,8 @@ def test_hidden_states(golden: Golden, llm: LLM) -> None:
     """Layer by layer, so that a wrong layer is named."""
 
     class Recording(Transformer):
-        def block(self, *args: object) -> Tensor:  # type: ignore[override]
-            out = super().block(*args)  # type: ignore[arg-type]
+        def block(self, *args: Any) -> Tensor:
+            out = super().block(*args)
             hidden.append(out)
             return out
 

@@ -1,5 +1,6 @@
 """The base alone against transformers: tiny random models of each kind, and the default base."""
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -96,14 +97,14 @@ def default_base() -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_default_base(default_base: Path, dtype: str, record_property: Any) -> None:
-    """float32: 64 greedy tokens of 8 prompts are equal. bfloat16: they part only where transformers' two best are nearly equal.
+def greedy_against(default_base: Path, dtype: str) -> list[tuple[float, float]]:
+    """(gap, spacing) at each of 8 x 64 places where transformers, given the same beginning, would have chosen another token.
 
-    One pass of transformers over prompt and completion says what it would have chosen at every place, given the same beginning.
+    One pass over prompt and completion says what it would have chosen everywhere. `gap` is how much less it gives our token, `spacing`
+    the distance of neighbouring numbers of the dtype at that size.
     """
     model = LlamaForCausalLM.from_pretrained(default_base, dtype=getattr(torch, dtype)).eval()
-    parted = 0
+    parted = []
     with LLM(default_base, device="cpu", dtype=dtype, kv_cache_bytes=2**28) as llm:
         assert llm.tokenizer is not None
         prompts = [llm.tokenizer.encode(text, parse_special=True) for text in TEXTS]
@@ -113,10 +114,20 @@ def test_default_base(default_base: Path, dtype: str, record_property: Any) -> N
         for prompt, completion in zip(prompts, llm.generate(prompts, GREEDY), strict=True):
             theirs = logits_of(model, prompt + completion.token_ids)[len(prompt) - 1 : -1]
             for row, token in zip(theirs, completion.token_ids, strict=True):
+                best = row.max()
                 if int(row.argmax()) != token:
-                    best = row.topk(2).values
-                    assert dtype == "bfloat16"
-                    assert best[0] - row[token] < 0.1, f"{float(best[0] - row[token])} apart"
-                    parted += 1
-    record_property("places_parted", parted)
-    print(f"{dtype}: {parted} of {len(prompts) * 64} places part")  # noqa: T201
+                    spacing = 2.0 ** math.floor(math.log2(abs(float(best)))) * torch.finfo(getattr(torch, dtype)).eps
+                    parted.append((float(best - row[token]), spacing))
+    return parted
+
+
+def test_default_base_in_float32(default_base: Path) -> None:
+    assert greedy_against(default_base, "float32") == []
+
+
+def test_default_base_in_bfloat16(default_base: Path) -> None:
+    """Logits of 16 to 64 are 0.125 to 0.25 apart in bfloat16: texts part where the two best are equal or neighbours, and rarely."""
+    parted = greedy_against(default_base, "bfloat16")
+    print(f"{len(parted)} of {len(TEXTS) * 64} places part")  # noqa: T201
+    assert all(gap <= max(0.1, spacing) for gap, spacing in parted), parted
+    assert len(parted) <= 0.04 * len(TEXTS) * 64
