@@ -3,7 +3,7 @@
     with LLM("folder", adapters={"math": "adapters/math"}) as llm:
         llm.generate(["1 + 1 =", "1 + 1 ="], SamplingParams(temperature=0), adapter=["math", None])
 
-Composition of store, engine and tokenizer for one process and one thread; the HTTP server composes the same parts around a thread of its own.
+Composition of store, engine and tokenizer for one process and one thread.
 """
 
 import os
@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -215,7 +216,9 @@ class LLM:
             if adapter.revision not in self._revisions():
                 self._engine.drop(adapter.revision)
         if not bool(torch.isfinite(logits).all()):
-            raise AdapterNotFinite(f"adapter {name!r}: gives NaN or infinity on a test prompt; its weights overflow in {self._engine.model.dtype}")
+            raise AdapterNotFinite(
+                f"adapter {name!r}: gives NaN or infinity on a test prompt; its weights overflow in {self._engine.model.dtype}"
+            )
         if not torch.equal(base, logits):
             return adapter
         reason = unchanged_reason(adapter.manifest, adapter.tensors, routing)
@@ -233,7 +236,7 @@ class LLM:
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        adapter: str | None | Sequence[str | None] = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[Completion]:
         """Complete every prompt, all of them in one mixed batch.
 
@@ -247,8 +250,8 @@ class LLM:
             InvalidRequest, AdapterNotFound: one prompt is not valid; then none has run.
         """
         self._check_open()
-        if isinstance(prompts, str):
-            raise InvalidRequest("prompts is one string; give a list of prompts", param="prompts")
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise InvalidRequest(f"prompts is one {type(prompts).__name__}; give a list of prompts", param="prompts")
         chosen = _spread("params", params or SamplingParams(), SamplingParams, len(prompts))
         names = _spread("adapter", adapter, str, len(prompts))
         jobs = [self._job(prompt, one, name) for prompt, one, name in zip(prompts, chosen, names, strict=True)]
@@ -287,7 +290,7 @@ class LLM:
         """Logits of every token, and the routing where there is a router, through the same step that serves."""
         is_routed = manifest is not None and manifest.router.site != "none"
         request = Request(
-            tuple(token_ids),
+            _token_ids(token_ids),
             SamplingParams(max_tokens=0),
             revision,
             is_pooled=manifest is not None and manifest.is_pooled,
@@ -324,7 +327,7 @@ class LLM:
                 raise InvalidRequest("a prompt is text, but the base has no tokenizer; give token ids", param="prompts")
             prompt = self.tokenizer.encode(prompt, parse_special=True)
         revision, manifest = self._resolve(adapter)
-        request = Request(tuple(prompt), params, revision, is_pooled=manifest is not None and manifest.is_pooled)
+        request = Request(_token_ids(prompt), params, revision, is_pooled=manifest is not None and manifest.is_pooled)
         return _Job(request, adapter, self.tokenizer)
 
     def _run(self, jobs: list[_Job]) -> None:
@@ -339,6 +342,15 @@ class LLM:
         finally:
             for sequence in running:
                 self._engine.end(sequence, "abort")
+
+
+def _token_ids(prompt: Any) -> tuple[int, ...]:
+    """Ids from a list, tuple, array or tensor; what is no whole number is left for Request to name."""
+    if hasattr(prompt, "tolist"):
+        prompt = prompt.tolist()
+    if not isinstance(prompt, list | tuple):
+        raise InvalidRequest(f"a prompt is of type {type(prompt).__name__}, but must be text or a list of token ids", param="prompts")
+    return tuple(int(item) if isinstance(item, np.integer) else item for item in prompt)
 
 
 def _spread(param: str, value: Any, kind: type, count: int) -> list[Any]:

@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from safetensors.torch import save_file
+from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
+from moa_serve.adapter.checkpoint import write_adapter
 from moa_serve.adapter.manifest import FORMAT, BaseShape, Manifest
 from moa_serve.config import ModelConfig
 
@@ -52,6 +55,16 @@ def base_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
         for name, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
             tensors[f"{prefix}.mlp.{name}_proj.weight"] = normal(*shape)
     return tensors
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer without merges: ids 1 and 2 are `<s>` and `</s>`, 3 to 258 the bytes. Needs a vocabulary of 259."""
+    symbols = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = tokenizers.Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(symbols)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.save(str(folder / "tokenizer.json"))
 
 
 def write_base(folder: Path, config: dict[str, Any] | None = None, seed: int = 0) -> Path:
@@ -152,6 +165,12 @@ def raw_manifest(family: str, config: dict[str, Any] | None = None) -> dict[str,
     variant, router, experts = FAMILIES[family]
     base = BaseShape.of(ModelConfig.from_hf(config or TINY)).model_dump(exclude_none=True)
     return {"format": FORMAT, "base": base, "variant": variant, "router": router, "experts": experts}
+
+
+def write_family(folder: Path, family: str, seed: int = 1, config: dict[str, Any] | None = None) -> Path:
+    """A random adapter as a folder of our own format."""
+    write_adapter(folder, *random_adapter(family, seed, config))
+    return folder
 
 
 def random_adapter(family: str, seed: int = 1, config: dict[str, Any] | None = None) -> tuple[Manifest, dict[str, Tensor]]:

@@ -1,0 +1,388 @@
+"""The Python surface on a tiny base: what it promises, and what it says to mistakes."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, TINY, random_adapter, write_base, write_family, write_tokenizer
+
+from moa_serve import LLM, AdapterSource, SamplingParams
+from moa_serve.adapter.checkpoint import write_adapter
+from moa_serve.errors import (
+    AdapterError,
+    AdapterExists,
+    AdapterIneffective,
+    AdapterNonfiniteOutput,
+    AdapterNotFinite,
+    AdapterNotFound,
+    AdapterQuarantined,
+    ContextLengthExceeded,
+    InvalidRequest,
+    MoaError,
+)
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+PROMPTS = [[5, 17, 80], [3], [44, 44, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23]]
+WITH_TEXT: dict[str, Any] = TINY | {"vocab_size": 259, "eos_token_id": 2}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def llm(base: Path) -> Iterator[LLM]:
+    with LLM(base, device="cpu", kv_cache_bytes=2**21) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    """A base that has a tokenizer."""
+    folder = write_base(tmp_path_factory.mktemp("talker"), WITH_TEXT)
+    write_tokenizer(folder)
+    with LLM(folder, device="cpu", kv_cache_bytes=2**21) as made:
+        yield made
+
+
+def tokens(llm: LLM, adapter: str | None, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
+    return [completion.token_ids for completion in llm.generate(prompts, GREEDY, adapter=adapter)]
+
+
+# -- loading and the self-test
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_loads_generates_and_changes_the_base(llm: LLM, family: str, tmp_path: Path) -> None:
+    loaded = llm.load_adapter("a", write_family(tmp_path / "a", family))
+    assert loaded.warnings == () or family == "instance"
+    assert len(loaded.revision) == 64
+    assert not torch.equal(llm.logits(PROMPTS[0], adapter="a"), llm.logits(PROMPTS[0]))
+    assert tokens(llm, "a") == [tokens(llm, "a", [prompt])[0] for prompt in PROMPTS]
+
+
+def test_a_fresh_adapter_is_served_with_a_warning(llm: LLM, tmp_path: Path) -> None:
+    manifest, tensors = random_adapter("soft")
+    for name in tensors:
+        if name.endswith(("lora_B", "up.weight", "up.bias", "PROMPT.gate")):
+            tensors[name].zero_()
+    write_adapter(tmp_path / "a", manifest, tensors)
+    loaded = llm.load_adapter("a", tmp_path / "a")
+    assert any("every output factor is zero" in warning for warning in loaded.warnings)
+    assert tokens(llm, "a") == tokens(llm, None)
+
+
+def test_an_adapter_that_selects_nothing_is_served_with_a_warning(llm: LLM, tmp_path: Path) -> None:
+    manifest, tensors = random_adapter("partial")
+    for name in tensors:
+        if name.endswith("router.bias"):
+            tensors[name].fill_(-50)
+    write_adapter(tmp_path / "a", manifest, tensors)
+    assert any("selected no expert" in warning for warning in llm.load_adapter("a", tmp_path / "a").warnings)
+
+
+def test_an_adapter_without_effect_is_refused(llm: LLM, tmp_path: Path) -> None:
+    """It would be served as if it worked: the commonest complaint about adapter servers."""
+    manifest, tensors = random_adapter("lora")
+    for name in tensors:
+        if name.endswith("lora_A"):
+            tensors[name].zero_()
+    write_adapter(tmp_path / "a", manifest, tensors)
+    with pytest.raises(AdapterIneffective, match="'a'"):
+        llm.load_adapter("a", tmp_path / "a")
+    assert llm.adapters == []
+
+
+def test_an_adapter_that_always_overflows_is_refused(llm: LLM, tmp_path: Path) -> None:
+    manifest, tensors = random_adapter("lora")
+    for name in tensors:
+        tensors[name].mul_(1e25)
+    write_adapter(tmp_path / "a", manifest, tensors)
+    with pytest.raises(AdapterNotFinite):
+        llm.load_adapter("a", tmp_path / "a")
+    assert llm.adapters == []
+    assert tokens(llm, None)
+
+
+def test_a_broken_adapter_changes_nothing(llm: LLM, tmp_path: Path) -> None:
+    llm.load_adapter("good", write_family(tmp_path / "good", "soft"))
+    before = tokens(llm, "good")
+    bad = write_family(tmp_path / "bad", "soft", seed=2)
+    data = (bad / "adapter.safetensors").read_bytes()
+    (bad / "adapter.safetensors").write_bytes(data[:-1])
+    for _ in range(3):
+        with pytest.raises(AdapterError):
+            llm.load_adapter("bad", bad)
+    assert llm.adapters == ["good"]
+    assert tokens(llm, "good") == before
+
+
+def test_a_name_is_taken_until_it_is_unloaded_and_then_never_stale(llm: LLM, tmp_path: Path) -> None:
+    first, second = write_family(tmp_path / "1", "soft", seed=1), write_family(tmp_path / "2", "sparse_fn", seed=2)
+    llm.load_adapter("a", first)
+    with pytest.raises(AdapterExists):
+        llm.load_adapter("a", second)
+    old = tokens(llm, "a")
+    llm.unload_adapter("a")
+    with pytest.raises(AdapterNotFound):
+        llm.generate(PROMPTS, GREEDY, adapter="a")
+    llm.load_adapter("a", second)
+    new = tokens(llm, "a")
+    assert new != old
+    llm.load_adapter("b", second)
+    assert tokens(llm, "b") == new
+
+
+def test_two_names_may_have_one_revision(llm: LLM, tmp_path: Path) -> None:
+    folder = write_family(tmp_path / "a", "soft")
+    assert llm.load_adapter("a", folder).revision == llm.load_adapter("b", folder).revision
+    expected = tokens(llm, "a")
+    llm.unload_adapter("a")
+    assert tokens(llm, "b") == expected
+
+
+def test_unloading_frees_the_tensors(llm: LLM, tmp_path: Path) -> None:
+    """A name that is forgotten while its memory stays is the peers' commonest leak."""
+    loaded = llm.load_adapter("a", write_family(tmp_path / "a", "molora"))
+    tokens(llm, "a")
+    alive = [weakref.ref(tensor) for tensor in loaded.tensors.values()]
+    slot = llm._engine.slot_table.find(loaded.revision)
+    assert slot is not None
+    layer = llm._engine._bank[slot].layers[0]
+    assert layer is not None
+    alive.append(weakref.ref(layer.linears["Q"].a))
+    del layer
+    del loaded
+    llm.unload_adapter("a")
+    gc.collect()
+    assert [reference() for reference in alive] == [None] * len(alive)
+
+
+def test_more_adapters_than_slots_and_than_memory(base: Path, tmp_path: Path) -> None:
+    """They queue for slots, and leave and enter host memory, and nothing of that shows in the tokens."""
+    folders = {family: write_family(tmp_path / family, family) for family in FAMILIES}
+    with LLM(base, adapters=folders, device="cpu", kv_cache_bytes=2**21) as roomy:
+        expected = {family: tokens(roomy, family) for family in folders}
+        largest = max(adapter.num_bytes for adapter in (roomy.load_adapter(f"{f}2", folder) for f, folder in folders.items()))
+    with LLM(base, adapters=folders, device="cpu", kv_cache_bytes=2**21, num_slots=2, adapter_cache_bytes=largest + 1) as tight:
+        names = [family for family in folders for _ in PROMPTS]
+        completions = tight.generate(PROMPTS * len(folders), GREEDY, adapter=names)
+        assert [completion.token_ids for completion in completions] == [ids for family in folders for ids in expected[family]]
+        assert tight._store.cache.num_bytes <= largest + 1
+
+
+def test_the_variant_that_files_cannot_tell(llm: LLM, tmp_path: Path) -> None:
+    folder = write_family(tmp_path / "a", "soft")
+    with pytest.raises(AdapterError, match="variant"):
+        llm.load_adapter("a", AdapterSource(folder, "no_such_variant"))
+
+
+# -- rows that overflow
+
+
+def test_a_row_of_nan_ends_alone_and_leaves_nothing_behind(base: Path, tmp_path: Path) -> None:
+    """Its pages are used again by others, and a masked NaN would still be one."""
+    folder = write_family(tmp_path / "a", "soft")
+    options: dict[str, Any] = {"device": "cpu", "kv_cache_bytes": 2**17, "max_num_seqs": 4}
+    with LLM(base, adapters={"good": folder}, **options) as clean:
+        expected = {name: tokens(clean, name) for name in ("good", None)}
+    with LLM(base, adapters={"good": folder, "bad": write_family(tmp_path / "b", "lora", seed=5)}, **options) as llm:
+        revision = llm._store.get("bad").revision
+        llm.generate([[1]], GREEDY, adapter="bad")  # its slot is filled now
+        slot = llm._engine.slot_table.find(revision)
+        assert slot is not None
+        layer = llm._engine._bank[slot].layers[0]
+        assert layer is not None
+        layer.linears["V"].b.fill_(3e38)  # finite weights that overflow in use
+        for attempt in range(3):
+            mixed = llm.generate(PROMPTS * 3, GREEDY, adapter=["bad"] * 1 + ["good"] * 2 + [None] * 3 + ["good"] * 3)
+            assert mixed[0].finish_reason == "error"
+            assert isinstance(mixed[0].error, AdapterNonfiniteOutput), attempt
+            assert [c.token_ids for c in mixed[1:3]] == expected["good"][1:]
+            assert [c.token_ids for c in mixed[3:6]] == expected[None]
+            assert [c.token_ids for c in mixed[6:]] == expected["good"]
+        with pytest.raises(AdapterQuarantined, match=revision[:12]):
+            llm.generate([[1]], GREEDY, adapter="bad")
+        assert tokens(llm, "good") == expected["good"]
+        assert llm._engine.block_pool.num_held == 0
+
+
+# -- requests
+
+
+def test_defaults_are_temperature_one_and_sixteen_tokens(llm: LLM) -> None:
+    (completion,) = llm.generate([[5]])
+    assert len(completion.token_ids) == 16
+    assert completion.finish_reason == "length"
+    assert completion.text == ""
+    assert completion.logprobs is None
+
+
+def test_a_list_of_prompts_is_answered_in_order_with_own_parameters(llm: LLM) -> None:
+    params = [SamplingParams(temperature=0, max_tokens=count) for count in (1, 5, 3)]
+    assert [len(completion.token_ids) for completion in llm.generate(PROMPTS, params)] == [1, 5, 3]
+    assert llm.generate([]) == []
+
+
+def test_logprobs_are_those_of_the_raw_logits(llm: LLM) -> None:
+    prompt = PROMPTS[0]
+    (completion,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=4, logprobs=3, logit_bias={7: 100.0}))
+    assert completion.token_ids == [7] * 4
+    assert completion.logprobs is not None
+    raw = llm.logits(prompt + completion.token_ids).log_softmax(-1)[len(prompt) - 1 : -1]
+    for row, found in zip(raw, completion.logprobs, strict=True):
+        assert found.logprob == pytest.approx(float(row[7]), abs=1e-4)
+        assert [token for token, _ in found.top] == row.topk(3).indices.tolist()
+
+
+def test_text_stops_before_a_stop_string_and_tokens_end_with_it(talker: LLM) -> None:
+    (whole,) = talker.generate(["hello"], SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
+    stop = whole.text[5:8]
+    (cut,) = talker.generate(["hello"], SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, stop=stop))
+    assert cut.finish_reason == "stop"
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert len(cut.token_ids) < len(whole.token_ids)
+
+
+def test_a_string_is_encoded_and_ids_are_taken_as_they_are(talker: LLM) -> None:
+    assert talker.tokenizer is not None
+    ids = talker.tokenizer.encode("hello", parse_special=True)
+    text, taken = talker.generate(["hello", ids], GREEDY)
+    assert text == taken
+    assert text.prompt_token_ids == tuple(ids)
+
+
+def test_one_invalid_prompt_stops_all_before_any_runs(llm: LLM) -> None:
+    steps = []
+    step = llm._engine.step
+    llm._engine.step = lambda: steps.append(1) or step()  # type: ignore[method-assign, func-returns-value]
+    with pytest.raises(InvalidRequest, match="vocabulary"):
+        llm.generate([[1], [96]], GREEDY)
+    assert steps == []
+
+
+def test_the_context_is_a_limit_and_can_be_used_up(base: Path) -> None:
+    with LLM(base, device="cpu", max_model_len=40, kv_cache_bytes=2**19) as llm:
+        assert llm.max_model_len == 40
+        (full,) = llm.generate([[1] * 30], SamplingParams(temperature=0, max_tokens=10))
+        assert len(full.token_ids) == 10
+        (rest,) = llm.generate([[1] * 30], SamplingParams(temperature=0, max_tokens=None))
+        assert rest.token_ids == full.token_ids
+        assert llm.logits([1] * 40).shape == (40, 96)
+        for prompt, count in ((30, 11), (40, 1), (41, None)):
+            with pytest.raises(ContextLengthExceeded, match="40"):
+                llm.generate([[1] * prompt], SamplingParams(max_tokens=count))
+
+
+def test_a_numpy_or_torch_prompt_is_a_prompt(llm: LLM) -> None:
+    ids = [5, 17, 80]
+    as_list, as_numpy, as_torch = llm.generate([ids, np.array(ids), torch.tensor(ids)], GREEDY)  # type: ignore[list-item]
+    assert as_list.token_ids == as_numpy.token_ids == as_torch.token_ids
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "one string": ({"prompts": "hello"}, "prompts"),
+    "text without a tokenizer": ({"prompts": ["hello"]}, "prompts"),
+    "empty prompt": ({"prompts": [[]]}, "prompt"),
+    "negative id": ({"prompts": [[-1]]}, "prompt"),
+    "fraction": ({"prompts": [[1.5]]}, "prompt"),
+    "bool": ({"prompts": [[True]]}, "prompt"),
+    "huge id": ({"prompts": [[2**70]]}, "prompt"),
+    "number": ({"prompts": [5]}, "prompts"),
+    "none": ({"prompts": None}, "prompts"),
+    "nested": ({"prompts": [[[1]]]}, "prompt"),
+    "unknown adapter": ({"prompts": [[1]], "adapter": "x"}, "adapter"),
+    "adapter of no kind": ({"prompts": [[1]], "adapter": {"x": 1}}, "adapter"),
+    "too few adapters": ({"prompts": [[1], [2]], "adapter": [None]}, "adapter"),
+    "params of no kind": ({"prompts": [[1]], "params": {"temperature": 0}}, "params"),
+    "too many params": ({"prompts": [[1]], "params": [GREEDY, GREEDY]}, "params"),
+    "nothing to generate": ({"prompts": [[1]], "params": SamplingParams(max_tokens=0)}, "max_tokens"),
+    "stop without text": ({"prompts": [[1]], "params": SamplingParams(stop="x")}, "stop"),
+    "bias of no token": ({"prompts": [[1]], "params": SamplingParams(logit_bias={96: 1.0})}, "logit_bias"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_told_by_field(llm: LLM, case: str) -> None:
+    arguments, param = MISTAKES[case]
+    with pytest.raises(MoaError) as caught:
+        llm.generate(**arguments)
+    assert caught.value.param == param
+    assert tokens(llm, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"backend": "native"}, "native"),
+        ({"backend": "jax"}, "jax"),
+        ({"device": "tpu"}, "tpu"),
+        ({"dtype": "int4"}, "int4"),
+        ({"max_rows": 3}, "max_rows"),
+        ({"num_slots": 0}, "num_slots"),
+        ({"num_slots": True}, "num_slots"),
+        ({"kv_cache_bytes": 2**60}, "kv_cache_bytes"),
+        ({"kv_cache_bytes": 10}, "KV cache"),
+        ({"kv_cache_bytes": 2**16, "max_model_len": 512}, "max_model_len"),
+        ({"max_num_seqs": 32, "max_batch_tokens": 8}, "max_batch_tokens"),
+    ],
+)
+def test_options_are_checked_when_the_engine_is_made(base: Path, arguments: dict[str, Any], match: str) -> None:
+    with pytest.raises(MoaError, match=match):
+        LLM(base, **arguments)
+
+
+def test_a_closed_llm_says_so(base: Path) -> None:
+    llm = LLM(base, device="cpu", kv_cache_bytes=2**20)
+    llm.close()
+    llm.close()
+    for call in (lambda: llm.generate([[1]]), lambda: llm.logits([1]), lambda: llm.adapters, lambda: llm.load_adapter("a", "b")):
+        with pytest.raises(MoaError, match="closed"):
+            call()
+
+
+def test_closing_frees_weights_and_cache(base: Path) -> None:
+    llm = LLM(base, device="cpu", kv_cache_bytes=2**20)
+    llm.generate([[1]])
+    alive = [weakref.ref(llm._engine.model.weights.embed), weakref.ref(llm._engine._cache.keys)]
+    llm.close()
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None]
+
+
+# -- routing
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_routing_has_a_layers_own_experts_left_aligned(llm: LLM, family: str, tmp_path: Path) -> None:
+    loaded = llm.load_adapter("a", write_family(tmp_path / "a", family))
+    manifest, prompt = loaded.manifest, PROMPTS[2]
+    if manifest.router.site == "none":
+        with pytest.raises(InvalidRequest, match="no router"):
+            llm.route(prompt, adapter="a")
+        return
+    routing = llm.route(prompt, adapter="a")
+    widest = max(len(manifest.layer(layer).experts) for layer in range(3))
+    assert routing.weights.shape == routing.selected.shape == routing.gates.shape == (3, len(prompt), widest)
+    for layer, names in enumerate(routing.experts):
+        assert names == [expert.name for expert in manifest.layer(layer).experts]
+        assert not routing.weights[layer, :, len(names) :].any()
+        assert not routing.selected[layer, :, len(names) :].any()
+        assert (routing.gates[layer] > 0).equal(routing.selected[layer])
+    assert (routing.threshold is not None) == (manifest.variant == "sparse_moa")
+    if manifest.is_pooled:
+        assert torch.equal(routing.weights[:, :1].expand_as(routing.weights), routing.weights)
+    assert set(routing.inner) == {expert.name for expert in manifest.experts if expert.inner}
+    for shares in routing.inner.values():
+        torch.testing.assert_close(shares.sum(-1), torch.ones(3, len(prompt)))
+
+
+def test_options_of_routing_are_refused_rather_than_ignored(llm: LLM) -> None:
+    with pytest.raises(InvalidRequest, match="threshold"):
+        llm.logits([1], moa={"threshold": 0.5})
