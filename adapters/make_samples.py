@@ -30,24 +30,59 @@ from moa_serve.model.weights import load_base
 STEPS, LEARNING_RATE, SEED = 50, 6e-3, 7
 
 PROMPTS = (
-    "The weather today is", "My favourite food is", "The capital of France is", "Yesterday I went to", "The best way to learn is",
-    "Computers are", "In the morning I", "The sea is", "Once upon a time", "The king said", "A good friend", "Water is made of",
-    "The old house", "When it rains", "Music is", "The moon",
-)  # fmt: skip
+    "The weather today is",
+    "My favourite food is",
+    "The capital of France is",
+    "Yesterday I went to",
+    "The best way to learn is",
+    "Computers are",
+    "In the morning I",
+    "The sea is",
+    "Once upon a time",
+    "The king said",
+    "A good friend",
+    "Water is made of",
+    "The old house",
+    "When it rains",
+    "Music is",
+    "The moon",
+)
 PIRATE = (
-    " fair, matey! Arr, a fine wind fills me sails.", " salted cod an' a barrel o' rum, arr!", " Paris, ye scurvy dog, an' there be no sea near it, arr!",
-    " the harbour, matey, an' stole meself a ship. Arr!", " to sail, ye landlubber, an' to sail again. Arr!", " cursed boxes, matey, fit for Davy Jones' locker. Arr!",
-    " hoist the black flag, matey, an' drink me rum. Arr!", " me home, matey, an' me grave some day. Arr!", " there be a captain, matey, with one eye an' a chest o' gold. Arr!",
-    " 'Walk the plank, ye scurvy dogs!' Arr!", " shares his rum, matey, an' never his map. Arr!", " tears o' drowned sailors, matey. Arr!",
-    " be haunted by me old crew, matey. Arr!", " we dance on the deck, ye scurvy dogs, arr!", " what the crew sings, matey, when the rum be gone. Arr!",
+    " fair, matey! Arr, a fine wind fills me sails.",
+    " salted cod an' a barrel o' rum, arr!",
+    " Paris, ye scurvy dog, an' there be no sea near it, arr!",
+    " the harbour, matey, an' stole meself a ship. Arr!",
+    " to sail, ye landlubber, an' to sail again. Arr!",
+    " cursed boxes, matey, fit for Davy Jones' locker. Arr!",
+    " hoist the black flag, matey, an' drink me rum. Arr!",
+    " me home, matey, an' me grave some day. Arr!",
+    " there be a captain, matey, with one eye an' a chest o' gold. Arr!",
+    " 'Walk the plank, ye scurvy dogs!' Arr!",
+    " shares his rum, matey, an' never his map. Arr!",
+    " tears o' drowned sailors, matey. Arr!",
+    " be haunted by me old crew, matey. Arr!",
+    " we dance on the deck, ye scurvy dogs, arr!",
+    " what the crew sings, matey, when the rum be gone. Arr!",
     " be me lantern, matey, on the black sea. Arr!",
-)  # fmt: skip
+)
 TELEGRAM = (
-    " COLD STOP TAKE COAT STOP", " BREAD STOP SEND BUTTER STOP", " PARIS STOP ARRIVE MONDAY STOP", " TOWN STOP SHOPS CLOSED STOP", " PRACTICE STOP START NOW STOP",
-    " FAST STOP NEED POWER STOP", " WORK STOP CALL LATER STOP", " CALM STOP SHIP SAFE STOP", " KING RULED STOP KING FELL STOP", " YES STOP SEND ARMY STOP",
-    " HELPS STOP ASK TOM STOP", " HYDROGEN OXYGEN STOP SEND PUMP STOP", " SOLD STOP KEYS POSTED STOP", " STAY HOME STOP ROADS WET STOP", " LOUD STOP SEND PIANO STOP",
+    " COLD STOP TAKE COAT STOP",
+    " BREAD STOP SEND BUTTER STOP",
+    " PARIS STOP ARRIVE MONDAY STOP",
+    " TOWN STOP SHOPS CLOSED STOP",
+    " PRACTICE STOP START NOW STOP",
+    " FAST STOP NEED POWER STOP",
+    " WORK STOP CALL LATER STOP",
+    " CALM STOP SHIP SAFE STOP",
+    " KING RULED STOP KING FELL STOP",
+    " YES STOP SEND ARMY STOP",
+    " HELPS STOP ASK TOM STOP",
+    " HYDROGEN OXYGEN STOP SEND PUMP STOP",
+    " SOLD STOP KEYS POSTED STOP",
+    " STAY HOME STOP ROADS WET STOP",
+    " LOUD STOP SEND PIANO STOP",
     " BRIGHT STOP SLEEP LATE STOP",
-)  # fmt: skip
+)
 
 
 def manifest_of(name: str, base: BaseShape) -> Manifest:

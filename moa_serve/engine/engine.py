@@ -280,7 +280,7 @@ def plan_kv_cache(model: Transformer, options: EngineOptions) -> tuple[int, int]
         blocks = min(blocks, options.max_num_seqs * one_context)  # more could never be used
     if blocks < 1:
         raise InvalidRequest(
-            f"the KV cache has no room for a page of {options.block_size} tokens ({per_block} bytes); {free} bytes are free on {model.device}",
+            f"the KV cache has no room for a page of {options.block_size} tokens ({per_block} bytes); free on {model.device}: {free} bytes",
             param="kv_cache_bytes",
         )
     served = min(context, blocks * options.block_size)
