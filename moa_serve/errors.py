@@ -8,6 +8,7 @@
     │   ├── ModelUnsupported           base_unsupported
     │   └── ModelCorrupt               base_corrupt
     ├── EngineError                    internal_error
+    ├── Overloaded                     server_overloaded         too many requests are running or waiting
     └── AdapterError                   an adapter cannot be used
         ├── AdapterNotFound            adapter_not_found
         ├── AdapterNameInvalid         adapter_name_invalid
@@ -79,6 +80,10 @@ class ModelCorrupt(ModelError):
 
 class EngineError(MoaError):
     code = "internal_error"
+
+
+class Overloaded(MoaError):
+    code = "server_overloaded"
 
 
 class AdapterError(MoaError):

@@ -4,6 +4,7 @@ Owns every tensor in use, the scheduler, the pools and the bank. Knows token ids
 Not thread-safe: one thread calls it. A request ends exactly once, and its blocks and slot go back in one place (`_release`).
 """
 
+import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from moa_serve.engine.pools import BlockPool, SlotTable
 from moa_serve.engine.request import Request, Sequence, TokenLogprob, kv_root
 from moa_serve.engine.routing import RoutedLayers
 from moa_serve.engine.runner import ModelRunner
-from moa_serve.engine.sampler import Sampler
+from moa_serve.engine.sampler import Sampler, token_logprobs
 from moa_serve.engine.scheduler import Scheduler
 from moa_serve.errors import (
     AdapterNonfiniteOutput,
@@ -30,6 +31,7 @@ from moa_serve.errors import (
 )
 from moa_serve.model.attention import KVCache
 from moa_serve.model.bank import AdapterBank
+from moa_serve.model.counters import RoutingTotals
 from moa_serve.model.transformer import Transformer
 
 Lease = Callable[[str], AbstractContextManager[Adapter]]
@@ -82,9 +84,13 @@ class TokenEvent:
 
 @dataclass(eq=False, slots=True)
 class Collected:
-    """What a request asked to keep of its forward: logits of its prompt and its routers' words, a piece for each chunk."""
+    """What a request asked to keep of its forward: of its prompt logits or log-probabilities, and its routers' words, chunk by chunk.
+
+    `prompt_logprobs[i]` is of prompt token i + 1, given those before it.
+    """
 
     logits: list[Tensor] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     routing: list[RoutedLayers] = field(default_factory=list)
 
 
@@ -117,10 +123,18 @@ class Engine:
         self._sampler = Sampler(model.config.vocab_size, model.device)
         self._nonfinite: dict[str, int] = {}
         self.collected: dict[str, Collected] = {}
+        self.num_preemptions = 0
+        self.did_work = True  # whether the last step had anything to run
+
+    def routing_totals(self, revision: str) -> RoutingTotals | None:
+        """What the routers of an adapter decided since it was loaded; None before its first token."""
+        counters = self._runner.counters.get(revision)
+        return None if counters is None else counters.snapshot()
 
     def drop(self, revision: str) -> None:
-        """Free the slot of a revision that is gone for good, and forget that it ever failed."""
+        """Free the slot of a revision that is gone for good, and forget its totals and that it ever failed."""
         self._nonfinite.pop(revision, None)
+        self._runner.counters.pop(revision, None)
         slot = self.slot_table.drop(revision)
         if slot is not None:
             self._bank.clear(slot)
@@ -161,7 +175,7 @@ class Engine:
         dtype = str(self.model.dtype).removeprefix("torch.")
         root = kv_root(self._base_digest, dtype, self.backend, request.adapter, {}, "")
         sequence = Sequence(request, list(request.prompt_ids), root, self.model.config.eos_token_ids)
-        if request.collect_logits or request.collect_routing:
+        if sequence.wants_prompt_logits or request.collect_routing:
             self.collected[request.request_id] = Collected()
         self.scheduler.add(sequence)
         return sequence
@@ -177,6 +191,7 @@ class Engine:
 
     def _release(self, sequence: Sequence, reason: str) -> None:
         sequence.finish_reason = reason
+        sequence.finished_at = time.monotonic()
         self.scheduler.finish(sequence)
 
     def step(self) -> list[TokenEvent]:
@@ -185,7 +200,14 @@ class Engine:
         Raises:
             EngineError: the step failed as a whole; every sequence is still queued or running, and the caller decides.
         """
+        started = time.monotonic()
         plan = self.scheduler.schedule()
+        self.num_preemptions += len(plan.preempted)
+        self.did_work = bool(plan.chunks)
+        if not plan.chunks:
+            return []
+        for sequence, _ in plan.chunks:
+            sequence.scheduled_at = sequence.scheduled_at or started
         for slot, revision in plan.uploads:
             with self._lease(revision) as adapter:
                 self._bank.upload(slot, adapter.manifest, adapter.tensors)
@@ -210,7 +232,13 @@ class Engine:
             if sequence.num_computed == 0 and sequence.request.request_id in self.collected:
                 self.collected[sequence.request.request_id] = Collected()  # preempted: it starts over
         for sequence, rows in logits:
-            self.collected[sequence.request.request_id].logits.append(rows)
+            kept = self.collected[sequence.request.request_id]
+            if sequence.request.collect_logits:
+                kept.logits.append(rows)
+            if sequence.request.prompt_logprobs is not None:
+                following = sequence.request.prompt_ids[sequence.num_computed + 1 : sequence.num_computed + 1 + len(rows)]
+                wanted = [sequence.request.prompt_logprobs] * len(following)
+                kept.prompt_logprobs += token_logprobs(rows[: len(following)], following, wanted)
         for sequence, layers in routing:
             self.collected[sequence.request.request_id].routing.append(layers)
 
@@ -218,6 +246,7 @@ class Engine:
         if not sampling:
             return []
         sampled = self._sampler.sample(logits, sampling)
+        now = time.monotonic()
         events = []
         for row, sequence in enumerate(sampling):
             if not sampled.is_finite[row]:
@@ -225,6 +254,7 @@ class Engine:
                 continue
             token = sampled.ids[row]
             sequence.append(token)
+            sequence.first_token_at = sequence.first_token_at or now
             reason = self._finish_reason(sequence, token)
             if reason:
                 self._release(sequence, reason)

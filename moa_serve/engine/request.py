@@ -108,7 +108,8 @@ class Request:
         adapter: revision (64 hex digits); None is the base alone.
         is_pooled: the adapter weighs its experts by the mean over the whole prompt, so the prompt is computed in one step.
         collect_logits: keep the logits of every prompt position.
-        collect_routing: keep the router's weights of every prompt position.
+        collect_routing: keep the router's weights of every position.
+        prompt_logprobs: 0 to 20: log-probabilities of the prompt's tokens and of this many best ones at each place; None is none.
         request_id: names the request in logs and outputs.
         arrival: `time.monotonic()` seconds. For timings; the order of arrival is the order of `Scheduler.add`.
     Raises:
@@ -121,6 +122,7 @@ class Request:
     is_pooled: bool = False
     collect_logits: bool = False
     collect_routing: bool = False
+    prompt_logprobs: int | None = None
     request_id: str = field(default_factory=lambda: secrets.token_hex(8))
     arrival: float = field(default_factory=time.monotonic)
 
@@ -129,9 +131,11 @@ class Request:
         if not self.prompt_ids:
             raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
         object.__setattr__(self, "prompt_ids", _token_ids("prompt", self.prompt_ids))
-        if self.params.max_tokens == 0 and not (self.collect_logits or self.collect_routing):
+        _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True)
+        collects = self.collect_logits or self.collect_routing or self.prompt_logprobs is not None
+        if self.params.max_tokens == 0 and not collects:
             raise InvalidRequest(
-                "max_tokens is 0, which only scores the prompt, but neither logits nor routing are asked for; use 1 or more",
+                "max_tokens is 0, which only scores the prompt, but nothing about the prompt is asked for; use 1 or more",
                 param="max_tokens",
             )
 
@@ -172,6 +176,11 @@ class Sequence:
     order: int = -1  # of arrival: older is smaller; -1 until the scheduler knows it
     num_skipped: int = 0  # steps in which it waited for nothing but a slot
     num_preemptions: int = 0
+    is_paused: bool = False  # its reader is behind: it keeps what it holds and gets no tokens
+
+    scheduled_at: float | None = None  # time.monotonic() when its first step began
+    first_token_at: float | None = None
+    finished_at: float | None = None
 
     gates: Any = None  # the model's: a pooled adapter's weights, known once the prompt was seen; they outlive preemption
     sampler_state: Any = None  # the sampler's: token counts and the like; outlives preemption
@@ -184,6 +193,10 @@ class Sequence:
     def append(self, token_id: int) -> None:
         """One more generated token; it is pending until the next step computes it."""
         self.token_ids.append(token_id)
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        return self.request.collect_logits or self.request.prompt_logprobs is not None
 
     @property
     def num_prompt(self) -> int:

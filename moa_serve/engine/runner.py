@@ -16,6 +16,7 @@ from moa_serve.engine.routing import RoutedLayers
 from moa_serve.model.attention import Chunk, KVCache, PagedAttention
 from moa_serve.model.bank import AdapterBank
 from moa_serve.model.batch import ForwardBatch, PooledRows, RoutingTrace, Segment
+from moa_serve.model.counters import RouterCounters
 from moa_serve.model.moa import MoaWeights
 from moa_serve.model.transformer import Transformer
 
@@ -28,7 +29,7 @@ class StepOutput:
 
     sampling: list[Sequence]
     logits: Tensor
-    collected_logits: list[tuple[Sequence, Tensor]] = field(default_factory=list)  # (n, V) float32 of the step's tokens
+    collected_logits: list[tuple[Sequence, Tensor]] = field(default_factory=list)  # (n, V) float32 of the step's prompt tokens
     collected_routing: list[tuple[Sequence, RoutedLayers]] = field(default_factory=list)
 
 
@@ -57,6 +58,7 @@ def _prompt_part(sequence: Sequence, count: int) -> int:
 class ModelRunner:
     def __init__(self, model: Transformer, cache: KVCache, bank: AdapterBank) -> None:
         self.model, self.cache, self.bank = model, cache, bank
+        self.counters: dict[str, RouterCounters] = {}  # by revision: they outlive the adapter's stay in a slot
 
     @torch.inference_mode()
     def run(self, work: Work) -> StepOutput:
@@ -110,7 +112,11 @@ class ModelRunner:
         adapter = self.bank[slot]
         start, end = layout.starts[first], layout.starts[last]
         pooled = self._pooled(layout, first, last, adapter) if adapter.manifest.is_pooled else None
-        return Segment(start, end, adapter, pooled)
+        revision = layout.work[first][0].request.adapter
+        assert revision is not None
+        counters = self.counters.get(revision) or self.counters.setdefault(revision, RouterCounters(adapter.manifest, self.model.device))
+        counters.tokens += end - start
+        return Segment(start, end, adapter, pooled, counters)
 
     def _pooled(self, layout: _Layout, first: int, last: int, adapter: MoaWeights) -> PooledRows:
         group, origin = layout.work[first:last], layout.starts[first]
@@ -144,7 +150,7 @@ class ModelRunner:
             if count == sequence.num_pending and sequence.request.params.max_tokens != 0:
                 last.append(start + count - 1)
                 sampling.append(sequence)
-            if sequence.request.collect_logits:
+            if sequence.wants_prompt_logits:
                 everything.append(np.arange(start, start + _prompt_part(sequence, count)))
         return np.concatenate([np.array(last, dtype=np.int64), *everything]), sampling
 
@@ -152,7 +158,7 @@ class ModelRunner:
         output = StepOutput(sampling, logits[: len(sampling)])
         offset = len(sampling)
         for sequence, count in layout.work:
-            if sequence.request.collect_logits:
+            if sequence.wants_prompt_logits:
                 rows = _prompt_part(sequence, count)
                 output.collected_logits.append((sequence, logits[offset : offset + rows]))
                 offset += rows

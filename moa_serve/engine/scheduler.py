@@ -7,6 +7,7 @@ The rules, and why nothing can wait for ever:
 
 - Decode rows come first, one token each; prefill takes what the budget leaves, in order of arrival.
 - A sequence is admitted with the blocks of all its pending tokens at once, so only a decode row ever asks for another one.
+- A paused row (its reader is behind) gets no tokens; it is the first to lose its blocks, for it would not use them.
 - When blocks run out, the youngest running row gives all of its back and is computed anew later. It never takes from an
   older one, so the oldest running row always advances; it fits the pool alone, so it ends, and then the next is the oldest.
 - Who comes first is served first. Only a sequence that waits for nothing but a slot is passed over, by those whose adapter
@@ -114,6 +115,9 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
 
+    def _is_held_up(self) -> bool:
+        return not self.has_work or any(sequence.is_paused for sequence in (*self._running, *self._waiting))
+
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence.
 
@@ -152,19 +156,19 @@ class Scheduler:
         """The next step. Changes nothing in `num_computed`: the engine calls `advance` after the forward, so that a step
         that failed can be scheduled again.
 
-        Wherever there is work, there is at least one chunk.
+        Wherever there is work, there is at least one chunk, unless paused rows are all there is or hold what the others need.
         """
         step = _Step()
         self._schedule_decode(step)
         budget = self._max_batch_tokens - len(step.decode)
         step.prefill_budget = min(budget, self._max_mixed_prefill_tokens) if step.decode else budget
         for sequence in self._running:
-            if sequence.is_prefill:
+            if sequence.is_prefill and not sequence.is_paused:
                 self._schedule_prefill(step, sequence)
         self._admit(step)
         self._was_alone = any(sequence.is_whole and not step.decode for sequence, _ in step.prefill)
         chunks = sorted(step.decode + step.prefill, key=lambda chunk: -1 if chunk[0].slot is None else chunk[0].slot)
-        assert chunks or not self.has_work, "there is work, but nothing to run"
+        assert chunks or self._is_held_up(), "there is work, but nothing to run"
         return SchedulerOutput(chunks, list(self._new_blocks), self._uploads(chunks), step.preempted)
 
     def advance(self, output: SchedulerOutput) -> None:
@@ -181,17 +185,17 @@ class Scheduler:
 
     def _schedule_decode(self, step: _Step) -> None:
         for sequence in list(self._running):  # preemption shortens it
-            if sequence.status is not SequenceStatus.RUNNING or sequence.is_prefill:
+            if sequence.status is not SequenceStatus.RUNNING or sequence.is_prefill or sequence.is_paused:
                 continue
             assert sequence.num_pending == 1, "a row that runs got a token or was finished after its last step"
             if self._grow(step, sequence):
                 step.decode.append((sequence, 1))
 
     def _grow(self, step: _Step, sequence: Sequence) -> bool:
-        """Have a block for the pending token, at the expense of younger rows; False where `sequence` itself is the youngest."""
+        """Have a block for the pending token, at the expense of paused and then younger rows; False where `sequence` is the youngest."""
         missing = self._blocks.blocks_for(len(sequence.token_ids)) - len(sequence.block_table)
         while (blocks := self._blocks.allocate(missing)) is None:
-            victim = self._running[-1]
+            victim = next((row for row in self._running if row.is_paused), self._running[-1])
             self._preempt(step, victim)
             if victim is sequence:
                 return False
@@ -231,6 +235,8 @@ class Scheduler:
         for sequence in self._waiting[:_LOOKAHEAD]:
             if len(self._running) >= self._max_num_seqs or not step.prefill_budget:
                 return
+            if sequence.is_paused:
+                continue
             slot = self._find_slot(sequence, reserved)
             if slot is None and sequence.request.adapter is not None:
                 sequence.num_skipped += 1

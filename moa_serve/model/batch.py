@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from moa_serve.model.counters import RouterCounters
 from moa_serve.model.moa import MoaLayer, MoaWeights, Routed
 
 
@@ -29,12 +30,13 @@ class PooledRows:
 
 @dataclass(eq=False, slots=True)
 class Segment:
-    """The tokens [start, end) of a batch that share one adapter."""
+    """The tokens [start, end) of a batch that share one adapter; its routers' words are added to `counters` where given."""
 
     start: int
     end: int
     adapter: MoaWeights
     pooled: PooledRows | None = None
+    counters: RouterCounters | None = None
 
 
 @dataclass(eq=False, slots=True)

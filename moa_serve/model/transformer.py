@@ -28,6 +28,7 @@ class ActiveLayer:
     def __init__(self, number: int, segment: Segment, weights: MoaLayer, index: int, x: Tensor, n: Tensor, batch: ForwardBatch) -> None:
         self.rows = slice(segment.start, segment.end)
         self.number, self.weights, self.index, self.trace = number, weights, index, batch.trace
+        self.counters = segment.counters
         self.gates = self._layer_gates(segment, x, n)
 
     def _layer_gates(self, segment: Segment, x: Tensor, n: Tensor) -> Tensor | None:
@@ -56,7 +57,11 @@ class ActiveLayer:
         return Routed(gates, None, torch.ones_like(gates, dtype=torch.bool), gates)
 
     def _note(self, site: str, routed: Routed | None) -> None:
-        if self.trace is not None and routed is not None:
+        if routed is None:
+            return
+        if self.counters is not None:
+            self.counters.add(self.index, site, routed)
+        if self.trace is not None:
             self.trace.add(self.number, self.index, site, routed)
 
     def _add(self, site: str, mixture: Mixture, expert: Expert, source: Tensor, reads: Tensor, out: Tensor) -> None:

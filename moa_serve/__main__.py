@@ -1,0 +1,307 @@
+"""`moa-serve`, the command: reads flags and variables, composes the parts, shows what came of it, says so in the exit code.
+
+0 all is well; 1 an adapter is wrong, or a completion ended in an error; 2 wrong usage, or a base that cannot be served; 130 Ctrl-C.
+Whatever loads torch is imported inside the commands, so that `--help` and mistakes in flags answer at once.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from moa_serve.errors import AdapterCorrupt, AdapterError, InvalidRequest, MoaError, ModelError
+from moa_serve.shell import terminal
+
+if TYPE_CHECKING:
+    from moa_serve.adapter.adapter import Adapter, AdapterSource
+    from moa_serve.llm import LLM
+    from moa_serve.shell.answers import Answer
+    from moa_serve.shell.selection import Column
+
+FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+
+
+class Shell(TyperGroup):
+    """Turns whatever a command meets into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            result = super().invoke(ctx)
+            terminal.flush()
+        except MoaError as error:
+            terminal.show_error(error)
+            raise typer.Exit(USAGE if isinstance(error, ModelError | InvalidRequest) else FAILURE) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            terminal.let_go()
+            raise typer.Exit(FAILURE) from None
+        return result
+
+
+app = typer.Typer(
+    cls=Shell,
+    name="moa-serve",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="One frozen LLaMA base, many Mixture-of-Adapters sets on it, one chosen per request.",
+)
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", envvar="MOA_MODEL", help="Base: a folder, a GGUF file or a hub id.", show_default="SmolLM2-135M-Instruct"),
+]
+Variant = Annotated[str | None, typer.Option("--variant", help="Family of the adapter, where its files alone cannot tell it.")]
+AdaptersDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapters-dir",
+        envvar="MOA_ADAPTERS_DIR",
+        exists=True,
+        file_okay=False,
+        help="Folder of adapter folders.",
+        show_default="./adapters where it exists",
+    ),
+]
+Backend = Annotated[str, typer.Option("--backend", envvar="MOA_BACKEND", help="auto or torch.")]
+Device = Annotated[str, typer.Option("--device", envvar="MOA_DEVICE", help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option("--dtype", envvar="MOA_DTYPE", help="auto (bfloat16 on CUDA, else float32), float32 or bfloat16.")]
+
+
+def _version_line() -> str:
+    python = ".".join(map(str, sys.version_info[:3]))
+    return f"moa-serve {version_of('moa_serve')} (Python {python}, torch {version_of('torch')})"
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(_version_line())
+        raise typer.Exit
+
+
+@app.callback()
+def shell(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """The options before the command."""
+
+
+@app.command()
+def version() -> None:
+    """Show the version."""
+    typer.echo(_version_line())
+
+
+@app.command()
+def check(
+    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter: our format, the authors', or PEFT LoRA.", show_default=False)],
+    model: Model = None,
+    variant: Variant = None,
+    no_self_test: Annotated[bool, typer.Option("--no-self-test", help="Only read and validate; do not run a test prompt.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for a wrong adapter too.")] = False,
+) -> None:
+    """Read an adapter, validate it against the base, and try it.
+
+    Exit code 1 with the whole list of what is wrong with the adapter; 2 where the base itself cannot be served.
+    """
+    from moa_serve.adapter.adapter import AdapterSource
+    from moa_serve.shell import report
+
+    name = _name_of(adapter)
+    try:
+        found, base = _read_adapter(name, AdapterSource(adapter, variant), model, is_tried=not no_self_test)
+    except AdapterError as error:
+        if as_json:
+            typer.echo(json.dumps(report.failure_json(name, error)))
+        raise
+    if as_json:
+        typer.echo(json.dumps(report.to_json(name, found, base, not no_self_test)))
+    else:
+        report.show(terminal.output(), name, found, base, is_tried=not no_self_test)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the adapter, in any format that `check` reads.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="New folder, or an adapter of format version 1 to overwrite.")],
+    variant: Variant = None,
+    model: Model = None,
+) -> None:
+    """Write an adapter in our format, version 1, then read it back to see that it is the same.
+
+    Exit code 1 where SRC is missing or wrong, or DST holds something else; 2 where the base itself cannot be served.
+    """
+    from moa_serve.adapter.adapter import AdapterSource
+    from moa_serve.adapter.checkpoint import write_adapter
+
+    found, base = _read_adapter(_name_of(source), AdapterSource(source, variant), model, is_tried=False)
+    write_adapter(destination, found.manifest, found.tensors)
+    written, _ = _read_adapter(_name_of(destination), AdapterSource(destination), model, is_tried=False)
+    if written.revision != found.revision:
+        raise AdapterCorrupt(
+            f"{destination}: was written as revision {found.revision[:12]} but reads back as {written.revision[:12]}; "
+            f"do not use it, and check the disk"
+        )
+    for warning in found.warnings:
+        terminal.warn(warning)
+    typer.echo(f"wrote {terminal.one_line(str(destination))}: {found.manifest.variant} for {base}, from {found.source_format}")
+    typer.echo(f"  {found.manifest.num_parameters:,} parameters, {found.num_bytes:,} bytes")
+    typer.echo(f"  revision {found.revision}, the same when read back")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        list[str] | None, typer.Argument(help="Prompts, taken as they are; - reads one a line from standard input.", show_default=False)
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            help='More prompts. FILE.jsonl: a line is a string or {"prompt": text or token ids, "adapter": name or null}, '
+            "and a line with an adapter runs under that one alone. Another file, or -: one prompt a line."
+        ),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An adapter to run, again for each: a NAME in the adapters directory, a PATH, or NAME=PATH; with :VARIANT behind it where "
+            "the files cannot tell. base is the base alone. Without --adapter: the base and every adapter in the adapters directory.",
+            show_default=False,
+        ),
+    ] = None,
+    no_base: Annotated[bool, typer.Option("--no-base", help="Leave the base out.")] = False,
+    adapters_dir: AdaptersDir = None,
+    model: Model = None,
+    backend: Backend = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate for each.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the best token; up to 2 is more daring.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the fewest best tokens that reach this probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from this many best tokens; 0 is all.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Equal seeds draw equal tokens.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text to stop before, again for each.", show_default=False)] = None,
+    show_routing: Annotated[bool, typer.Option("--show-routing", help="Show what each adapter's routers selected.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line for each prompt and adapter.")] = False,
+) -> None:
+    """Complete prompts under several adapters, side by side, all in one mixed batch.
+
+    Exit code 1 where an adapter cannot be used or a completion ended in an error; 2 where a prompt, a flag or the base is wrong.
+    """
+    from moa_serve.shell.prompts import read_prompts
+
+    lines = read_prompts(prompt or [], file, typer.get_binary_stream("stdin"))
+    if not lines:
+        raise typer.BadParameter("there is no prompt; give one, or a file with --file", param_hint="PROMPT")
+
+    from moa_serve.engine.request import SamplingParams
+    from moa_serve.shell import answers, selection
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=tuple(stop or ()))
+    if adapters_dir is None and Path("adapters").is_dir():
+        adapters_dir = Path("adapters")
+    named = selection.parse_adapters(adapter or [], adapters_dir)
+    if no_base and selection.THE_BASE in named:
+        raise InvalidRequest("--adapter base and --no-base contradict each other; leave one out", param="no_base")
+    by_lines = selection.wanted_by_lines(lines, named, adapters_dir)
+
+    with _loaded(model, backend, device, dtype) as llm:
+        needs_default = not named and not all(line.has_adapter for line in lines)
+        default = selection.wanted_by_default(llm, adapters_dir, with_base=not no_base) if needs_default else named
+        explicit = {one.name: one for one in by_lines}  # an adapter that a line names may not be left out, wherever it was found
+        wanted = {one.name: one for one in default} | explicit
+        with terminal.spinner("Loading the adapters"):
+            columns = selection.load(llm, wanted.values())
+        pairs = answers.pair(lines, columns, [columns[one.name] for one in default if one.name in columns])
+        with terminal.spinner(f"Generating {_count(len(pairs), 'completion')} in one batch"):
+            start = time.perf_counter()
+            found = answers.run(llm, pairs, params)
+            seconds = time.perf_counter() - start
+        if as_json:
+            for answer in found:
+                typer.echo(answers.to_json(answer, answers.activity_of(llm, [answer]) if show_routing else None))
+        else:
+            _show(llm, found, columns.values() if show_routing else ())
+        terminal.flush()
+        tokens = sum(len(answer.completion.token_ids) for answer in found)
+        terminal.note(
+            f"{_count(len(found), 'completion')}, {_count(tokens, 'token')}, {tokens / seconds:.1f} tokens/s; "
+            f"{llm.name}, {llm.backend} backend on {llm.device}, {_dtype_of(llm)}"
+        )
+    if any(answer.completion.error is not None for answer in found):
+        raise typer.Exit(FAILURE)
+
+
+def _show(llm: "LLM", found: "list[Answer]", routed: "Iterable[Column]") -> None:
+    from moa_serve.shell import answers
+
+    console = terminal.output()
+    answers.show(console, found)
+    for column in routed:
+        if column.name is not None:
+            with terminal.spinner("Asking the routers"):
+                activity = answers.activity_of(llm, [answer for answer in found if answer.column == column])
+            answers.show_activity(console, column, activity)
+
+
+@contextmanager
+def _loaded(model: str | None, backend: str = "auto", device: str = "auto", dtype: str = "auto") -> "Iterator[LLM]":
+    """An LLM for the length of a command."""
+    with terminal.spinner("Loading torch"):
+        from moa_serve.llm import LLM
+
+    # A base that must be fetched or converted first draws a bar of its own, so only a folder gets a spinner.
+    with terminal.spinner("Loading the base", shown=model is not None and Path(model).is_dir()):
+        llm = LLM(model, backend=backend, device=device, dtype=dtype)
+    with llm:
+        yield llm
+
+
+def _read_adapter(name: str, source: "AdapterSource", model: str | None, *, is_tried: bool) -> "tuple[Adapter, str]":
+    """(adapter, name of the base). Without a try the base's weights are not needed, but its digest is: of bytes, not of values."""
+    if is_tried:
+        with _loaded(model) as llm:
+            return llm.load_adapter(name, source), llm.name
+    import torch
+
+    from moa_serve.adapter.store import AdapterStore
+    from moa_serve.model.weights import load_base
+
+    base = load_base(model, dtype=torch.bfloat16)
+    return AdapterStore(base.config, base_name=base.name, base_digest=base.digest).read(name, source), base.name
+
+
+def _name_of(folder: Path) -> str:
+    """An adapter's name is its folder's, as the user wrote it: a link keeps its own."""
+    return Path(os.path.abspath(folder)).name
+
+
+def _dtype_of(llm: "LLM") -> str:
+    return str(llm._engine.model.dtype).removeprefix("torch.")
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+def main() -> None:
+    """The console's entry."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 shows "?", rather than ending us
+            stream.reconfigure(errors="replace")
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""AsyncEngine: the engine in a thread of its own, with a stream of tokens for each request.
+
+The engine thread owns the engine; the event loop owns the streams. They exchange commands through a queue one way, and one bundle of events
+a step the other way. A stream is opened before its request is queued, ends exactly once (finished, error or cancelled), and what it
+holds is given back in one place, `_close`, whatever the exit. A reader that is behind pauses its own row only.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from moa_serve.adapter.adapter import Adapter
+from moa_serve.engine.engine import Collected, Engine, TokenEvent
+from moa_serve.engine.request import Request, Sequence
+from moa_serve.errors import EngineError, MoaError, Overloaded
+
+logger = logging.getLogger(__name__)
+
+PAUSE_AT, RESUME_AT = 256, 128  # events that a stream holds for its reader
+_IDLE_SECONDS = 0.05  # between two looks at rows that are all paused
+_GIVE_UP_AFTER = 3  # failed steps in a row
+
+EngineFactory = Callable[[Callable[[str], AbstractContextManager[Adapter]]], Engine]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy the engine is; numbers of the last step."""
+
+    running: int
+    waiting: int
+    kv_usage: float  # share of pages that are held, 0 to 1
+    steps: int
+    preemptions: int
+
+
+class Stream:
+    """The events of one request: `async for events in stream` gives what has come since, at least one event each time.
+
+    Belongs to the event loop. `aclose` cancels a request that has not ended; use `async with`.
+    """
+
+    def __init__(self, engine: "AsyncEngine", request: Request, adapter: Adapter | None, on_close: Callable[[], None]) -> None:
+        self.request, self.adapter = request, adapter
+        self.sequence: Sequence | None = None  # the engine thread's; only its timestamps are read here
+        self.collected: Collected | None = None
+        self._engine, self._on_close = engine, on_close
+        self._events: deque[TokenEvent] = deque()
+        self._ready = asyncio.Event()
+        self._is_paused = False
+        self.is_ended = False  # the last event has come
+        self.is_closed = False
+
+    async def __aenter__(self) -> "Stream":
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self.close()
+
+    def __aiter__(self) -> AsyncIterator[list[TokenEvent]]:
+        return self
+
+    async def __anext__(self) -> list[TokenEvent]:
+        if not self._events:
+            if self.is_ended:
+                raise StopAsyncIteration
+            self._ready.clear()
+            await self._ready.wait()
+        events = list(self._events)
+        self._events.clear()
+        if self._is_paused and not self.is_ended:
+            self._is_paused = False
+            self._engine.set_paused(self, False)
+        return events
+
+    def deliver(self, event: TokenEvent) -> None:
+        if self.is_closed or self.is_ended:
+            return
+        self._events.append(event)
+        self.is_ended = event.finish_reason is not None
+        self._ready.set()
+        if len(self._events) >= PAUSE_AT and not self._is_paused and not self.is_ended:
+            self._is_paused = True
+            self._engine.set_paused(self, True)
+
+    def close(self) -> None:
+        """Cancel what has not ended, and give back what the request held; twice is as good as once."""
+        if not self.is_closed:
+            self.is_closed = True
+            self._engine.discard(self)
+            self._on_close()
+
+
+class AsyncEngine:
+    """
+    Args:
+        make_engine: builds the engine; it is given the function that leases an adapter by revision. Runs in the caller's thread.
+        max_waiting: streams that may be open beyond the engine's rows; more are refused at once.
+    """
+
+    def __init__(self, make_engine: EngineFactory, *, max_waiting: int = 64) -> None:
+        self._adapters: dict[str, Adapter] = {}  # of requests in the engine; the engine thread's
+        self._engine = make_engine(self._lease)
+        self._max_open = self._engine.options.max_num_seqs + max_waiting
+        self._streams: dict[str, Stream] = {}  # the loop's
+        self._sequences: dict[str, Sequence] = {}  # the engine thread's
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="moa-engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_stopping = False
+        self._failed_steps = 0
+        self.failure: str | None = None  # why the engine thread gave up
+        self.last_progress = time.monotonic()  # of the engine thread: a step done, or nothing to do
+        self.load = Load(0, 0, 0.0, 0, 0)
+        self._num_preemptions = 0
+        self.on_step: Callable[[Engine, list[TokenEvent]], None] | None = None  # metrics; called in the engine thread
+
+    @property
+    def engine(self) -> Engine:
+        """For its constants (limits, config). Everything else in it is the engine thread's."""
+        return self._engine
+
+    @property
+    def num_open(self) -> int:
+        return len(self._streams)
+
+    def start(self) -> None:
+        """Start the engine thread; events go to the loop that calls this."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End every stream with an error, then the thread."""
+        for stream in list(self._streams.values()):
+            self._end(stream, EngineError("the server is shutting down"))
+        self._is_stopping = True
+        self._commands.put(lambda: None)
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+        self._engine.close()
+
+    # -- the event loop's side
+
+    def open(self, request: Request, adapter: Adapter | None = None, on_close: Callable[[], None] = lambda: None) -> Stream:
+        """Queue a request and give its stream, which must be closed.
+
+        Args:
+            on_close: called once when the stream closes, in the loop: gives the adapter's lease back.
+        Raises:
+            InvalidRequest, AdapterError: the request can never run. Overloaded: too many are open. Nothing is queued then.
+        """
+        if self.failure is not None:
+            raise EngineError("the engine has stopped; restart the server")
+        if len(self._streams) >= self._max_open:
+            raise Overloaded(f"{len(self._streams)} requests are running or waiting, which is the limit; try again later")
+        self._engine.check(request)
+        stream = Stream(self, request, adapter, on_close)
+        self._streams[request.request_id] = stream
+        self._commands.put(lambda: self._add(stream))
+        return stream
+
+    def discard(self, stream: Stream) -> None:
+        """A stream closes: forget it, and cancel its request if it still runs."""
+        if self._streams.pop(stream.request.request_id, None) is not None:
+            self._commands.put(lambda: self._cancel(stream.request.request_id))
+
+    def set_paused(self, stream: Stream, is_paused: bool) -> None:
+        def command() -> None:
+            sequence = self._sequences.get(stream.request.request_id)
+            if sequence is not None:
+                sequence.is_paused = is_paused
+
+        self._commands.put(command)
+
+    def drop(self, revision: str) -> None:
+        """A revision is gone for good: free its slot once nothing uses it."""
+        self._commands.put(lambda: self._engine.drop(revision))
+
+    def _end(self, stream: Stream, error: MoaError) -> None:
+        sequence = stream.sequence or Sequence(stream.request, list(stream.request.prompt_ids), b"")
+        stream.deliver(TokenEvent(sequence, None, finish_reason="error", error=error))
+
+    def _deliver(self, events: list[tuple[str, TokenEvent, Collected | None]]) -> None:
+        for request_id, event, collected in events:
+            stream = self._streams.get(request_id)
+            if stream is not None:
+                stream.collected = collected or stream.collected
+                stream.deliver(event)
+
+    # -- the engine thread's side
+
+    def _lease(self, revision: str) -> AbstractContextManager[Adapter]:
+        return nullcontext(self._adapters[revision])
+
+    def _run(self) -> None:
+        try:
+            while not self._is_stopping:
+                self._take_commands(block=not self._engine.has_work)
+                if self._engine.has_work and not self._is_stopping:
+                    self._step()
+                self.last_progress = time.monotonic()
+        except Exception as error:
+            logger.exception("the engine thread ends")
+            self.failure = f"{type(error).__name__}: {error}"
+            self._fail_all()
+
+    def _take_commands(self, *, block: bool, timeout: float | None = None) -> None:
+        try:
+            command = self._commands.get(block=block, timeout=timeout)
+            while True:
+                command()
+                command = self._commands.get_nowait()
+        except queue.Empty:
+            pass
+
+    def _step(self) -> None:
+        try:
+            events = self._engine.step()
+        except Exception:
+            # One request's mistake was refused at its admission, so this is ours; nobody waits for ever because of it.
+            logger.exception("a step failed; its requests end with an error")
+            self._failed_steps += 1
+            self._fail_all()
+            if self._failed_steps >= _GIVE_UP_AFTER:
+                raise
+            return
+        self._failed_steps = 0
+        scheduler, pool = self._engine.scheduler, self._engine.block_pool
+        usage = pool.num_held / max(1, pool.num_held + pool.num_free)
+        self.load = Load(scheduler.num_running, scheduler.num_waiting, usage, self.load.steps + 1, self._engine.num_preemptions)
+        if self.on_step is not None:
+            self.on_step(self._engine, events)
+        if events:
+            self._hand_over(events)
+        elif not self._engine.did_work:
+            self._take_commands(block=True, timeout=_IDLE_SECONDS)  # everything is paused, or waits for what paused rows hold
+
+    def _hand_over(self, events: list[TokenEvent]) -> None:
+        """One call into the loop for the whole step."""
+        bundle = []
+        for event in events:
+            request_id = event.sequence.request.request_id
+            collected = None
+            if event.finish_reason is not None:
+                collected = self._engine.collected.pop(request_id, None)
+                self._forget(request_id)
+            bundle.append((request_id, event, collected))
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._deliver, bundle)
+
+    def _add(self, stream: Stream) -> None:
+        if stream.is_closed:
+            return
+        if stream.adapter is not None:
+            self._adapters[stream.adapter.revision] = stream.adapter
+        sequence = stream.sequence = self._engine.add(stream.request)
+        self._sequences[stream.request.request_id] = sequence
+
+    def _cancel(self, request_id: str) -> None:
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._engine.end(sequence, "abort")
+            self._engine.collected.pop(request_id, None)
+            self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        sequence = self._sequences.pop(request_id)
+        revision = sequence.request.adapter
+        if revision is not None and all(other.request.adapter != revision for other in self._sequences.values()):
+            self._adapters.pop(revision, None)
+
+    def _fail_all(self) -> None:
+        events = []
+        for sequence in list(self._sequences.values()):
+            self._engine.end(sequence, "error")
+            error = EngineError("the engine failed while this request ran; the log has the details")
+            events.append(TokenEvent(sequence, None, finish_reason="error", error=error))
+        if events:
+            self._hand_over(events)

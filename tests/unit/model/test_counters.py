@@ -1,0 +1,34 @@
+"""Totals of routing, against the routing itself."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from families import FAMILIES, write_base, write_family
+
+from moa_serve import LLM, SamplingParams
+
+PROMPTS = [[5, 17, 80, 3], [44, 44, 9]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_totals_are_the_sums_of_what_was_routed(family: str, tmp_path: Path) -> None:
+    """A scrape must be able to say which expert acted how often, whatever the family."""
+    with LLM(
+        write_base(tmp_path / "base"), adapters={"a": write_family(tmp_path / "a", family)}, device="cpu", kv_cache_bytes=2**20
+    ) as llm:
+        revision = llm._store.get("a").revision
+        assert llm._engine.routing_totals(revision) is None, "the self-test is not traffic"
+        completions = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=3), adapter="a")
+        totals = llm._engine.routing_totals(revision)
+        assert totals is not None
+        computed = [prompt + completion.token_ids[:-1] for prompt, completion in zip(PROMPTS, completions, strict=True)]
+        assert totals.tokens == sum(map(len, computed))
+        if llm._resolve("a")[1].router.site == "none":  # type: ignore[union-attr]
+            assert not totals.selected.any()
+            return
+        if llm._resolve("a")[1].is_pooled:  # type: ignore[union-attr]
+            return  # routing a completion pools over other tokens than generating it did
+        routings = [llm.route(ids, adapter="a") for ids in computed]
+        np.testing.assert_array_equal(totals.selected, sum(r.selected.sum(1).double().numpy() for r in routings))
+        np.testing.assert_allclose(totals.gate_sum, sum(r.gates.double().sum(1).numpy() for r in routings), rtol=1e-4, atol=1e-4)
