@@ -23,7 +23,7 @@ from moa_serve.adapter.checkpoint import write_adapter
 from moa_serve.adapter.manifest import FORMAT, BaseShape, Manifest
 from moa_serve.model.attention import CausalAttention
 from moa_serve.model.batch import ForwardBatch, Segment
-from moa_serve.model.moa import build
+from moa_serve.model.build import build
 from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import load_base
 

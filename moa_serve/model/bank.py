@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from moa_serve.adapter.manifest import Manifest
-from moa_serve.model.moa import MoaWeights, build
+from moa_serve.model.build import build
+from moa_serve.model.moa import MoaWeights
 from moa_serve.model.transformer import Transformer
 
 

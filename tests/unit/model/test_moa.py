@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moa_serve.model.attention import CausalAttention
 from moa_serve.model.batch import ForwardBatch, PooledRows, RoutingTrace, Segment
-from moa_serve.model.moa import Affine, LinearNet, Router, build, scaled
+from moa_serve.model.build import build
+from moa_serve.model.moa import Affine, LinearNet, Router, scaled
 from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import load_base
 
