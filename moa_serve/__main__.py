@@ -30,21 +30,16 @@ FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 
 
 class Shell(TyperGroup):
-    """Turns whatever a command meets into one line and an exit code."""
+    """Turns whatever a command meets into one line and an exit code. A reader who has left (`| head`) is typer's affair: exit 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            result = super().invoke(ctx)
-            terminal.flush()
+            return super().invoke(ctx)
         except MoaError as error:
             terminal.show_error(error)
             raise typer.Exit(USAGE if isinstance(error, ModelError | InvalidRequest) else FAILURE) from None
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
-            terminal.let_go()
-            raise typer.Exit(FAILURE) from None
-        return result
 
 
 app = typer.Typer(
@@ -233,7 +228,6 @@ def generate(
                 typer.echo(answers.to_json(answer, answers.activity_of(llm, [answer]) if show_routing else None))
         else:
             _show(llm, found, columns.values() if show_routing else ())
-        terminal.flush()
         tokens = sum(len(answer.completion.token_ids) for answer in found)
         terminal.note(
             f"{_count(len(found), 'completion')}, {_count(tokens, 'token')}, {tokens / seconds:.1f} tokens/s; "

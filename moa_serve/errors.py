@@ -9,10 +9,13 @@
     │   └── ModelCorrupt               base_corrupt
     ├── EngineError                    internal_error
     ├── Overloaded                     server_overloaded         too many requests are running or waiting
+    ├── ModelNotListed                 model_not_found           a request names a model that is not served
     └── AdapterError                   an adapter cannot be used
         ├── AdapterNotFound            adapter_not_found
         ├── AdapterNameInvalid         adapter_name_invalid
         ├── AdapterExists              adapter_exists
+        ├── AdapterBusy                adapter_busy              it is being loaded or unloaded, or requests still use it
+        ├── AdapterUnavailable         adapter_unavailable       it left memory, and its files are gone or others now
         ├── AdapterLimit               adapter_limit
         ├── AdapterMemory              adapter_memory
         ├── AdapterPathDenied          adapter_path_denied
@@ -86,6 +89,10 @@ class Overloaded(MoaError):
     code = "server_overloaded"
 
 
+class ModelNotListed(MoaError):
+    code = "model_not_found"
+
+
 class AdapterError(MoaError):
     code = "adapter_error"
 
@@ -100,6 +107,14 @@ class AdapterNameInvalid(AdapterError):
 
 class AdapterExists(AdapterError):
     code = "adapter_exists"
+
+
+class AdapterBusy(AdapterError):
+    code = "adapter_busy"
+
+
+class AdapterUnavailable(AdapterError):
+    code = "adapter_unavailable"
 
 
 class AdapterLimit(AdapterError):

@@ -7,9 +7,10 @@ Composition of store, engine and tokenizer for one process and one thread.
 """
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any
 
@@ -20,17 +21,17 @@ from torch import Tensor
 from moa_serve.adapter.adapter import Adapter, AdapterSource
 from moa_serve.adapter.manifest import Manifest
 from moa_serve.adapter.store import AdapterStore
-from moa_serve.engine.engine import Collected, Engine, EngineOptions, TokenEvent
-from moa_serve.engine.request import Request, SamplingParams, TokenLogprob
-from moa_serve.engine.routing import Routing, assemble, unchanged_reason
-from moa_serve.errors import AdapterIneffective, AdapterNotFinite, AdapterNotFound, InvalidRequest, MoaError
+from moa_serve.engine.engine import Engine, EngineOptions, TokenEvent
+from moa_serve.engine.request import Request, SamplingParams, TokenLogprob, shown
+from moa_serve.engine.routing import Routing
+from moa_serve.engine.self_test import judge, read_scores, score_request, trial_prompt
+from moa_serve.errors import AdapterNotFound, InvalidRequest, MoaError
 from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import load_base
 from moa_serve.text import IncrementalDecoder, Tokenizer
 
 Prompt = str | Sequence[int]
 Source = str | os.PathLike[str] | AdapterSource
-_SELF_TEST_TOKENS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class _Job:
         self.request, self.adapter = request, adapter
         stop = request.params.stop
         assert isinstance(stop, tuple)  # SamplingParams made it one
-        self.decoder = IncrementalDecoder(tokenizer, stop=stop) if tokenizer else None
+        self.decoder = IncrementalDecoder(tokenizer, stop=stop, min_tokens=request.params.min_tokens) if tokenizer else None
         self.text: list[str] = []
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] | None = None if request.params.logprobs is None else []
@@ -122,20 +123,28 @@ class LLM:
         dtype: str = "auto",
         **engine_options: Any,
     ) -> None:
+        self._is_open = False
+        self._running = threading.Lock()
         self.backend = _resolve_backend(backend)
         self.device = _resolve_device(device)
         options = _options(engine_options)
-        base = load_base(os.fspath(model) if model is not None else None, device=self.device, dtype=_resolve_dtype(dtype, self.device))
+        sources = _sources(adapters)
+        base = load_base(_path("model", model), device=self.device, dtype=_resolve_dtype(dtype, self.device))
         self.config, self.name, self.base_digest, self.folder = base.config, base.name, base.digest, base.folder
         self.tokenizer = Tokenizer.from_folder(base.folder) if base.folder else None
         self._store = AdapterStore(base.config, base_name=base.name, base_digest=base.digest, max_bytes=options.adapter_cache_bytes)
+        self._manifests: dict[str, Manifest] = {}  # by name; tensors may leave memory, these stay
         self._on_trial: dict[str, Adapter] = {}
         self._engine = Engine(
             Transformer(base.config, base.weights), options, lease=self._lease, base_digest=base.digest, backend=self.backend
         )
         self._is_open = True
-        for name, source in (adapters or {}).items():
-            self.load_adapter(name, source)
+        try:
+            for name, source in sources.items():
+                self.load_adapter(name, source)
+        except BaseException:
+            self.close()
+            raise
 
     # -- life
 
@@ -156,6 +165,23 @@ class LLM:
         if not self._is_open:
             raise InvalidRequest("this LLM is closed; make a new one")
 
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """One call at a time: a second thread, or a call from within a call, is told so instead of mixing with the first."""
+        self._check_open()
+        if not self._running.acquire(blocking=False):
+            raise InvalidRequest("an LLM runs one call at a time; use one LLM per thread, or give all prompts to one call")
+        try:
+            yield
+        finally:
+            self._running.release()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the base computes in."""
+        self._check_open()
+        return self._engine.model.dtype
+
     @property
     def max_model_len(self) -> int:
         """The served context: tokens of prompt and completion together."""
@@ -171,17 +197,22 @@ class LLM:
             AdapterError: what is wrong with it; nothing has changed then.
         """
         self._check_open()
-        source = source if isinstance(source, AdapterSource) else AdapterSource(source)
+        source = _source(name, source)
         adapter = self._store.read(name, source)
         adapter = self._self_test(name, adapter)
         self._store.publish(name, source, adapter)
+        self._manifests[name] = adapter.manifest
+        self._engine.pardon(adapter.revision)
         return adapter
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter and free its memory. Raises AdapterNotFound."""
         self._check_open()
-        revision = self._store.get(name).revision
+        revision, _ = self._resolve(name)
+        if revision is None:
+            raise InvalidRequest("name: the base cannot be unloaded", param="name")
         self._store.remove(name)
+        del self._manifests[name]
         if revision not in self._revisions():
             self._engine.drop(revision)
 
@@ -205,29 +236,18 @@ class LLM:
 
         One that does nothing is served with a warning where that is its honest state (fresh, or nothing selected), else refused.
         """
-        vocab_size = self.config.vocab_size
-        prompt = [(1 + 7919 * index) % vocab_size for index in range(min(_SELF_TEST_TOKENS, self._engine.max_model_len))]
+        prompt = trial_prompt(self.config.vocab_size, self._engine.max_model_len)
         self._on_trial[adapter.revision] = adapter
         try:
-            base, _ = self._score(prompt, None, None)
+            base, _ = self._score(prompt, None, None, routing=False)
             logits, routing = self._score(prompt, adapter.revision, adapter.manifest)
         finally:
             del self._on_trial[adapter.revision]
             if adapter.revision not in self._revisions():
                 self._engine.drop(adapter.revision)
-        if not bool(torch.isfinite(logits).all()):
-            raise AdapterNotFinite(
-                f"adapter {name!r}: gives NaN or infinity on a test prompt; its weights overflow in {self._engine.model.dtype}"
-            )
-        if not torch.equal(base, logits):
-            return adapter
-        reason = unchanged_reason(adapter.manifest, adapter.tensors, routing)
-        if reason is None:
-            raise AdapterIneffective(
-                f"adapter {name!r}: the logits of a test prompt are those of the base although its weights are not zero; "
-                f"it would be served without any effect"
-            )
-        return replace(adapter, warnings=(*adapter.warnings, f"does not change the base on a test prompt: {reason}"))
+        assert base is not None
+        assert logits is not None
+        return judge(name, adapter, base, logits, routing)
 
     # -- requests
 
@@ -252,12 +272,19 @@ class LLM:
         self._check_open()
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise InvalidRequest(f"prompts is one {type(prompts).__name__}; give a list of prompts", param="prompts")
-        chosen = _spread("params", params or SamplingParams(), SamplingParams, len(prompts))
-        names = _spread("adapter", adapter, str, len(prompts))
-        jobs = [self._job(prompt, one, name) for prompt, one, name in zip(prompts, chosen, names, strict=True)]
-        for job in jobs:
-            self._engine.check(job.request)
-        self._run(jobs)
+        chosen = _spread("params", SamplingParams() if params is None else params, SamplingParams, len(prompts))
+        names = _spread("adapter", adapter, str, len(prompts), optional=True)
+        jobs = []
+        for index, (prompt, one, name) in enumerate(zip(prompts, chosen, names, strict=True)):
+            try:
+                jobs.append(self._job(prompt, one, name))
+                self._engine.check(jobs[-1].request)
+            except InvalidRequest as error:
+                if len(prompts) == 1:
+                    raise
+                raise type(error)(f"prompt {index} of {len(prompts)}: {error}", param=error.param) from None
+        with self._exclusive():
+            self._run(jobs)
         return [job.completion() for job in jobs]
 
     def logits(self, token_ids: Sequence[int], *, adapter: str | None = None, moa: Mapping[str, Any] | None = None) -> Tensor:
@@ -268,8 +295,9 @@ class LLM:
         """
         self._check_open()
         if moa:
-            raise InvalidRequest(f"moa: routing option {next(iter(moa))!r} is not supported by this version", param="moa")
-        logits, _ = self._score(token_ids, *self._resolve(adapter))
+            raise InvalidRequest(f"moa: routing options are not supported by this version: {shown(moa)}", param="moa")
+        logits, _ = self._score(token_ids, *self._resolve(adapter), routing=False)
+        assert logits is not None
         return logits
 
     def route(self, token_ids: Sequence[int], *, adapter: str) -> Routing:
@@ -281,43 +309,38 @@ class LLM:
         self._check_open()
         revision, manifest = self._resolve(adapter)
         if manifest is None or manifest.router.site == "none":
-            raise InvalidRequest(f"adapter {adapter!r} has no router: all its experts always count fully", param="adapter")
-        _, routing = self._score(token_ids, revision, manifest)
+            raise InvalidRequest(f"adapter {adapter!r} has no router that weighs its experts: all of them always count", param="adapter")
+        _, routing = self._score(token_ids, revision, manifest, logits=False)
         assert routing is not None
         return routing
 
-    def _score(self, token_ids: Sequence[int], revision: str | None, manifest: Manifest | None) -> tuple[Tensor, Routing | None]:
-        """Logits of every token, and the routing where there is a router, through the same step that serves."""
-        is_routed = manifest is not None and manifest.router.site != "none"
-        request = Request(
-            _token_ids(token_ids),
-            SamplingParams(max_tokens=0),
-            revision,
-            is_pooled=manifest is not None and manifest.is_pooled,
-            collect_logits=True,
-            collect_routing=is_routed,
-        )
-        collected = Collected()
-        sequence = self._engine.add(request)
-        try:
-            while self._engine.has_work:
-                self._engine.step()
-        finally:
-            self._engine.end(sequence, "abort")
-            collected = self._engine.collected.pop(request.request_id)
-        logits = torch.cat([piece.cpu() for piece in collected.logits])
-        routing = assemble(manifest, collected.routing, len(request.prompt_ids)) if is_routed and manifest else None
-        return logits, routing
+    def _score(
+        self, token_ids: Sequence[int], revision: str | None, manifest: Manifest | None, *, logits: bool = True, routing: bool = True
+    ) -> tuple[Tensor | None, Routing | None]:
+        """What was asked for of every token, through the same step that serves."""
+        request = score_request(_token_ids(token_ids), revision, manifest, logits=logits, routing=routing)
+        with self._exclusive():
+            sequence = self._engine.add(request)
+            try:
+                while self._engine.has_work:
+                    for event in self._engine.step():
+                        if event.error is not None:
+                            raise event.error
+            finally:
+                self._engine.end(sequence, "abort")
+                collected = self._engine.collected.pop(request.request_id)
+        return read_scores(collected, manifest, len(request.prompt_ids))
 
     def _resolve(self, adapter: str | None) -> tuple[str | None, Manifest | None]:
         """(revision, manifest) of a name; (None, None) for the base."""
         if adapter is None:
             return None, None
+        if not isinstance(adapter, str):
+            raise InvalidRequest(f"adapter must be the name of an adapter or None, not {shown(adapter)}", param="adapter")
         if adapter not in self._store:
             loaded = ", ".join(self._store.names()) or "none"
-            raise AdapterNotFound(f"adapter {adapter!r} is not loaded; loaded are: {loaded}", param="adapter")
-        with self._store.lease(adapter) as found:
-            return found.revision, found.manifest
+            raise AdapterNotFound(f"adapter {shown(adapter)} is not loaded; loaded are: {loaded}", param="adapter")
+        return self._store.get(adapter).revision, self._manifests[adapter]
 
     def _job(self, prompt: Prompt, params: SamplingParams, adapter: str | None) -> _Job:
         if params.stop and self.tokenizer is None:
@@ -349,19 +372,48 @@ def _token_ids(prompt: Any) -> tuple[int, ...]:
     if hasattr(prompt, "tolist"):
         prompt = prompt.tolist()
     if not isinstance(prompt, list | tuple):
-        raise InvalidRequest(f"a prompt is of type {type(prompt).__name__}, but must be text or a list of token ids", param="prompts")
+        raise InvalidRequest(f"a prompt is of type {type(prompt).__name__}, but must be a list of token ids", param="prompts")
     return tuple(int(item) if isinstance(item, np.integer) else item for item in prompt)
 
 
-def _spread(param: str, value: Any, kind: type, count: int) -> list[Any]:
+def _spread(param: str, value: Any, kind: type, count: int, *, optional: bool = False) -> list[Any]:
     """`count` copies of one value, or a list that has that many."""
-    if value is None or isinstance(value, kind):
+
+    def fits(item: Any) -> bool:
+        return isinstance(item, kind) or (optional and item is None)
+
+    if fits(value):
         return [value] * count
-    if not isinstance(value, Sequence) or isinstance(value, str) or not all(item is None or isinstance(item, kind) for item in value):
-        raise InvalidRequest(f"{param} must be one {kind.__name__} or a list of them, not {value!r}", param=param)
+    if not isinstance(value, list | tuple) or not all(map(fits, value)):
+        raise InvalidRequest(f"{param} must be one {kind.__name__} or a list of them, not {shown(value)}", param=param)
     if len(value) != count:
         raise InvalidRequest(f"{param} has {len(value)} entries for {count} prompts; give one, or one for each", param=param)
     return list(value)
+
+
+def _path(param: str, value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, os.PathLike) and isinstance(path := os.fspath(value), str):
+        return path
+    raise InvalidRequest(f"{param} must be a path or a name, not {shown(value)}", param=param)
+
+
+def _source(name: Any, source: Any) -> AdapterSource:
+    if isinstance(source, AdapterSource):
+        return source
+    path = _path(f"adapter {shown(name)}", source)
+    if path is None:
+        raise InvalidRequest(f"adapter {shown(name)}: must be a folder or an AdapterSource, not None", param="adapters")
+    return AdapterSource(path)
+
+
+def _sources(adapters: Any) -> dict[str, AdapterSource]:
+    if adapters is None:
+        return {}
+    if not isinstance(adapters, Mapping):
+        raise InvalidRequest(f"adapters must map names to folders, not be {shown(adapters)}", param="adapters")
+    return {name: _source(name, source) for name, source in adapters.items()}
 
 
 def _options(given: Mapping[str, Any]) -> EngineOptions:
@@ -394,6 +446,6 @@ def _resolve_device(device: str) -> torch.device:
 
 def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}
-    if dtype not in known:
-        raise InvalidRequest(f"dtype {dtype!r} is unknown; use 'auto', 'float32' or 'bfloat16'", param="dtype")
+    if not isinstance(dtype, str) or dtype not in known:
+        raise InvalidRequest(f"dtype {shown(dtype)} is unknown; use 'auto', 'float32' or 'bfloat16'", param="dtype")
     return known[dtype]

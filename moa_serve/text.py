@@ -144,14 +144,15 @@ class IncrementalDecoder:
 
     A character is given out once all its bytes are there; text that may be the beginning of a stop string is held back until it is
     certain. What comes out does not depend on how the text is divided into tokens: the stop string that is *complete* first counts, of
-    two that end together the longer one. The continuation keeps its leading space.
+    two that end together the longer one. The continuation keeps its leading space. Text of the first `min_tokens` - 1 tokens cannot stop.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, stop: Sequence[str] = (), skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, stop: Sequence[str] = (), min_tokens: int = 0, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
         self._hidden = tokenizer.special_ids if skip_special else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._matchers = [_StopMatcher(text) for text in stop if text]
+        self._min_tokens = min_tokens
         self._held = ""
         self.num_tokens = 0  # taken, the one that completed the stop string included
         self.num_chars = 0  # given out; after a stop this is where the text is cut
@@ -183,7 +184,7 @@ class IncrementalDecoder:
 
     def _scan(self, text: str) -> str:
         """What of the text held back and `text` is certain; the rest is held back, or dropped behind a stop string."""
-        if not self._matchers:
+        if not self._matchers or self.num_tokens < self._min_tokens:
             return text
         buffer, first = self._held + text, len(self._held)
         for position, char in enumerate(text, start=first + 1):

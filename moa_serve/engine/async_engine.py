@@ -22,7 +22,7 @@ from moa_serve.errors import EngineError, MoaError, Overloaded
 
 logger = logging.getLogger(__name__)
 
-PAUSE_AT, RESUME_AT = 256, 128  # events that a stream holds for its reader
+PAUSE_AT = 256  # events that a stream holds for its reader before its row pauses; it goes on when they are read
 _IDLE_SECONDS = 0.05  # between two looks at rows that are all paused
 _GIVE_UP_AFTER = 3  # failed steps in a row
 
@@ -137,8 +137,7 @@ class AsyncEngine:
 
     async def stop(self) -> None:
         """End every stream with an error, then the thread."""
-        for stream in list(self._streams.values()):
-            self._end(stream, EngineError("the server is shutting down"))
+        self._end_all("the server is shutting down")
         self._is_stopping = True
         self._commands.put(lambda: None)
         if self._thread.is_alive():
@@ -182,6 +181,10 @@ class AsyncEngine:
         """A revision is gone for good: free its slot once nothing uses it."""
         self._commands.put(lambda: self._engine.drop(revision))
 
+    def _end_all(self, reason: str = "the engine has stopped; restart the server") -> None:
+        for stream in list(self._streams.values()):
+            self._end(stream, EngineError(reason))
+
     def _end(self, stream: Stream, error: MoaError) -> None:
         sequence = stream.sequence or Sequence(stream.request, list(stream.request.prompt_ids), b"")
         stream.deliver(TokenEvent(sequence, None, finish_reason="error", error=error))
@@ -209,6 +212,7 @@ class AsyncEngine:
             logger.exception("the engine thread ends")
             self.failure = f"{type(error).__name__}: {error}"
             self._fail_all()
+            self._call_loop(self._end_all)  # those that were still on their way here
 
     def _take_commands(self, *, block: bool, timeout: float | None = None) -> None:
         try:
@@ -234,12 +238,19 @@ class AsyncEngine:
         scheduler, pool = self._engine.scheduler, self._engine.block_pool
         usage = pool.num_held / max(1, pool.num_held + pool.num_free)
         self.load = Load(scheduler.num_running, scheduler.num_waiting, usage, self.load.steps + 1, self._engine.num_preemptions)
-        if self.on_step is not None:
-            self.on_step(self._engine, events)
+        self._observe(events)
         if events:
             self._hand_over(events)
         elif not self._engine.did_work:
             self._take_commands(block=True, timeout=_IDLE_SECONDS)  # everything is paused, or waits for what paused rows hold
+
+    def _observe(self, events: list[TokenEvent]) -> None:
+        if self.on_step is None:
+            return
+        try:
+            self.on_step(self._engine, events)
+        except Exception:  # who watches the engine must not be able to stop it
+            logger.exception("observing a step failed")
 
     def _hand_over(self, events: list[TokenEvent]) -> None:
         """One call into the loop for the whole step."""
@@ -251,16 +262,29 @@ class AsyncEngine:
                 collected = self._engine.collected.pop(request_id, None)
                 self._forget(request_id)
             bundle.append((request_id, event, collected))
+        self._call_loop(lambda: self._deliver(bundle))
+
+    def _call_loop(self, call: Callable[[], None]) -> None:
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._deliver, bundle)
+        try:
+            self._loop.call_soon_threadsafe(call)
+        except RuntimeError:  # the loop is closed: nobody is left to hear it
+            logger.debug("the event loop is gone")
 
     def _add(self, stream: Stream) -> None:
         if stream.is_closed:
             return
+        try:
+            sequence = self._engine.add(stream.request)
+        except Exception as error:  # its adapter was quarantined since `open`, say
+            told = error if isinstance(error, MoaError) else EngineError("the request could not be queued; the log has the details")
+            if told is not error:
+                logger.exception("a request could not be queued")
+            self._call_loop(lambda: self._end(stream, told))
+            return
+        stream.sequence = self._sequences[stream.request.request_id] = sequence
         if stream.adapter is not None:
             self._adapters[stream.adapter.revision] = stream.adapter
-        sequence = stream.sequence = self._engine.add(stream.request)
-        self._sequences[stream.request.request_id] = sequence
 
     def _cancel(self, request_id: str) -> None:
         sequence = self._sequences.get(request_id)

@@ -4,23 +4,22 @@ Owns every tensor in use, the scheduler, the pools and the bank. Knows token ids
 Not thread-safe: one thread calls it. A request ends exactly once, and its blocks and slot go back in one place (`_release`).
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
-import psutil
-import torch
 from torch import Tensor
 
 from moa_serve.adapter.adapter import Adapter
+from moa_serve.engine.memory import available_bytes
 from moa_serve.engine.pools import BlockPool, SlotTable
-from moa_serve.engine.request import Request, Sequence, TokenLogprob, kv_root
+from moa_serve.engine.request import Request, Sequence, TokenLogprob, kv_root, shown
 from moa_serve.engine.routing import RoutedLayers
-from moa_serve.engine.runner import ModelRunner
-from moa_serve.engine.sampler import Sampler, token_logprobs
-from moa_serve.engine.scheduler import Scheduler
+from moa_serve.engine.runner import ModelRunner, StepOutput
+from moa_serve.engine.sampler import SampledTokens, Sampler, token_logprobs
+from moa_serve.engine.scheduler import Scheduler, SchedulerOutput
 from moa_serve.errors import (
     AdapterNonfiniteOutput,
     AdapterQuarantined,
@@ -33,6 +32,8 @@ from moa_serve.model.attention import KVCache
 from moa_serve.model.bank import AdapterBank
 from moa_serve.model.counters import RoutingTotals
 from moa_serve.model.transformer import Transformer
+
+logger = logging.getLogger(__name__)
 
 Lease = Callable[[str], AbstractContextManager[Adapter]]
 QUARANTINE_AFTER = 3  # requests of one revision that ended in NaN or infinity
@@ -68,7 +69,13 @@ class EngineOptions:
         for name in self.__slots__:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise InvalidRequest(f"{name} is {value!r}, but must be a whole number of at least 1", param=name)
+                raise InvalidRequest(f"{name} is {shown(value)}, but must be a whole number of at least 1", param=name)
+        if self.max_batch_tokens < self.max_num_seqs:
+            raise InvalidRequest(
+                f"max_batch_tokens {self.max_batch_tokens} is less than max_num_seqs {self.max_num_seqs}: a step could not give each "
+                f"row one token; raise max_batch_tokens",
+                param="max_batch_tokens",
+            )
 
 
 @dataclass(eq=False, slots=True)
@@ -91,6 +98,7 @@ class Collected:
 
     logits: list[Tensor] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    is_finite: bool = True  # no NaN or infinity in the logits behind `prompt_logprobs`
     routing: list[RoutedLayers] = field(default_factory=list)
 
 
@@ -121,7 +129,10 @@ class Engine:
         )
         self._runner = ModelRunner(model, self._cache, self._bank)
         self._sampler = Sampler(model.config.vocab_size, model.device)
+        # A config may name ids beyond the vocabulary; nothing can draw them, and an index there would meet a neighbour's logits.
+        self._eos_token_ids = tuple(token for token in model.config.eos_token_ids if token < model.config.vocab_size)
         self._nonfinite: dict[str, int] = {}
+        self._dropped: set[str] = set()  # revisions that are gone for good, but still have running rows
         self.collected: dict[str, Collected] = {}
         self.num_preemptions = 0
         self.did_work = True  # whether the last step had anything to run
@@ -132,19 +143,31 @@ class Engine:
         return None if counters is None else counters.snapshot()
 
     def drop(self, revision: str) -> None:
-        """Free the slot of a revision that is gone for good, and forget its totals and that it ever failed."""
+        """Free what a revision that is gone for good holds here, now or when its last row has ended."""
+        self.slot_table.drop(revision)
+        self._dropped.add(revision)
+        self._sweep()
+
+    def pardon(self, revision: str) -> None:
+        """The revision was loaded again: end its quarantine."""
         self._nonfinite.pop(revision, None)
-        self._runner.counters.pop(revision, None)
-        slot = self.slot_table.drop(revision)
-        if slot is not None:
-            self._bank.clear(slot)
+        self._dropped.discard(revision)
+
+    def _sweep(self) -> None:
+        for slot, revision in enumerate(self.slot_table.revisions):
+            if revision is None:
+                self._bank.clear(slot)
+        for revision in [revision for revision in self._dropped if self.slot_table.find(revision) is None]:
+            self._dropped.discard(revision)
+            self._runner.counters.pop(revision, None)
+            self._nonfinite.pop(revision, None)
 
     def check(self, request: Request) -> None:
         """Raises InvalidRequest or AdapterError where `request` can never run; nothing is queued."""
         vocab_size, params = self.model.config.vocab_size, request.params
         for param, ids in (("prompt", request.prompt_ids), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
             if (largest := max(ids, default=-1)) >= vocab_size:
-                raise InvalidRequest(f"{param} has token id {largest}, but the vocabulary ends at {vocab_size - 1}", param=param)
+                raise InvalidRequest(f"{param} has token id {shown(largest)}, but the vocabulary ends at {vocab_size - 1}", param=param)
         prompt, new = len(request.prompt_ids), 1 if params.max_tokens is None else params.max_tokens
         if prompt + new > self.max_model_len:
             raise ContextLengthExceeded(
@@ -174,7 +197,7 @@ class Engine:
         self.check(request)
         dtype = str(self.model.dtype).removeprefix("torch.")
         root = kv_root(self._base_digest, dtype, self.backend, request.adapter, {}, "")
-        sequence = Sequence(request, list(request.prompt_ids), root, self.model.config.eos_token_ids)
+        sequence = Sequence(request, list(request.prompt_ids), root, self._eos_token_ids)
         if sequence.wants_prompt_logits or request.collect_routing:
             self.collected[request.request_id] = Collected()
         self.scheduler.add(sequence)
@@ -193,34 +216,61 @@ class Engine:
         sequence.finish_reason = reason
         sequence.finished_at = time.monotonic()
         self.scheduler.finish(sequence)
+        if self._dropped:
+            self._sweep()
 
     def step(self) -> list[TokenEvent]:
         """Compute one batch; one event for each sequence that got a token or ended.
 
-        Raises:
-            EngineError: the step failed as a whole; every sequence is still queued or running, and the caller decides.
+        An adapter that cannot be brought into its slot ends its own sequences with that error. Any other exception comes out as
+        it is, with nothing advanced: the same step can be tried again, or its sequences ended.
         """
         started = time.monotonic()
         plan = self.scheduler.schedule()
         self.num_preemptions += len(plan.preempted)
         self.did_work = bool(plan.chunks)
+        events, plan = self._upload(plan)
         if not plan.chunks:
-            return []
+            return events
         for sequence, _ in plan.chunks:
             sequence.scheduled_at = sequence.scheduled_at or started
-        for slot, revision in plan.uploads:
-            with self._lease(revision) as adapter:
-                self._bank.upload(slot, adapter.manifest, adapter.tensors)
         self._cache.zero(plan.new_blocks)
         output = self._runner.run(plan.chunks)
+        sampled = self._sampler.sample(output.logits, output.sampling) if output.sampling else None
         self._collect(plan.chunks, output.collected_logits, output.collected_routing)
         self.scheduler.advance(plan)
-        events = self._sample(output.logits, output.sampling)
+        if sampled is not None:
+            events += self._take(sampled, output)
         for sequence, _ in plan.chunks:
             if sequence.request.params.max_tokens == 0 and not sequence.num_pending:
-                self._release(sequence, "length")
-                events.append(TokenEvent(sequence, None, finish_reason="length"))
+                events.append(self._end_scoring(sequence))
         return events
+
+    def _end_scoring(self, sequence: Sequence) -> TokenEvent:
+        collected = self.collected.get(sequence.request.request_id)
+        if collected is not None and not collected.is_finite:
+            return self._fail(sequence, self._overflow(sequence))
+        self._release(sequence, "length")
+        return TokenEvent(sequence, None, finish_reason="length")
+
+    def _upload(self, plan: SchedulerOutput) -> tuple[list[TokenEvent], SchedulerOutput]:
+        """Fill the slots that the step needs; what is left of the plan when some could not be filled."""
+        events: list[TokenEvent] = []
+        for slot, revision in plan.uploads:
+            try:
+                with self._lease(revision) as adapter:
+                    self._bank.upload(slot, adapter.manifest, adapter.tensors)
+            except Exception as error:
+                logger.warning("adapter revision %s cannot be brought into a slot", revision[:12], exc_info=True)
+                told = (
+                    error if isinstance(error, MoaError) else EngineError(f"adapter revision {revision[:12]} cannot be brought into a slot")
+                )
+                events += [self._fail(sequence, told) for sequence, _ in plan.chunks if sequence.slot == slot]
+        if not events:
+            return events, plan
+        left = [chunk for chunk in plan.chunks if chunk[0].finish_reason is None]
+        slots = {sequence.slot for sequence, _ in left}
+        return events, replace(plan, chunks=left, uploads=[upload for upload in plan.uploads if upload[0] in slots])
 
     def _collect(
         self,
@@ -238,19 +288,18 @@ class Engine:
             if sequence.request.prompt_logprobs is not None:
                 following = sequence.request.prompt_ids[sequence.num_computed + 1 : sequence.num_computed + 1 + len(rows)]
                 wanted = [sequence.request.prompt_logprobs] * len(following)
+                kept.is_finite &= not _overflows(rows)
                 kept.prompt_logprobs += token_logprobs(rows[: len(following)], following, wanted)
         for sequence, layers in routing:
             self.collected[sequence.request.request_id].routing.append(layers)
 
-    def _sample(self, logits: Tensor, sampling: list[Sequence]) -> list[TokenEvent]:
-        if not sampling:
-            return []
-        sampled = self._sampler.sample(logits, sampling)
+    def _take(self, sampled: SampledTokens, output: StepOutput) -> list[TokenEvent]:
         now = time.monotonic()
         events = []
-        for row, sequence in enumerate(sampling):
+        for row, sequence in enumerate(output.sampling):
             if not sampled.is_finite[row]:
-                events.append(self._fail(sequence))
+                is_overflow = _overflows(output.logits[row])
+                events.append(self._fail(sequence, self._overflow(sequence) if is_overflow else _nothing_to_choose()))
                 continue
             token = sampled.ids[row]
             sequence.append(token)
@@ -270,23 +319,31 @@ class Engine:
             return "length"
         return None
 
-    def _fail(self, sequence: Sequence) -> TokenEvent:
-        """A row of NaN or infinity ends its own request and nobody else's; its pages are zeroed before anyone gets them."""
+    def _fail(self, sequence: Sequence, error: MoaError) -> TokenEvent:
+        """A row without a token ends its own request and nobody else's; its pages are zeroed before anyone gets them."""
         self._release(sequence, "error")
+        return TokenEvent(sequence, None, finish_reason="error", error=error)
+
+    def _overflow(self, sequence: Sequence) -> MoaError:
+        """The error of a row of NaN or infinity, which counts towards its adapter's quarantine."""
         revision = sequence.request.adapter
         if revision is None:
-            error: MoaError = EngineError("the base gave NaN or infinity for this prompt")
-        else:
-            self._nonfinite[revision] = self._nonfinite.get(revision, 0) + 1
-            error = AdapterNonfiniteOutput(
-                f"adapter revision {revision[:12]} gave NaN or infinity for this prompt; its weights overflow in use"
-            )
-        return TokenEvent(sequence, None, finish_reason="error", error=error)
+            return EngineError("the base gave NaN or infinity for this prompt")
+        self._nonfinite[revision] = self._nonfinite.get(revision, 0) + 1
+        return AdapterNonfiniteOutput(f"adapter revision {revision[:12]} gave NaN or infinity for this prompt; its weights overflow in use")
 
     def close(self) -> None:
         """Give back the KV cache and every slot; the engine is unusable afterwards."""
         self.collected.clear()
         del self._runner, self._cache, self._bank, self._sampler
+
+
+def _overflows(logits: Tensor) -> bool:
+    return bool((logits.isnan() | logits.isposinf()).any())
+
+
+def _nothing_to_choose() -> MoaError:
+    return InvalidRequest("logit_bias, min_tokens and stop_token_ids leave no token to choose", param="logit_bias")
 
 
 def plan_kv_cache(model: Transformer, options: EngineOptions) -> tuple[int, int]:
@@ -297,7 +354,12 @@ def plan_kv_cache(model: Transformer, options: EngineOptions) -> tuple[int, int]
     """
     per_block = KVCache.bytes_per_block(model.config, options.block_size, model.dtype)
     free = available_bytes(model.device)
-    context = min(options.max_model_len or model.config.max_position, model.config.max_position)
+    context = options.max_model_len or model.config.max_position
+    if context > model.config.max_position:
+        raise InvalidRequest(
+            f"max_model_len {context} is more than the {model.config.max_position} tokens that the base was made for; lower it",
+            param="max_model_len",
+        )
     one_context = -(-context // options.block_size)
     if options.kv_cache_bytes is not None:
         if options.kv_cache_bytes > free:
@@ -314,23 +376,10 @@ def plan_kv_cache(model: Transformer, options: EngineOptions) -> tuple[int, int]
             param="kv_cache_bytes",
         )
     served = min(context, blocks * options.block_size)
-    if options.max_model_len is not None and served < min(options.max_model_len, model.config.max_position):
+    if options.max_model_len is not None and served < options.max_model_len:
         raise InvalidRequest(
             f"max_model_len {options.max_model_len} needs {one_context * per_block} bytes of KV cache, but it has {blocks * per_block}; "
             f"lower it or raise kv_cache_bytes",
             param="max_model_len",
         )
     return blocks + 1, served  # page 0 is padding
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that a new allocation may take: of the GPU, or of the machine within the limit of its control group."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    available: int = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text().strip()
-    except OSError:
-        return available
-    return available if limit == "max" else max(0, min(available, int(limit) - int(used)))

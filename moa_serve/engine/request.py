@@ -42,7 +42,7 @@ class SamplingParams:
         seed: any 64-bit number, signed or not: equal seeds give equal tokens, whatever else runs. None draws a fresh one.
         stop: texts at which to stop, one or at most 16, none empty. For the layer that knows text; the engine knows ids.
         stop_token_ids: ids at which to stop, besides the model's own end of text; at most 1024.
-        min_tokens: ids that stop cannot be drawn before this many tokens; at most max_tokens.
+        min_tokens: nothing stops before this many tokens: ids that would cannot be drawn, stop strings do not count; at most max_tokens.
         ignore_eos: the model's own end of text does not stop.
         logprobs: 0 to 20: log-probability of the chosen token and of this many best ones; 0 is the chosen one alone;
             None is none. Always of the model's own logits, before anything above changed them.
@@ -257,20 +257,29 @@ def kv_root(base_digest: str, dtype: str, backend: str, revision: str | None, op
     return hashlib.sha256(json.dumps(identity, sort_keys=True, allow_nan=False).encode("ascii")).digest()
 
 
+def shown(value: object) -> str:
+    """A user's value for a message: short, and never failing as the repr of a number of 10,000 digits does."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"a number of {int.bit_length(value)} bits" if isinstance(value, int) else f"of type {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def _check_int(param: str, value: object, low: int, high: int | None, *, optional: bool = False) -> None:
     if optional and value is None:
         return
     if isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high):
         return
     bounds = f"of {low} or more" if high is None else f"from {low} to {high}"
-    raise InvalidRequest(f"{param} is {value!r}, but must be a whole number {bounds}", param=param)
+    raise InvalidRequest(f"{param} is {shown(value)}, but must be a whole number {bounds}", param=param)
 
 
 def _check_float(param: str, value: object, low: float, high: float) -> None:
     # Written so that NaN, which compares false with everything, is refused.
     if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
         return
-    raise InvalidRequest(f"{param} is {value!r}, but must be a number from {low:g} to {high:g}", param=param)
+    raise InvalidRequest(f"{param} is {shown(value)}, but must be a number from {low:g} to {high:g}", param=param)
 
 
 def _token_ids(param: str, value: object, limit: int | None = None) -> tuple[int, ...]:
@@ -285,7 +294,7 @@ def _token_ids(param: str, value: object, limit: int | None = None) -> tuple[int
 def _check_ids(param: str, ids: Iterable[object]) -> None:
     for token_id in ids:
         if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
-            raise InvalidRequest(f"{param} has {token_id!r}, but a token id is a whole number of 0 or more", param=param)
+            raise InvalidRequest(f"{param} has {shown(token_id)}, but a token id is a whole number of 0 or more", param=param)
 
 
 def _bias(value: object) -> dict[int, float]:
@@ -302,7 +311,7 @@ def _bias(value: object) -> dict[int, float]:
 def _stop(value: object) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else value
     if not isinstance(texts, tuple | list) or not all(isinstance(text, str) for text in texts):
-        raise InvalidRequest(f"stop is {value!r}, but must be a string or a list of strings", param="stop")
+        raise InvalidRequest(f"stop is {shown(value)}, but must be a string or a list of strings", param="stop")
     if len(texts) > MAX_STOP_STRINGS:
         raise InvalidRequest(f"stop has {len(texts)} strings; at most {MAX_STOP_STRINGS} are allowed", param="stop")
     if not all(texts):

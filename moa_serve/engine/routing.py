@@ -43,12 +43,12 @@ def assemble(manifest: Manifest, pieces: Sequence[RoutedLayers], num_tokens: int
     """Join what was collected chunk by chunk, in the order of the tokens."""
     names = expert_names(manifest)
     shape = (manifest.base.num_layers, num_tokens, max(map(len, names)))
-    weights, gates = torch.zeros(shape), torch.zeros(shape)
+    weights, gates = torch.zeros(shape, dtype=torch.float32), torch.zeros(shape, dtype=torch.float32)
     selected = torch.zeros(shape, dtype=torch.bool)
     at_layer = manifest.router.site == "layer"
     has_threshold = at_layer and manifest.router.select.kind in ("constant", "threshold_fn")
-    threshold = torch.zeros(shape[:2]) if has_threshold else None
-    inner: dict[str, Tensor] = {}
+    threshold = torch.zeros(shape[:2], dtype=torch.float32) if has_threshold else None
+    inner = {name: torch.zeros(*shape[:2], max(widths), dtype=torch.float32) for name, widths in _inner_widths(manifest).items()}
     start = 0
     for piece in pieces:
         end = start
@@ -61,7 +61,9 @@ def assemble(manifest: Manifest, pieces: Sequence[RoutedLayers], num_tokens: int
                 _fill(weights, selected, gates, rows, 0, routed, columns)
                 if threshold is not None and routed.threshold is not None:
                     threshold[rows] = routed.threshold[:, 0].cpu()
-                _fill_inner(inner, shape, rows, sites)
+                for site, table in inner.items():
+                    if site in sites:
+                        table[(*rows, slice(sites[site].scores.shape[-1]))] = sites[site].scores.cpu()
             else:
                 _fill_linears(weights, selected, gates, rows, sites, plan.experts)
         start = end
@@ -86,11 +88,13 @@ def _fill_linears(
             offset += count
 
 
-def _fill_inner(inner: dict[str, Tensor], shape: tuple[int, int, int], rows: tuple[int, slice], sites: Mapping[str, Routed]) -> None:
-    for site, routed in sites.items():
-        if site != "layer":
-            table = inner.setdefault(site, torch.zeros(*shape[:2], routed.scores.shape[-1]))
-            table[rows] = routed.scores.cpu()
+def _inner_widths(manifest: Manifest) -> dict[str, list[int]]:
+    """Nested experts by name, with how many inner experts they have where they stand: it may differ from layer to layer."""
+    widths: dict[str, list[int]] = {}
+    for expert in manifest.experts:
+        if expert.inner:
+            widths.setdefault(expert.name, []).append(expert.inner.num_experts)
+    return widths
 
 
 def unchanged_reason(manifest: Manifest, tensors: Mapping[str, Tensor], routing: Routing | None) -> str | None:

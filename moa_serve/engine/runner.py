@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moa_serve.engine.request import Sequence
 from moa_serve.engine.routing import RoutedLayers
-from moa_serve.model.attention import Chunk, KVCache, PagedAttention
+from moa_serve.model.attention import Chunk, DecodeRows, KVCache, PagedAttention
 from moa_serve.model.bank import AdapterBank
 from moa_serve.model.batch import ForwardBatch, PooledRows, RoutingTrace, Segment
 from moa_serve.model.counters import RouterCounters
@@ -50,9 +50,9 @@ class _Layout:
                 first = index
 
 
-def _prompt_part(sequence: Sequence, count: int) -> int:
-    """How many of the next `count` tokens are prompt; only their logits are collected."""
-    return max(0, min(count, sequence.num_prompt - sequence.num_computed))
+def _wanted_rows(sequence: Sequence, count: int) -> int:
+    """How many of the next `count` tokens are prompt whose logits the request wants."""
+    return max(0, min(count, sequence.num_prompt - sequence.num_computed)) if sequence.wants_prompt_logits else 0
 
 
 class ModelRunner:
@@ -77,6 +77,9 @@ class ModelRunner:
         )
         logits = self.model.forward(batch, self._attention(layout, positions))
         self._keep_gates(layout, segments)
+        for segment in segments:
+            if segment.counters is not None:
+                segment.counters.tokens += segment.end - segment.start
         return self._output(layout, logits, sampling, trace)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
@@ -84,26 +87,32 @@ class ModelRunner:
 
     def _attention(self, layout: _Layout, positions: list[np.ndarray]) -> PagedAttention:
         size = self.cache.block_size
-        places, decode, chunks = [], [], []
+        places, chunks = [], []
+        decode: dict[int, list[tuple[int, np.ndarray, int]]] = {}  # by pages, rounded up to a power of two: nobody pays for the longest
         for (sequence, count), start, position in zip(layout.work, layout.starts, positions, strict=False):
             table = np.array(sequence.block_table)
             places.append(table[position // size] * size + position % size)
             if count == 1:
-                decode.append((start, table, int(position[0]) + 1))
+                length = int(position[0]) + 1
+                decode.setdefault((-(-length // size) - 1).bit_length(), []).append((start, table, length))
             else:
                 chunks.append(Chunk(start, start + count, int(position[0]), self._tensor(table)))
-        width = max((-(-length // size) for _, _, length in decode), default=0)
-        blocks = np.zeros((len(decode), width), dtype=np.int64)
-        for row, (_, table, length) in enumerate(decode):
+        is_all = not chunks and len(decode) == 1
+        return PagedAttention(
+            self.cache, self._tensor(np.concatenate(places)), [self._decode_rows(rows, is_all) for rows in decode.values()], chunks
+        )
+
+    def _decode_rows(self, rows: list[tuple[int, np.ndarray, int]], is_all: bool) -> DecodeRows:
+        size = self.cache.block_size
+        blocks = np.zeros((len(rows), max(-(-length // size) for _, _, length in rows)), dtype=np.int64)
+        for row, (_, table, length) in enumerate(rows):
             used = -(-length // size)
             blocks[row, :used] = table[:used]
-        return PagedAttention(
-            cache=self.cache,
-            places=self._tensor(np.concatenate(places)),
-            decode_rows=self._tensor(np.array([start for start, _, _ in decode], dtype=np.int64)) if chunks else None,
-            decode_blocks=self._tensor(blocks),
-            decode_lengths=self._tensor(np.array([length for _, _, length in decode], dtype=np.int64)),
-            chunks=chunks,
+        seen = np.arange(blocks.shape[1] * size) < np.array([length for _, _, length in rows])[:, None]
+        return DecodeRows(
+            None if is_all else self._tensor(np.array([start for start, _, _ in rows])),
+            self._tensor(blocks),
+            torch.from_numpy(seen).to(self.model.device, non_blocking=True)[:, None, None, :],
         )
 
     def _segment(self, layout: _Layout, first: int, last: int) -> Segment:
@@ -115,12 +124,12 @@ class ModelRunner:
         revision = layout.work[first][0].request.adapter
         assert revision is not None
         counters = self.counters.get(revision) or self.counters.setdefault(revision, RouterCounters(adapter.manifest, self.model.device))
-        counters.tokens += end - start
         return Segment(start, end, adapter, pooled, counters)
 
     def _pooled(self, layout: _Layout, first: int, last: int, adapter: MoaWeights) -> PooledRows:
         group, origin = layout.work[first:last], layout.starts[first]
-        gates = torch.zeros(len(group), len(adapter.layers), adapter.max_outputs, device=self.model.device)
+        shape = (len(group), len(adapter.layers), adapter.max_outputs)
+        gates = torch.zeros(shape, dtype=torch.float32, device=self.model.device)
         spans: list[tuple[int, int] | None] = []
         for row, (sequence, count) in enumerate(group):
             if sequence.gates is None:
@@ -150,16 +159,15 @@ class ModelRunner:
             if count == sequence.num_pending and sequence.request.params.max_tokens != 0:
                 last.append(start + count - 1)
                 sampling.append(sequence)
-            if sequence.wants_prompt_logits:
-                everything.append(np.arange(start, start + _prompt_part(sequence, count)))
+            if rows := _wanted_rows(sequence, count):
+                everything.append(np.arange(start, start + rows))
         return np.concatenate([np.array(last, dtype=np.int64), *everything]), sampling
 
     def _output(self, layout: _Layout, logits: Tensor, sampling: list[Sequence], trace: RoutingTrace | None) -> StepOutput:
         output = StepOutput(sampling, logits[: len(sampling)])
         offset = len(sampling)
         for sequence, count in layout.work:
-            if sequence.wants_prompt_logits:
-                rows = _prompt_part(sequence, count)
+            if rows := _wanted_rows(sequence, count):
                 output.collected_logits.append((sequence, logits[offset : offset + rows]))
                 offset += rows
         if trace is None:

@@ -187,6 +187,8 @@ def token_logprobs(logits: Tensor, ids: SequenceOf[int], num_top: SequenceOf[int
         ids: N token ids.
         num_top: how many best tokens to report in each row.
     """
+    if not ids:
+        return []
     with torch.inference_mode():
         logits = logits.float()
         peak = logits.amax(-1, keepdim=True)

@@ -78,50 +78,47 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class DecodeRows:
+    """Tokens that are alone in their sequence's step, of sequences of similar length.
+
+    Args:
+        rows: (N,) int64, their places in the batch; None where they are the whole batch in its order.
+        blocks: (N, M) int64, their pages, padded with page 0.
+        seen: (N, 1, 1, M * block_size) bool, the tokens to attend to, the own one included.
+    """
+
+    rows: Tensor | None
+    blocks: Tensor
+    seen: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class PagedAttention:
     """Writes the step's keys and values into pages, then attends: rows of one token together, longer chunks one by one.
 
     Args:
         places: (T,) int64, block * block_size + offset of each token.
-        decode_rows: (N,) int64, tokens that are alone in their sequence's step; None where all of them are.
-        decode_blocks: (N, M) int64, their pages, padded with page 0.
-        decode_lengths: (N,) int64, tokens to see, the own one included.
-        chunks: the others.
+        decode, chunks: every token of the batch is in one of them.
     """
 
     cache: KVCache
     places: Tensor
-    decode_rows: Tensor | None
-    decode_blocks: Tensor
-    decode_lengths: Tensor
+    decode: Sequence[DecodeRows] = ()
     chunks: Sequence[Chunk] = ()
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys.view(-1, *k.shape[1:])[self.places] = k.to(keys.dtype)
         values.view(-1, *v.shape[1:])[self.places] = v.to(values.dtype)
-        if self.decode_rows is None:
-            return self._decode(q, keys, values)
+        if len(self.decode) == 1 and self.decode[0].rows is None:
+            return _attend_rows(q, self.decode[0], keys, values)
         out = torch.empty_like(q)
-        if len(self.decode_rows):
-            out[self.decode_rows] = self._decode(q[self.decode_rows], keys, values)
+        for group in self.decode:
+            assert group.rows is not None, "only a group that is the whole batch has no rows"
+            out[group.rows] = _attend_rows(q[group.rows], group, keys, values)
         for chunk in self.chunks:
             out[chunk.start : chunk.end] = self._chunk(chunk, q, k, v, keys, values)
         return out
-
-    def _decode(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        rows, heads, size = q.shape
-        kv_heads = keys.shape[2]
-        k = keys[self.decode_blocks].view(rows, -1, kv_heads, size).transpose(1, 2)  # (N, K, M * block_size, P)
-        v = values[self.decode_blocks].view(rows, -1, kv_heads, size).transpose(1, 2)
-        seen = torch.arange(k.shape[2], device=q.device) < self.decode_lengths[:, None]
-        grouped = q.view(rows, kv_heads, heads // kv_heads, size)  # the heads of a group share keys: no copies of them
-        if q.device.type == "cpu" and q.dtype != torch.float32:
-            # torch's bfloat16 kernel for one query is 5 to 6 times slower on CPU than its float32 one.
-            out = F.scaled_dot_product_attention(grouped.float(), k.float(), v.float(), attn_mask=seen[:, None, None, :]).to(q.dtype)
-        else:
-            out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=seen[:, None, None, :])
-        return out.reshape(rows, heads, size)
 
     def _chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         q, k, v = (x[chunk.start : chunk.end] for x in (q, k, v))
@@ -132,3 +129,17 @@ class PagedAttention:
         v = values[chunk.blocks].flatten(0, 1)[:length]
         seen = torch.arange(length, device=q.device) <= torch.arange(chunk.position, length, device=q.device)[:, None]
         return _causal(q, k, v, seen)
+
+
+def _attend_rows(q: Tensor, group: DecodeRows, keys: Tensor, values: Tensor) -> Tensor:
+    rows, heads, size = q.shape
+    kv_heads = keys.shape[2]
+    k = keys[group.blocks].view(rows, -1, kv_heads, size).transpose(1, 2)  # (N, K, M * block_size, P)
+    v = values[group.blocks].view(rows, -1, kv_heads, size).transpose(1, 2)
+    grouped = q.view(rows, kv_heads, heads // kv_heads, size)  # the heads of a group share keys: no copies of them
+    if q.device.type == "cpu" and q.dtype != torch.float32:
+        # torch's bfloat16 kernel for one query is 5 to 6 times slower on CPU than its float32 one.
+        out = F.scaled_dot_product_attention(grouped.float(), k.float(), v.float(), attn_mask=group.seen).to(q.dtype)
+    else:
+        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=group.seen)
+    return out.reshape(rows, heads, size)

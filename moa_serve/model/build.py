@@ -101,7 +101,8 @@ class _Builder:
         a = self._get(f"{prefix}.lora_A") if shared else torch.cat([self._get(f"{name}.lora_A") for name in names])
         b = torch.cat([self._get(f"{name}.lora_B") for name in names], dim=1)
         inner = self._index([e for e, rank in enumerate(ranks) for _ in range(rank)]) if router else None
-        scale = torch.tensor([s for s, rank in zip(scales, ranks, strict=True) for _ in range(rank)], device=self.device)
+        columns = [s for s, rank in zip(scales, ranks, strict=True) for _ in range(rank)]
+        scale = torch.tensor(columns, dtype=torch.float32, device=self.device)
         a_row = self._index(list(range(ranks[0])) * len(names)) if shared else None
         return LoraExperts(a.contiguous(), b.contiguous(), a_row, scale, Mixture(column, router, inner))
 

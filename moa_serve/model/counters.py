@@ -15,11 +15,15 @@ from moa_serve.model.moa import Routed
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RoutingTotals:
-    """A snapshot. `tokens` went through every router; `selected` and `gate_sum` (L, E) count and add up what was kept of them."""
+    """A snapshot. `tokens` went through every router; `selected` and `gate_sum` (L, E) count and add up what was kept of them.
+
+    `experts` are the names of the columns, layer by layer; empty where the adapter has no router.
+    """
 
     tokens: int
     selected: npt.NDArray[np.float64]
     gate_sum: npt.NDArray[np.float64]
+    experts: tuple[tuple[str, ...], ...] = ()
 
 
 class RouterCounters:
@@ -28,6 +32,8 @@ class RouterCounters:
     def __init__(self, manifest: Manifest, device: torch.device) -> None:
         plans = [manifest.layer(layer) for layer in range(manifest.base.num_layers)]
         at_layer, at_linear = manifest.router.site == "layer", manifest.router.site == "linear"
+        names = tuple(tuple(expert.name for expert in plan.experts) for plan in plans)
+        self._experts = names if at_layer or at_linear else ()
         self._columns = [torch.tensor(plan.columns, dtype=torch.int64, device=device) if at_layer else None for plan in plans]
         self._offsets: list[dict[str, int]] = []
         for plan in plans:
@@ -44,7 +50,8 @@ class RouterCounters:
         offset = self._offsets[layer].get(site)
         if offset is None:
             return
-        selected, gates = routed.selected.sum(0), routed.gates.sum(0)
+        # One row that overflows must not turn the totals into NaN for good.
+        selected, gates = routed.selected.sum(0), torch.where(routed.gates.isfinite(), routed.gates, 0.0).sum(0)
         columns = self._columns[layer]
         if columns is not None:
             selected, gates = selected[columns], gates[columns]
@@ -52,4 +59,4 @@ class RouterCounters:
         self._gate_sum[layer, offset : offset + len(gates)] += gates
 
     def snapshot(self) -> RoutingTotals:
-        return RoutingTotals(self.tokens, self._selected.cpu().numpy().copy(), self._gate_sum.cpu().numpy().copy())
+        return RoutingTotals(self.tokens, self._selected.cpu().numpy().copy(), self._gate_sum.cpu().numpy().copy(), self._experts)

@@ -157,7 +157,7 @@ class Mixture:
         outer = None if gates is None or self.column is None else gates[:, self.column : self.column + 1]
         if routed is None or outer is None:
             return outer if routed is None else routed.gates
-        return outer * routed.gates
+        return torch.where(outer != 0, outer * routed.gates, 0.0)  # a nested router that overflows is not asked where w = 0
 
     def column_weights(self, gates: Tensor | None, routed: Routed | None) -> Tensor | None:
         """The same for each of the C columns: (T, 1) or (T, C)."""

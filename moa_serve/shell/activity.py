@@ -1,5 +1,6 @@
 """Expert activity: what an adapter's routers did with the tokens of some prompts, as numbers and as a coloured table."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -144,7 +145,13 @@ def _canonical(name: str) -> tuple[int, int]:
 
 
 def _widths(names: Sequence[str], style: _CellStyle) -> list[int]:
-    return [max(style.width, *(len(part) for part in name.split("/"))) + 2 for name in names]
+    """Of each column. A linear's name stands once above all its experts, so it is only the first that may have to make room for it."""
+    gap = 1 if style.is_short else 2
+    widths = [style.width + gap for _ in names]
+    for site, group in itertools.groupby(range(len(names)), key=lambda index: _site(names[index])):
+        columns = list(group)
+        widths[columns[0]] += max(0, len(site) + gap - sum(widths[column] for column in columns))
+    return widths
 
 
 def _blocks(names: Sequence[str], widths: Sequence[int], width: int) -> list[tuple[int, int]]:
@@ -171,12 +178,12 @@ def _site(name: str) -> str:
 def _block(layers: dict[int, dict[str, Use]], names: Sequence[str], widths: Sequence[int], style: _CellStyle) -> list[Text]:
     lines = _header(names, widths)
     for index, layer in layers.items():
-        row = Text(f"{index:>{_LABEL - 1}} ", style="dim")
+        row = Text.assemble((f"{index:>{_LABEL - 1}} ", "dim"))
         for name, width in zip(names, widths, strict=True):
             use = layer.get(name)
             row.append(_centred(style.text(use) if use else _ABSENT, width), style.heat(use) if use else "dim")
         lines.append(row)
-    footer = Text("mean".rjust(_LABEL - 1) + " ", style="bold")
+    footer = Text.assemble(("mean".rjust(_LABEL - 1) + " ", "bold"))
     for name, width in zip(names, widths, strict=True):
         uses = [layer[name] for layer in layers.values() if name in layer]
         mean = Use(sum(use.weight for use in uses) / len(uses), sum(use.selected for use in uses) / len(uses))
@@ -185,13 +192,10 @@ def _block(layers: dict[int, dict[str, Use]], names: Sequence[str], widths: Sequ
 
 
 def _header(names: Sequence[str], widths: Sequence[int]) -> list[Text]:
-    top, numbers = "layer ", " " * _LABEL
-    previous = None
-    for name, width in zip(names, widths, strict=True):
-        site, _, index = name.partition("/")
-        top += _centred(site if site != previous else "", width)
-        numbers += _centred(index, width)
-        previous = site
+    top = "layer "
+    for site, group in itertools.groupby(zip(names, widths, strict=True), key=lambda column: _site(column[0])):
+        top += _centred(site, sum(width for _, width in group))
+    numbers = " " * _LABEL + "".join(_centred(name.partition("/")[2], width) for name, width in zip(names, widths, strict=True))
     lines = [top, numbers] if numbers.strip() else [top]
     return [Text(line.rstrip(), style="bold") for line in lines]
 

@@ -13,9 +13,11 @@ from rich.text import Text
 from moa_serve.adapter.adapter import Adapter
 from moa_serve.adapter.manifest import KINDS, ExpertSpec, Manifest, SelectConstant, SelectThresholdFn, SelectTopK
 from moa_serve.errors import MoaError
-from moa_serve.shell.terminal import is_terminal, visible
+from moa_serve.shell.terminal import is_terminal, print_table, visible
 
 ROUTERS = "routers"  # what belongs to no expert alone: routers, thresholds, HydraLoRA's shared first factor
+
+_FULL_WIDTH = 72  # columns of the table of experts with its frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,9 @@ def expert_rows(manifest: Manifest) -> list[ExpertRow]:
         first = experts[0]
         numbers = ranges([expert.index for expert in experts])
         name = f"{first.site}/{numbers}" if "/" in first.name else first.name
-        kind = first.kind if first.inner is None else f"{first.kind}, {first.inner.variant} of {first.inner.num_experts}"
+        kind = first.kind.replace("_", " ")
+        if first.inner is not None:
+            kind += f", {first.inner.variant} of {first.inner.num_experts}"
         size = f"rank {first.rank}" if first.rank else f"length {first.length}" if first.length else f"size {first.size}"
         total = sum(counts.get((expert.name, layer), 0) for expert in experts for layer in expert.layers)
         rows.append(ExpertRow(name, kind, ranges(first.layers), size, first.scale if first.kind == "lora" else None, total))
@@ -137,13 +141,14 @@ def show(console: Console, name: str, adapter: Adapter, base: str, *, is_tried: 
     facts.add_column(overflow="fold")
     for key, value in _facts(adapter, is_tried):
         facts.add_row(key, Text(visible(value)))
-    experts = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_footer=True, footer_style="bold")
-    is_narrow = is_terminal() and console.width < 60  # then numbers wrap rather than vanish
-    experts.add_column("expert", "total", no_wrap=not is_narrow)
+    is_narrow = is_terminal() and console.width < _FULL_WIDTH
+    frame: dict[str, Any] = {"box": None, "padding": (0, 1, 0, 0)} if is_narrow else {"box": box.SIMPLE_HEAD}
+    experts = Table(**frame, pad_edge=False, header_style="bold", show_footer=True, footer_style="bold")
+    experts.add_column("expert", "total", overflow="fold")
     for title in ("kind", "layers", "size"):
         experts.add_column(title, overflow="fold")
-    experts.add_column("scale", justify="right")
-    experts.add_column("parameters", f"{manifest.num_parameters:,}", justify="right", no_wrap=not is_narrow)
+    experts.add_column("scale", justify="right", overflow="fold")
+    experts.add_column("parameters", f"{manifest.num_parameters:,}", justify="right", overflow="fold")
     for row in expert_rows(manifest):
         scale = "" if row.scale is None else f"{row.scale:g}"
         experts.add_row(row.name, row.kind, row.layers, row.size, scale, f"{row.num_parameters:,}")
@@ -151,8 +156,8 @@ def show(console: Console, name: str, adapter: Adapter, base: str, *, is_tried: 
     if shared:
         experts.add_row(_shared_name(manifest), "", "", "", "", f"{shared:,}")
     console.print(Text.assemble(("✓ ", "bold green"), (visible(name), "bold"), f" can be served on {visible(base)}"), soft_wrap=True)
-    console.print(facts)
-    console.print(experts)
+    print_table(console, facts)
+    print_table(console, experts)
     for warning in adapter.warnings:
         console.print(Text.assemble(("warning: ", "bold yellow"), visible(warning)))
 

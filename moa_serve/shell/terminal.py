@@ -4,13 +4,13 @@ Everything that comes from a model, a file or a user passes through `visible` be
 move the cursor, set the window's title or pretend to be a message of ours.
 """
 
-import os
 import sys
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from moa_serve.errors import MoaError
@@ -58,6 +58,16 @@ def messages() -> Console:
     return Console(stderr=True, highlight=False, markup=False, emoji=False, force_terminal=False, color_system=None)
 
 
+def print_table(console: Console, table: Table) -> None:
+    """A table; where there is no terminal, without the spaces that only fill it up."""
+    if is_terminal():
+        console.print(table)
+        return
+    with console.capture() as capture:
+        console.print(table)
+    console.print(Text("\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())), soft_wrap=True)
+
+
 def show_error(error: MoaError) -> None:
     """One line, and every finding below it where there are several."""
     console = messages()
@@ -81,21 +91,3 @@ def spinner(message: str, *, shown: bool = True) -> Iterator[None]:
     console = messages()
     with console.status(Text(message, style="dim")) if shown and console.is_terminal else nullcontext():
         yield
-
-
-def flush() -> None:
-    """Write out what is buffered, so that a reader who has gone is met here and not when the interpreter ends."""
-    if sys.stdout is not None:
-        sys.stdout.flush()
-
-
-def let_go() -> None:
-    """The reader has gone: what is still buffered must go somewhere, or the interpreter complains when it ends."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:
-                stream.flush()
-        except BrokenPipeError:
-            os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)

@@ -213,6 +213,62 @@ def test_a_row_of_nan_ends_alone_and_leaves_nothing_behind(base: Path, tmp_path:
         assert llm._engine.block_pool.num_held == 0
 
 
+def test_an_adapter_that_cannot_be_read_again_fails_alone(base: Path, tmp_path: Path) -> None:
+    folders = {family: write_family(tmp_path / family, family) for family in ("soft", "lora")}
+    with LLM(base, adapters=folders, device="cpu", kv_cache_bytes=2**21) as roomy:
+        expected = {name: tokens(roomy, name) for name in (*folders, None)}
+        size = max(roomy._store.cache.num_bytes, 1)
+    with LLM(base, adapters=folders, device="cpu", kv_cache_bytes=2**21, adapter_cache_bytes=size - 1) as llm:
+        gone = next(name for name in folders if llm._store.get(name).revision not in llm._store.cache)
+        (folders[gone] / "adapter.json").unlink()
+        kept = next(name for name in folders if name != gone)
+        completions = llm.generate(PROMPTS * 3, GREEDY, adapter=[gone] * 3 + [kept] * 3 + [None] * 3)
+        assert [completion.finish_reason for completion in completions[:3]] == ["error"] * 3
+        assert all(isinstance(completion.error, AdapterError) for completion in completions[:3])
+        assert [completion.token_ids for completion in completions[3:]] == expected[kept] + expected[None]
+        assert llm._engine.block_pool.num_held == 0
+
+
+def test_an_end_of_text_beyond_the_vocabulary_touches_no_neighbour(tmp_path: Path) -> None:
+    """An index past a row's end is the next row's logit."""
+    with LLM(write_base(tmp_path, TINY | {"eos_token_id": [101]}), device="cpu", kv_cache_bytes=2**20) as llm:
+        waiting = SamplingParams(temperature=0, max_tokens=6, min_tokens=6)
+        biased = SamplingParams(temperature=0, max_tokens=6, logit_bias={5: 100.0})
+        assert llm.generate([[1], [1]], [waiting, biased])[1].token_ids == [5] * 6
+        assert llm.generate([[1], [1]], [biased, waiting])[0].token_ids == [5] * 6
+
+
+def test_a_row_with_nothing_to_choose_is_its_own_mistake(llm: LLM, tmp_path: Path) -> None:
+    """It must not take its adapter out of service."""
+    llm.load_adapter("a", write_family(tmp_path / "a", "soft"))
+    nothing = SamplingParams(max_tokens=2, min_tokens=2, stop_token_ids=tuple(range(96)))
+    for _ in range(4):
+        (completion,) = llm.generate([[1]], nothing, adapter="a")
+        assert isinstance(completion.error, InvalidRequest)
+    assert tokens(llm, "a")
+
+
+def test_rows_of_very_different_lengths_do_not_change_each_other(llm: LLM) -> None:
+    prompts = [[7] * length for length in (1, 15, 16, 17, 31, 33, 120, 500)]
+    params = SamplingParams(temperature=0, max_tokens=6)
+    together = llm.generate(prompts, params)
+    assert together == [llm.generate([prompt], params)[0] for prompt in prompts]
+
+
+def test_one_call_at_a_time(llm: LLM) -> None:
+    step, met = llm._engine.step, []
+
+    def within() -> Any:
+        with pytest.raises(InvalidRequest, match="one call at a time"):
+            llm.generate([[1]])
+        met.append(1)
+        return step()
+
+    llm._engine.step = within  # type: ignore[method-assign]
+    assert tokens(llm, None)
+    assert met
+
+
 # -- requests
 
 
@@ -302,6 +358,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "too few adapters": ({"prompts": [[1], [2]], "adapter": [None]}, "adapter"),
     "params of no kind": ({"prompts": [[1]], "params": {"temperature": 0}}, "params"),
     "too many params": ({"prompts": [[1]], "params": [GREEDY, GREEDY]}, "params"),
+    "params with a hole": ({"prompts": [[1], [2]], "params": [GREEDY, None]}, "params"),
+    "empty params": ({"prompts": [[1], [2]], "params": []}, "params"),
+    "list in a list of adapters": ({"prompts": [[1]], "adapter": [["x"]]}, "adapter"),
+    "id of 5,000 digits": ({"prompts": [[10**5000]]}, "prompt"),
     "nothing to generate": ({"prompts": [[1]], "params": SamplingParams(max_tokens=0)}, "max_tokens"),
     "stop without text": ({"prompts": [[1]], "params": SamplingParams(stop="x")}, "stop"),
     "bias of no token": ({"prompts": [[1]], "params": SamplingParams(logit_bias={96: 1.0})}, "logit_bias"),
@@ -330,6 +390,10 @@ def test_mistakes_are_told_by_field(llm: LLM, case: str) -> None:
         ({"kv_cache_bytes": 2**60}, "kv_cache_bytes"),
         ({"kv_cache_bytes": 10}, "KV cache"),
         ({"kv_cache_bytes": 2**16, "max_model_len": 512}, "max_model_len"),
+        ({"max_model_len": 100_000}, "max_model_len"),
+        ({"adapters": ["a"]}, "adapters"),
+        ({"adapters": {"a": 5}}, "adapter 'a'"),
+        ({"dtype": [1]}, "dtype"),
         ({"max_num_seqs": 32, "max_batch_tokens": 8}, "max_batch_tokens"),
     ],
 )

@@ -225,3 +225,11 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     save(tmp_path, byte_level(), [])
     with pytest.raises(ModelCorrupt, match=r"tokenizer_config\.json"):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_text_before_min_tokens_cannot_stop() -> None:
+    tokenizer = Tokenizer(byte_level())
+    ids = tokenizer.encode("aXbXc", parse_special=False, add_special=False)
+    decoder = IncrementalDecoder(tokenizer, stop=["X"], min_tokens=3)
+    assert pushed(decoder, ids) == "aXb"
+    assert decoder.num_tokens == 4
