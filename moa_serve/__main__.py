@@ -4,6 +4,7 @@
 Whatever loads torch is imported inside the commands, so that `--help` and mistakes in flags answer at once.
 """
 
+import inspect
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from moa_serve.errors import AdapterCorrupt, AdapterError, InvalidRequest, MoaError, ModelError
+from moa_serve.settings import ServerSettings, load_settings
 from moa_serve.shell import terminal
 
 if TYPE_CHECKING:
@@ -249,6 +251,38 @@ def _show(llm: "LLM", found: "list[Answer]", routed: "Iterable[Column]") -> None
             answers.show_activity(console, column, activity)
 
 
+def _serve(*, config: Path | None, **flags: Any) -> None:
+    """Serve the base and its adapters over the OpenAI API.
+
+    Every option is also an environment variable (MOA_PORT, MOA_API_KEY, ...) and a key of the TOML file of --config; an option
+    counts before the variable, and that before the file. Stops after SIGTERM, when running requests have ended: exit 0.
+    """
+    settings = load_settings(flags, config)
+    with terminal.spinner("Loading torch"):
+        from moa_serve.shell.server import serve
+    raise typer.Exit(serve(settings))
+
+
+def _serve_parameters() -> list[inspect.Parameter]:
+    """One option for each setting: name, help and bounds are written once, in settings.py."""
+    file = typer.Option("--config", envvar="MOA_CONFIG", exists=True, dir_okay=False, help="TOML file with settings.")
+    parameters = [inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, file])]
+    for name, setting in ServerSettings.model_fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        is_switch, is_list = setting.annotation is bool, isinstance(setting.default, tuple)
+        default = setting.get_default(call_default_factory=True)
+        shown = "; ".join(filter(None, [None if is_switch or default in (None, ()) else str(default), f"MOA_{name.upper()}"]))
+        option = typer.Option(flag, help=f"{setting.description} ({shown})", show_default=False)
+        kind: Any = bool | None if is_switch else list[str] | None if is_list else str | None
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]))
+    return parameters
+
+
+_serve.__signature__ = inspect.Signature(_serve_parameters())  # type: ignore[attr-defined]
+_serve.__annotations__ = {parameter.name: parameter.annotation for parameter in _serve_parameters()}
+app.command("serve")(_serve)
+
+
 @contextmanager
 def _loaded(model: str | None, backend: str = "auto", device: str = "auto", dtype: str = "auto") -> "Iterator[LLM]":
     """An LLM for the length of a command."""
@@ -282,7 +316,7 @@ def _name_of(folder: Path) -> str:
 
 
 def _dtype_of(llm: "LLM") -> str:
-    return str(llm._engine.model.dtype).removeprefix("torch.")
+    return str(llm.dtype).removeprefix("torch.")
 
 
 def _count(number: int, word: str) -> str:

@@ -125,11 +125,11 @@ class LLM:
     ) -> None:
         self._is_open = False
         self._running = threading.Lock()
-        self.backend = _resolve_backend(backend)
-        self.device = _resolve_device(device)
+        self.backend = resolve_backend(backend)
+        self.device = resolve_device(device)
         options = _options(engine_options)
         sources = _sources(adapters)
-        base = load_base(_path("model", model), device=self.device, dtype=_resolve_dtype(dtype, self.device))
+        base = load_base(_path("model", model), device=self.device, dtype=resolve_dtype(dtype, self.device))
         self.config, self.name, self.base_digest, self.folder = base.config, base.name, base.digest, base.folder
         self.tokenizer = Tokenizer.from_folder(base.folder) if base.folder else None
         self._store = AdapterStore(base.config, base_name=base.name, base_digest=base.digest, max_bytes=options.adapter_cache_bytes)
@@ -424,7 +424,7 @@ def _options(given: Mapping[str, Any]) -> EngineOptions:
     return EngineOptions(**given)
 
 
-def _resolve_backend(backend: str) -> str:
+def resolve_backend(backend: str) -> str:
     if backend in ("auto", "torch"):
         return "torch"
     if backend == "native":
@@ -432,7 +432,7 @@ def _resolve_backend(backend: str) -> str:
     raise InvalidRequest(f"backend {backend!r} is unknown; use 'auto' or 'torch'", param="backend")
 
 
-def _resolve_device(device: str) -> torch.device:
+def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cpu":
@@ -444,7 +444,7 @@ def _resolve_device(device: str) -> torch.device:
     raise InvalidRequest(f"device {device!r} is unknown; use 'auto', 'cpu' or 'cuda'", param="device")
 
 
-def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}
     if not isinstance(dtype, str) or dtype not in known:
         raise InvalidRequest(f"dtype {shown(dtype)} is unknown; use 'auto', 'float32' or 'bfloat16'", param="dtype")

@@ -31,7 +31,7 @@ EngineFactory = Callable[[Callable[[str], AbstractContextManager[Adapter]]], Eng
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy the engine is; numbers of the last step."""
+    """How busy the engine is; numbers after its last step or command."""
 
     running: int
     waiting: int
@@ -118,7 +118,6 @@ class AsyncEngine:
         self.failure: str | None = None  # why the engine thread gave up
         self.last_progress = time.monotonic()  # of the engine thread: a step done, or nothing to do
         self.load = Load(0, 0, 0.0, 0, 0)
-        self._num_preemptions = 0
         self.on_step: Callable[[Engine, list[TokenEvent]], None] | None = None  # metrics; called in the engine thread
 
     @property
@@ -136,7 +135,9 @@ class AsyncEngine:
         self._thread.start()
 
     async def stop(self) -> None:
-        """End every stream with an error, then the thread."""
+        """End every stream with an error, then the thread; twice is as good as once."""
+        if self._is_stopping:
+            return
         self._end_all("the server is shutting down")
         self._is_stopping = True
         self._commands.put(lambda: None)
@@ -181,6 +182,10 @@ class AsyncEngine:
         """A revision is gone for good: free its slot once nothing uses it."""
         self._commands.put(lambda: self._engine.drop(revision))
 
+    def pardon(self, revision: str) -> None:
+        """A revision was loaded again: end its quarantine."""
+        self._commands.put(lambda: self._engine.pardon(revision))
+
     def _end_all(self, reason: str = "the engine has stopped; restart the server") -> None:
         for stream in list(self._streams.values()):
             self._end(stream, EngineError(reason))
@@ -205,6 +210,7 @@ class AsyncEngine:
         try:
             while not self._is_stopping:
                 self._take_commands(block=not self._engine.has_work)
+                self.load = self._measure(self.load.steps)  # a cancelled row is gone now, though no step may follow
                 if self._engine.has_work and not self._is_stopping:
                     self._step()
                 self.last_progress = time.monotonic()
@@ -235,14 +241,17 @@ class AsyncEngine:
                 raise
             return
         self._failed_steps = 0
-        scheduler, pool = self._engine.scheduler, self._engine.block_pool
-        usage = pool.num_held / max(1, pool.num_held + pool.num_free)
-        self.load = Load(scheduler.num_running, scheduler.num_waiting, usage, self.load.steps + 1, self._engine.num_preemptions)
+        self.load = self._measure(self.load.steps + 1)
         self._observe(events)
         if events:
             self._hand_over(events)
         elif not self._engine.did_work:
             self._take_commands(block=True, timeout=_IDLE_SECONDS)  # everything is paused, or waits for what paused rows hold
+
+    def _measure(self, steps: int) -> Load:
+        scheduler, pool = self._engine.scheduler, self._engine.block_pool
+        usage = pool.num_held / max(1, pool.num_held + pool.num_free)
+        return Load(scheduler.num_running, scheduler.num_waiting, usage, steps, self._engine.num_preemptions)
 
     def _observe(self, events: list[TokenEvent]) -> None:
         if self.on_step is None:

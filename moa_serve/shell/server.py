@@ -1,0 +1,193 @@
+"""`moa-serve serve`: composes one server from its settings and runs it until it is told to stop.
+
+    SIGTERM, SIGINT   no new work, running requests end within `drain_seconds`, exit 0; a second one: exit 143 at once
+    SIGHUP            look at the adapters directory again
+
+Everything is refused before the port is told to anyone: a port in use, a base that cannot be served, a wrong setting.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version as version_of
+
+import uvicorn
+
+from moa_serve.adapter.store import AdapterStore
+from moa_serve.api.adapters import AdapterRegistry
+from moa_serve.api.app import build_app
+from moa_serve.api.context import Server
+from moa_serve.api.logs import configure_logs, log_event
+from moa_serve.api.protocol import uvicorn_config
+from moa_serve.engine.async_engine import AsyncEngine
+from moa_serve.engine.engine import Engine, EngineOptions
+from moa_serve.errors import InvalidRequest
+from moa_serve.llm import resolve_backend, resolve_device, resolve_dtype
+from moa_serve.metrics import Metrics
+from moa_serve.model.transformer import Transformer
+from moa_serve.model.weights import Base, load_base
+from moa_serve.settings import ServerSettings
+from moa_serve.text import Tokenizer
+
+FAILED, STOPPED_TWICE = 1, 143
+_SWITCH_INTERVAL_SECONDS = 0.0005  # Python's 5 ms is most of a step: the engine thread would wait for the loop, and it for the engine
+_LOOK_SECONDS = 0.1
+
+logger = logging.getLogger(__name__)
+
+
+def serve(settings: ServerSettings) -> int:
+    """Run a server; what comes back is the exit code.
+
+    Raises:
+        ModelError, InvalidRequest: it cannot start, and why.
+    """
+    keys = [key.get_secret_value() for key in (*settings.api_key, *([settings.admin_key] if settings.admin_key else []))]
+    configure_logs(settings.log_level, keys)
+    listener = _bind(settings.host, settings.port)
+    try:
+        started = time.monotonic()
+        device = resolve_device(settings.device)
+        base = load_base(settings.model, device=device, dtype=resolve_dtype(settings.dtype, device))
+        sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
+        return asyncio.run(_run(settings, base, listener, started))
+    finally:
+        listener.close()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """The port is taken first: one that is in use is known before a base is loaded for seconds."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise InvalidRequest(
+            f"{host} port {port} cannot be bound ({error.strerror}); stop who uses it, or choose another", param="port"
+        ) from None
+    return listener
+
+
+def compose(settings: ServerSettings, base: Base) -> Server:
+    """All parts of one server, not yet running. Called where the event loop runs."""
+    name = settings.served_model_name or base.name
+    options = EngineOptions(
+        max_num_seqs=settings.max_num_seqs,
+        max_batch_tokens=settings.max_batch_tokens,
+        num_slots=settings.num_slots,
+        kv_cache_bytes=settings.kv_cache_bytes,
+        max_model_len=settings.max_model_len,
+        adapter_cache_bytes=settings.adapter_cache_bytes,
+    )
+    backend = resolve_backend(settings.backend)
+    model = Transformer(base.config, base.weights)
+    engine = AsyncEngine(
+        lambda lease: Engine(model, options, lease=lease, base_digest=base.digest, backend=backend), max_waiting=settings.max_waiting
+    )
+    store = AdapterStore(
+        base.config,
+        base_name=name,
+        base_digest=base.digest,
+        adapters_dir=settings.adapters_dir,
+        max_bytes=settings.adapter_cache_bytes,
+        max_adapters=settings.max_adapters,
+        isolate=True,
+    )
+    metrics = Metrics(name, max_model_len=engine.engine.max_model_len, grid_adapters=settings.grid_adapters)
+    registry = AdapterRegistry(store, engine, metrics=metrics)
+    metrics.attach(engine, registry)
+    return Server(
+        engine=engine,
+        registry=registry,
+        tokenizer=Tokenizer.from_folder(base.folder) if base.folder else None,
+        metrics=metrics,
+        settings=settings,
+        base_name=name,
+        base_digest=base.digest,
+        version=version_of("moa_serve"),
+        started=int(time.time()),
+    )
+
+
+async def _run(settings: ServerSettings, base: Base, listener: socket.socket, started: float) -> int:
+    server = compose(settings, base)
+    server.engine.start()
+    try:
+        await asyncio.to_thread(server.registry.scan)
+        http = _Http(uvicorn_config(build_app(server), settings), server)
+        log_event("starting", **_facts(server, listener), seconds=round(time.monotonic() - started, 2))
+        await http.serve(sockets=[listener])
+        return FAILED if server.engine.failure is not None else 0
+    finally:
+        await server.engine.stop()
+
+
+def _facts(server: Server, listener: socket.socket) -> dict[str, object]:
+    engine, settings = server.engine.engine, server.settings
+    host, port = listener.getsockname()[:2]
+    return {
+        "url": f"http://{f'[{host}]' if ':' in host else host}:{port}",
+        "base": server.base_name,
+        "backend": engine.backend,
+        "device": str(engine.model.device),
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
+        "adapters": len(server.registry.items()),
+        "adapters_dir": str(settings.adapters_dir) if settings.adapters_dir else None,
+        "context": engine.max_model_len,
+        "registry": "in memory: loads and unloads are forgotten when the server ends",
+    }
+
+
+class _Http(uvicorn.Server):
+    """uvicorn with our way to stop: it goes on answering while it drains, so that health can say so."""
+
+    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+        super().__init__(config)
+        self._server = server
+        self._stopping: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        watching = loop.create_task(self._watch())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop)
+        loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, self._server.registry.scan))
+        try:
+            yield
+        finally:
+            watching.cancel()
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                loop.remove_signal_handler(number)
+
+    def _stop(self) -> None:
+        if self._stopping is not None:
+            log_event("stopped at once")
+            os._exit(STOPPED_TWICE)
+        self._stopping = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        self._server.is_draining = True
+        log_event("draining", requests=self._server.engine.num_open)
+        deadline = time.monotonic() + self._server.settings.drain_seconds
+        while self._server.engine.num_open and time.monotonic() < deadline:
+            await asyncio.sleep(_LOOK_SECONDS)
+        if self._server.engine.num_open:
+            await self._server.engine.stop()  # ends the streams that are left with an error, which their readers get
+        self.should_exit = True
+
+    async def _watch(self) -> None:
+        """An engine that has given up ends the process; whoever supervises it starts a new one."""
+        while self._server.engine.failure is None:
+            await asyncio.sleep(_LOOK_SECONDS)
+        logger.error("the engine has stopped: %s", self._server.engine.failure)
+        self._server.is_draining = True
+        await asyncio.sleep(1)  # for the errors to reach their readers
+        self.should_exit = True
