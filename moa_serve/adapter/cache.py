@@ -36,6 +36,11 @@ class AdapterCache:
         """Host memory in use, of discarded adapters that are still leased too."""
         return sum(cached.adapter.num_bytes for cached in self._cached.values())
 
+    def bytes_of(self, revision: str) -> int:
+        """Host memory that an adapter takes now; 0 where it is not here."""
+        cached = self._cached.get(revision)
+        return cached.adapter.num_bytes if cached else 0
+
     def num_leases(self, revision: str) -> int:
         cached = self._cached.get(revision)
         return cached.num_leases if cached else 0

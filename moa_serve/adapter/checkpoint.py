@@ -16,10 +16,11 @@ import stat
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Never
+from typing import Any, BinaryIO, Never
 
 import safetensors.torch
 import torch
@@ -63,6 +64,17 @@ def read_bytes(path: Path, *, max_bytes: int) -> bytes:
         AdapterUnreadable: permission or input error; a later try may work.
         AdapterChanging: it was written to meanwhile.
     """
+    with _opened(path, max_bytes) as (file, before):
+        data = file.read(before.st_size + 1)  # one more, to notice a file that grows
+        after = os.fstat(file.fileno())
+    if len(data) != before.st_size or (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise AdapterChanging(f"{path.name}: changed while it was read; load it again when the copy is whole")
+    return data
+
+
+@contextmanager
+def _opened(path: Path, max_bytes: int) -> Iterator[tuple[BinaryIO, os.stat_result]]:
+    """A regular file of at most `max_bytes`, opened without following links, and its size and times at that moment."""
     try:  # O_NONBLOCK: opening a pipe must not wait for its writer
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -74,15 +86,11 @@ def read_bytes(path: Path, *, max_bytes: int) -> bytes:
         if before.st_size > max_bytes:
             raise AdapterTooLarge(f"{path.name}: has {before.st_size:,} bytes, but this adapter may have {max_bytes:,}")
         with os.fdopen(descriptor, "rb", closefd=False) as file:
-            data = file.read(before.st_size + 1)  # one more, to notice a file that grows
-        after = os.fstat(descriptor)
+            yield file, before
     except OSError as error:
         raise AdapterUnreadable(f"{path.name}: cannot be read ({error.strerror}); try again") from None
     finally:
         os.close(descriptor)
-    if len(data) != before.st_size or (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise AdapterChanging(f"{path.name}: changed while it was read; load it again when the copy is whole")
-    return data
 
 
 def _cannot_open(name: str, error: OSError | ValueError) -> AdapterError:
@@ -150,22 +158,76 @@ def read_safetensors(path: Path, *, max_bytes: int) -> dict[str, Tensor]:
     return _decode(read_bytes(path, max_bytes=max_bytes), path.name)
 
 
-def _decode(data: bytes, name: str) -> dict[str, Tensor]:
-    if len(data) < 8 or int.from_bytes(data[:8], "little") > min(len(data) - 8, MAX_HEADER_BYTES):
+def read_safetensors_header(path: Path, *, max_bytes: int) -> dict[str, Tensor]:
+    """What `read_safetensors` would give, without the values: tensors on the meta device, from the header and the file's size alone.
+
+    Raises:
+        As `read_safetensors`, but for what only the values can show.
+    """
+    with _opened(path, max_bytes) as (file, before):
+        start = file.read(8)
+        length = _header_length(start, before.st_size, path.name)
+        header = file.read(length)
+    try:
+        tensors = _parse_header(header, before.st_size - 8 - length)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError):  # RecursionError is a RuntimeError
+        raise _bad_header(path.name) from None
+    _check_dtypes(tensors, path.name)
+    return tensors
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+_DTYPES |= {"I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def _parse_header(header: bytes, num_bytes: int) -> dict[str, Tensor]:
+    """Tensors without values; they must fill the file's `num_bytes` of data without a hole. Raises many kinds of error."""
+    table = json.loads(header.decode("utf-8"))
+    table.pop("__metadata__", None)
+    end = 0
+    tensors = {}
+    for name, entry in sorted(table.items(), key=lambda item: item[1]["data_offsets"]):
+        if not all(type(number) is int and number >= 0 for number in (*entry["shape"], *entry["data_offsets"])):
+            raise ValueError(name)
+        tensor = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
+        start, stop = entry["data_offsets"]
+        if start != end or stop - start != tensor.numel() * tensor.element_size():
+            raise ValueError(name)
+        tensors[name], end = tensor, stop
+    if end != num_bytes:
+        raise ValueError("the data ends elsewhere")
+    return tensors
+
+
+def _header_length(data: bytes, size: int, name: str) -> int:
+    """Of a safetensors file of `size` bytes that begins with `data`."""
+    length = int.from_bytes(data[:8], "little")
+    if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
         kind = "a zip or pickle file" if data.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")) else "cut off or no safetensors file"
         raise AdapterCorrupt(f"{name}: is {kind}; copy or convert it again")
+    return length
+
+
+def _bad_header(name: str) -> AdapterCorrupt:
+    return AdapterCorrupt(f"{name}: the header does not describe the file (cut off, damaged or not safetensors); copy it again")
+
+
+def _decode(data: bytes, name: str) -> dict[str, Tensor]:
+    _header_length(data, len(data), name)
     try:
         tensors = safetensors.torch.load(data)
     except (SafetensorError, ValueError, TypeError, KeyError, AssertionError, RuntimeError, OverflowError):
-        raise AdapterCorrupt(
-            f"{name}: the header does not describe the file (cut off, damaged or not safetensors); copy it again"
-        ) from None
+        raise _bad_header(name) from None
+    _check_dtypes(tensors, name)
+    return tensors
+
+
+def _check_dtypes(tensors: Mapping[str, Tensor], name: str) -> None:
     wrong = [
         f"{key}: dtype {tensor.dtype} instead of float32, bfloat16 or float16" for key, tensor in tensors.items() if not _is_float(tensor)
     ]
     if wrong:
         raise AdapterCorrupt(f"{name}: {_shown(wrong)}", problems=wrong)
-    return tensors
 
 
 def _is_float(tensor: Tensor) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from moa_serve.adapter.adapter import Adapter, AdapterSource
 from moa_serve.adapter.cache import AdapterCache
-from moa_serve.adapter.importers import MAX_FILE_BYTES, has_config, read_adapter
+from moa_serve.adapter.importers import MAX_FILE_BYTES, check_adapter, has_config, read_adapter
 from moa_serve.config import ModelConfig
 from moa_serve.errors import (
     AdapterError,
@@ -154,12 +154,35 @@ class AdapterStore:
     def read(self, name: str, source: AdapterSource) -> Adapter:
         """Read and validate; publishes nothing, so that the caller can try the adapter first. Safe in a loader thread."""
         self.check_name(name)
-        if self.adapters_dir is not None:
-            source = AdapterSource(resolve_below(self.adapters_dir, source.path), source.variant)
+        source = self._resolved(source)
         try:
             return read_adapter(source, self.config, base_digest=self.base_digest, isolate=self.isolate, max_file_bytes=self.max_file_bytes)
         except AdapterError as error:
-            raise type(error)(f"adapter {name!r}: {error}", param=error.param, problems=error.problems) from None
+            raise self._told(name, error) from None
+
+    def check_header(self, name: str, source: AdapterSource) -> str | None:
+        """Whether config and tensor header fit the base: milliseconds, where `read` reads every value. Safe in a loader thread.
+
+        Returns:
+            The variant; None where the weights are a pickle, which only `read` can judge.
+        Raises:
+            AdapterError: as `read`.
+        """
+        source = self._resolved(source)
+        try:
+            return check_adapter(source, self.config, max_file_bytes=self.max_file_bytes)
+        except AdapterError as error:
+            raise self._told(name, error) from None
+
+    def _resolved(self, source: AdapterSource) -> AdapterSource:
+        return source if self.adapters_dir is None else AdapterSource(resolve_below(self.adapters_dir, source.path), source.variant)
+
+    def _told(self, name: str, error: AdapterError) -> AdapterError:
+        """The error with the adapter's name, and without where the adapters directory is: clients read it."""
+        message = str(error)
+        if self.adapters_dir is not None:
+            message = message.replace(f"{self.adapters_dir.resolve()}{os.sep}", "")
+        return type(error)(f"adapter {name!r}: {message}", param=error.param, problems=error.problems)
 
     def publish(self, name: str, source: AdapterSource, adapter: Adapter) -> None:
         """Give a name to an adapter that `read` returned.
@@ -175,12 +198,30 @@ class AdapterStore:
         self.cache.add(adapter)
         self._entries[name] = AdapterEntry(name, source, adapter.revision)
 
+    def replace(self, name: str, source: AdapterSource, adapter: Adapter) -> None:
+        """Give a published name to another adapter that `read` returned, in one step. Leases on the old one go on.
+
+        Raises:
+            AdapterNotFound, AdapterMemory, AdapterTooLarge: nothing has changed then.
+        """
+        old = self.get(name)
+        self.cache.add(adapter)
+        self._entries[name] = AdapterEntry(name, source, adapter.revision)
+        self._discard(old.revision)
+
     def remove(self, name: str) -> None:
         """Forget a name. Leases go on; the memory is freed with the last of them, unless another name has the same revision."""
         entry = self.get(name)
         del self._entries[name]
-        if all(other.revision != entry.revision for other in self._entries.values()):
-            self.cache.discard(entry.revision)
+        self._discard(entry.revision)
+
+    def is_named(self, revision: str) -> bool:
+        """Whether any name has this revision."""
+        return any(entry.revision == revision for entry in self._entries.values())
+
+    def _discard(self, revision: str) -> None:
+        if not self.is_named(revision):
+            self.cache.discard(revision)
 
     @contextmanager
     def lease(self, name: str) -> Iterator[Adapter]:

@@ -12,6 +12,7 @@ Pure: files in, tensors out; safe in a loader thread.
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from moa_serve.adapter.adapter import Adapter, AdapterSource
@@ -22,11 +23,10 @@ from moa_serve.adapter.checkpoint import (
     check_tensors,
     match_tensors,
     read_json,
-    read_safetensors,
     revision_of,
 )
 from moa_serve.adapter.importers import hf_moa, meta, peft
-from moa_serve.adapter.importers.build import Imported, ReadOptions, refuse_variant
+from moa_serve.adapter.importers.build import Imported, NoHeader, ReadOptions, read_tensors, refuse_variant
 from moa_serve.adapter.manifest import FORMAT, Manifest
 from moa_serve.config import ModelConfig
 from moa_serve.errors import (
@@ -37,6 +37,7 @@ from moa_serve.errors import (
 )
 
 CONFIG_FILES = (CONFIG_FILE, meta.CONFIG_FILE, peft.CONFIG_FILE)
+_FILES = (*CONFIG_FILES, WEIGHTS_FILE, meta.PICKLE_FILE, peft.SAFETENSORS_FILE, peft.PICKLE_FILE)
 MAX_FILE_BYTES = 4 * 2**30  # where the expected size is not known before the file is read
 _HEADER_BYTES, _HEADER_BYTES_PER_TENSOR = 2**20, 512
 
@@ -72,6 +73,38 @@ def read_adapter(
     return Adapter(imported.manifest, imported.tensors, revision, label, tuple(warnings))
 
 
+def check_adapter(source: AdapterSource, config: ModelConfig, *, max_file_bytes: int = MAX_FILE_BYTES) -> str | None:
+    """Judge a folder by its config and the header of its tensors, without reading their values: whether it fits the base.
+
+    Returns:
+        The variant; None where the weights are a pickle: it has no header, so only `read_adapter` can tell.
+    Raises:
+        AdapterError: as `read_adapter`, but for what only the values show (NaN).
+    """
+    folder = Path(source.path)
+    _check_folder(folder)
+    _, read = _format_of(folder)
+    try:
+        return read(folder, source.variant, config, ReadOptions(True, max_file_bytes, is_header_only=True)).manifest.variant
+    except NoHeader:
+        return None
+
+
+Signature = tuple[tuple[str, int, int, int], ...]
+
+
+def signature_of(folder: str | os.PathLike[str]) -> Signature:
+    """Name, size, and times of content and of mode of every file that can be part of an adapter: equal means that nothing has changed."""
+    found = []
+    for name in _FILES:
+        try:
+            state = os.lstat(os.path.join(folder, name))
+        except OSError:
+            continue
+        found.append((name, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+    return tuple(found)
+
+
 def has_config(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder looks like an adapter: it has one of the three config files, readable or not."""
     return any(os.path.lexists(os.path.join(folder, name)) for name in CONFIG_FILES)
@@ -105,10 +138,10 @@ def _read_own(folder: Path, variant: str | None, config: ModelConfig, options: R
     manifest.check_base(config)
     expected = manifest.expected_tensors()
     size = 4 * manifest.num_parameters + _HEADER_BYTES + _HEADER_BYTES_PER_TENSOR * len(expected)
-    tensors = read_safetensors(folder / WEIGHTS_FILE, max_bytes=min(size, options.max_file_bytes))
+    tensors = read_tensors(folder / WEIGHTS_FILE, replace(options, max_file_bytes=min(size, options.max_file_bytes)))
     match = match_tensors(expected, tensors)
     check_tensors(match.problems, match.leftover)
     return Imported(manifest, match.tensors)
 
 
-__all__ = ["CONFIG_FILES", "MAX_FILE_BYTES", "has_config", "read_adapter"]
+__all__ = ["CONFIG_FILES", "MAX_FILE_BYTES", "Signature", "check_adapter", "has_config", "read_adapter", "signature_of"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moa_serve.adapter.checkpoint import read_pickle, read_safetensors
+from moa_serve.adapter.checkpoint import read_pickle, read_safetensors, read_safetensors_header
 from moa_serve.adapter.manifest import FORMAT, BaseShape, Manifest
 from moa_serve.config import ModelConfig
 from moa_serve.errors import AdapterConfigInvalid, AdapterUnsupported
@@ -28,17 +28,33 @@ class Imported:
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """How files may be read: pickles in a child process or not, and the most bytes that a file may have."""
+    """How files may be read: pickles in a child process or not, the most bytes that a file may have, and whether values are wanted.
+
+    `is_header_only`: tensors come without values (on the meta device), so that every check of names, shapes and sizes is the same code.
+    """
 
     isolate: bool
     max_file_bytes: int
+    is_header_only: bool = False
+
+
+class NoHeader(Exception):
+    """Only the header was wanted, but the weights are a pickle, which has none."""
 
 
 def read_weights(folder: Path, safetensors_name: str, pickle_name: str, options: ReadOptions) -> dict[str, Tensor]:
     """The safetensors file if there is one: the pickle beside it is then not even opened."""
     if os.path.lexists(folder / safetensors_name):  # a link there is refused by the reader, it does not bring the pickle back
-        return read_safetensors(folder / safetensors_name, max_bytes=options.max_file_bytes)
+        return read_tensors(folder / safetensors_name, options)
+    if options.is_header_only:
+        raise NoHeader
     return read_pickle(folder / pickle_name, max_bytes=options.max_file_bytes, isolate=options.isolate)
+
+
+def read_tensors(path: Path, options: ReadOptions) -> dict[str, Tensor]:
+    """A safetensors file, or its header alone."""
+    read = read_safetensors_header if options.is_header_only else read_safetensors
+    return read(path, max_bytes=options.max_file_bytes)
 
 
 def refuse_variant(wanted: str | None, fitting: tuple[str, ...], file: str) -> None:

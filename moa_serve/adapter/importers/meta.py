@@ -8,7 +8,7 @@ parallel adapter with the prompt's gate. The full account is in docs/adapter-for
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ def read(folder: Path, variant: str | None, config: ModelConfig, options: ReadOp
     # How wide a SwiGLU router is and which of two variants it is, only the tensors tell; how large the file may be is known now.
     draft = _manifest(layout, _fitting(layout, {})[0], config, {})
     limit = min(options.max_file_bytes, 2 * 4 * draft.num_parameters + _SLACK_BYTES)
-    tensors = read_weights(folder, SAFETENSORS_FILE, PICKLE_FILE, ReadOptions(options.isolate, limit))
+    tensors = read_weights(folder, SAFETENSORS_FILE, PICKLE_FILE, replace(options, max_file_bytes=limit))
     flatten_gates(tensors)
     fitting = _fitting(layout, tensors)
     refuse_variant(variant, fitting, CONFIG_FILE)

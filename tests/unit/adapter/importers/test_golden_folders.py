@@ -1,29 +1,26 @@
 """Every folder that the authors' own code wrote loads, has the experts and the parameters that it should, and survives conversion."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from goldens import Golden, goldens
 
 from moa_serve.adapter.adapter import Adapter, AdapterSource
 from moa_serve.adapter.checkpoint import write_adapter
 from moa_serve.adapter.importers import read_adapter
 from moa_serve.config import ModelConfig
 
-_ROOTS = [Path(__file__).parents[3] / "golden" / "data", Path(os.environ.get("MOA_GOLDEN_DIR", "no such folder"))]
-_FOLDERS = {path.parent.name: path.parent for root in _ROOTS for path in sorted(root.glob("*/meta.json"))}
+_FOLDERS = {golden.name: golden for golden in goldens()}
 _DEAD = {"unipeft": 260, "sparse_moa_partial_noisy": 1495}  # parameters that were trained and that nothing reads
 
 
-def _read(folder: Path) -> tuple[Adapter, ModelConfig, dict[str, Any]]:
-    meta = json.loads((folder / "meta.json").read_text())
-    config = ModelConfig.from_hf(json.loads((folder / "base" / "config.json").read_text()))
-    variant = meta["variant"] if meta["variant"] == "soft_moa_instance" else None
-    return read_adapter(AdapterSource(folder / "adapter", variant), config), config, meta
+def _read(golden: Golden) -> tuple[Adapter, ModelConfig, dict[str, Any]]:
+    config = ModelConfig.from_hf(json.loads((golden.base / "config.json").read_text()))
+    return read_adapter(golden.source, config), config, golden.meta
 
 
 @pytest.mark.parametrize("name", sorted(_FOLDERS))
@@ -46,7 +43,7 @@ def test_the_pickle_alone_gives_the_same_adapter(name: str, tmp_path: Path) -> N
     """The authors' Hugging Face line writes only the .bin file."""
     adapter, config, _ = _read(_FOLDERS[name])
     for file in ("adapter_config.json", "adapter_model.bin"):
-        shutil.copy(_FOLDERS[name] / "adapter" / file, tmp_path)
+        shutil.copy(_FOLDERS[name].folder / "adapter" / file, tmp_path)
     assert read_adapter(AdapterSource(tmp_path), config).revision == adapter.revision
 
 
