@@ -1,0 +1,93 @@
+"""The ASGI application: routers, health, metrics, and errors in one shape, behind the guard."""
+
+from fastapi import APIRouter, FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp
+
+from moa_serve.api import admin, openai
+from moa_serve.api.context import Server, server_of
+from moa_serve.api.document import describe
+from moa_serve.api.errors import FAILED, JsonResponse, NotReady, error_response, response_of
+from moa_serve.api.generation import CLIENT_CLOSED_REQUEST
+from moa_serve.api.guard import Guard
+from moa_serve.errors import EngineError, MoaError
+
+router = APIRouter()
+
+
+def build_app(server: Server) -> ASGIApp:
+    """The application of one server, to be given to uvicorn."""
+    app = FastAPI(title="moa_serve", version=server.version, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.server = server
+    for routes in (router, openai.router, admin.router):
+        app.include_router(routes)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.add_exception_handler(MoaError, _on_moa_error)
+    app.add_exception_handler(Exception, _on_bug)
+    app.openapi = lambda: describe(app)  # type: ignore[method-assign]
+    return Guard(app, server.settings, is_draining=lambda: server.is_draining, metrics=server.metrics)
+
+
+@router.get("/health/live")
+async def live(request: Request) -> Response:
+    """The process can still serve: restart it where this is no 200."""
+    if server_of(request).engine.failure is not None:
+        raise NotReady("the engine has stopped; restart the server")
+    return JsonResponse({"status": "ok"})
+
+
+@router.get("/health")
+@router.get("/health/ready")
+async def ready(request: Request) -> Response:
+    """New requests are served; a full queue changes nothing in that."""
+    server_of(request).check_ready()
+    return JsonResponse({"status": "ok"})
+
+
+@router.get("/version")
+async def version(request: Request) -> Response:
+    server = server_of(request)
+    engine = server.engine.engine
+    return JsonResponse(
+        {
+            "version": server.version,
+            "base": server.base_name,
+            "base_digest": server.base_digest,
+            "backend": engine.backend,
+            "device": str(engine.model.device),
+            "dtype": str(engine.model.dtype).removeprefix("torch."),
+            "max_model_len": server.max_model_len,
+        }
+    )
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(request: Request) -> Response:
+    content, media_type = server_of(request).metrics.render()
+    return Response(content, media_type=media_type)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """What the router says: no such path, no such method."""
+    assert isinstance(error, HTTPException)
+    codes = {404: "not_found", 405: "method_not_allowed"}
+    message = {404: f"there is nothing at {request.url.path[:200]!a}", 405: f"{request.method} is not allowed here"}
+    status = error.status_code
+    code = codes.get(status, "invalid_request" if status < 500 else "internal_error")
+    return error_response(status, code, message.get(status, str(error.detail)), headers=error.headers)
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _on_moa_error(request: Request, error: Exception) -> Response:
+    return response_of(error)
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    """The guard gets the exception after this answer, and logs it."""
+    return response_of(EngineError(FAILED))

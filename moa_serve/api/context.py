@@ -1,0 +1,84 @@
+"""Server: what the handlers of one process share. Made where the process is composed; belongs to the event loop."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from starlette.requests import HTTPConnection
+
+from moa_serve.api.adapters import AdapterRegistry
+from moa_serve.api.chat_template import ChatTemplate
+from moa_serve.api.errors import Draining, NotReady
+from moa_serve.engine.async_engine import AsyncEngine
+from moa_serve.errors import InvalidRequest, Overloaded
+from moa_serve.metrics import Metrics
+from moa_serve.settings import ServerSettings
+from moa_serve.text import Tokenizer
+
+
+@dataclass(slots=True)
+class Server:
+    """
+    Args:
+        tokenizer: None where the base has none; then prompts are token ids and answers have no text.
+        base_name: what the base is served as.
+        started: Unix time in seconds; the `created` of every model.
+        is_draining: SIGTERM has come: health answers 503, and new requests are refused.
+    """
+
+    engine: AsyncEngine
+    registry: AdapterRegistry
+    tokenizer: Tokenizer | None
+    metrics: Metrics
+    settings: ServerSettings
+    base_name: str
+    base_digest: str
+    version: str
+    started: int
+    is_draining: bool = False
+    num_preparing: int = 0  # rows of requests that are not yet in the engine: their adapter is being read, or their text tokenised
+    chat_template: ChatTemplate | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.chat_template = ChatTemplate(self.tokenizer) if self.tokenizer else None
+
+    @property
+    def max_model_len(self) -> int:
+        return self.engine.engine.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self.engine.engine.model.config.vocab_size
+
+    def check_ready(self) -> None:
+        """Raises Draining, NotReady: no new request can be served, and why."""
+        if self.is_draining:
+            raise Draining("the server is shutting down; send the request to another one")
+        if self.engine.failure is not None:
+            raise NotReady("the engine has stopped; restart the server")
+
+    @contextmanager
+    def admit(self, num_rows: int) -> Iterator[None]:
+        """Room for a request, taken before anything is done for it that costs; inside, it counts as waiting.
+
+        Raises:
+            InvalidRequest: it could never have room. Overloaded: it has none now. Draining, NotReady.
+        """
+        self.check_ready()
+        limit = self.engine.engine.options.max_num_seqs + self.settings.max_waiting
+        if num_rows > limit:
+            raise InvalidRequest(f"prompts times n are {num_rows} rows, but at most {limit} can run and wait; send less at once", param="n")
+        if self.engine.num_open + self.num_preparing + num_rows > limit:
+            raise Overloaded(f"{limit} requests are running or waiting, which is the limit; try again later")
+        self.num_preparing += num_rows
+        try:
+            yield
+        finally:
+            self.num_preparing -= num_rows
+
+
+def server_of(connection: HTTPConnection) -> Server:
+    """The server that a request came to."""
+    server = connection.app.state.server
+    assert isinstance(server, Server)
+    return server

@@ -1,0 +1,443 @@
+"""Generation: one HTTP request for tokens, from its body to the last byte of its answer.
+
+What every route that generates has in common: admission, the adapter's lease, tokenising off the loop, one engine stream for each row, time
+limits, a client that leaves, the answer as one body or as server-sent events, and the one record of how it went. How an answer looks is
+its dialect's matter. All that a request holds is given back in `_serve`, whatever the exit. Belongs to the event loop.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Coroutine, Iterator
+from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from moa_serve.adapter.adapter import Adapter
+from moa_serve.api.choice import Choice, Delta, Prompt
+from moa_serve.api.context import Server
+from moa_serve.api.errors import (
+    QueueTimeout,
+    RequestTimeout,
+    RevisionNotFound,
+    as_moa_error,
+    dump_json,
+    error_body,
+    response_of,
+    status_of,
+)
+from moa_serve.api.guard import ClientGone
+from moa_serve.api.logs import log_request
+from moa_serve.api.schemas import GenerationRequest, Moa, read_json
+from moa_serve.engine.async_engine import Stream
+from moa_serve.engine.engine import TokenEvent
+from moa_serve.engine.request import Request, SamplingParams, Sequence
+from moa_serve.errors import InvalidRequest, MoaError
+from moa_serve.metrics.record import RequestRecord, timings
+
+CLIENT_CLOSED_REQUEST = 499  # for records only: nobody is there to read it
+MAX_GAPS = 64  # between tokens, that are handed to the metrics at once
+_SEEDS = 2**64
+
+_JSON = [(b"content-type", b"application/json")]
+_EVENT_STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect the events
+]
+
+
+class Dialect(Protocol):
+    """How one route reads its body and shapes its answer. `chunk` objects of a stream are like whole ones, but partial.
+
+    `encode` and `params` run in a worker thread. `whole` and `chunks` get a choice and what of it the client has not got yet.
+    """
+
+    endpoint: str
+    schema: Any  # the GenerationRequest that the methods below get
+    id_prefix: str
+    kind: str
+    chunk_kind: str
+
+    def num_prompts(self, body: Any) -> int: ...
+    def encode(self, server: Server, body: Any) -> list[Prompt]: ...
+    def params(self, server: Server, body: Any, prompt: Prompt) -> SamplingParams: ...
+    def prompt_logprobs(self, body: Any) -> int | None: ...
+    def echoes(self, body: Any) -> bool: ...
+    def whole(self, choice: Choice, delta: Delta) -> dict[str, Any]: ...
+    def chunks(self, choice: Choice, delta: Delta) -> list[dict[str, Any]]: ...
+
+
+@dataclass(slots=True)
+class _Progress:
+    """How far a request has come: what its record says, at whatever point it ends."""
+
+    arrived: float
+    body: GenerationRequest | None = None
+    adapter_name: str | None = None
+    adapter: Adapter | None = None
+    prompts: list[Prompt] = field(default_factory=list)
+    max_tokens: int | None = None
+    choices: list[Choice] = field(default_factory=list)
+    status: int = 200
+    is_cancelled: bool = False
+    error: MoaError | None = None
+    is_started: bool = False  # the status is sent
+    is_answered: bool = False  # the last byte is being sent: who leaves now has his answer
+
+    @property
+    def finish_reason(self) -> str:
+        """Of the whole request: the worst of its choices."""
+        if self.is_cancelled:
+            return "abort"
+        reasons = {choice.finish_reason for choice in self.choices}
+        if self.error is not None or not reasons or not reasons <= {"stop", "length"}:
+            return "error"
+        return "length" if "length" in reasons else "stop"
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(choice.num_tokens for choice in self.choices)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(prompt.ids) for prompt in self.prompts)
+
+
+class Generation(Response):
+    """The response of a route that generates. It reads the request itself, so that one place sees every way in which it can end."""
+
+    def __init__(self, server: Server, request: HttpRequest, dialect: Dialect) -> None:
+        super().__init__()
+        self._server, self._request, self._dialect = server, request, dialect
+        self._id, self._created = dialect.id_prefix + secrets.token_hex(12), int(time.time())
+        self._progress = _Progress(time.monotonic())
+        self._gaps: list[float] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        progress = self._progress
+        try:
+            body = await read_json(self._request, self._dialect.schema)
+            progress.arrived, progress.body = time.monotonic(), body
+            is_done = await _until_gone(self._serve(body, send), receive)
+            progress.is_cancelled = not (is_done or progress.is_answered)
+        except (ClientDisconnect, ClientGone):
+            progress.is_cancelled = True
+        except asyncio.CancelledError:
+            progress.is_cancelled = True
+            raise
+        except Exception as error:
+            await self._answer_error(error, scope, receive, send)
+        finally:
+            self._observe()
+
+    # -- in
+
+    async def _serve(self, body: GenerationRequest, send: Send) -> None:
+        settings, progress = self._server.settings, self._progress
+        body.check_limits(settings)
+        async with AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(settings.request_timeout_seconds):
+                    prepared = await self._prepare(body, stack)
+            except TimeoutError:
+                raise self._late() from None
+            progress.prompts = [prompt for prompt, _ in prepared]
+            progress.max_tokens = prepared[0][1][0].params.max_tokens
+            for prompt, rows in prepared:
+                for request in rows:
+                    await self._open(request, prompt, stack, echo=self._dialect.echoes(body))
+            stack.enter_context(self._time_limits())
+            if body.stream:
+                await self._answer_events(body, send)
+            else:
+                await self._answer_whole(send)
+
+    async def _prepare(self, body: GenerationRequest, stack: AsyncExitStack) -> list[tuple[Prompt, list[Request]]]:
+        """Prompts and their rows, in a worker thread, for a prompt may be long; the adapter's lease is left on `stack`."""
+        server, progress = self._server, self._progress
+        with server.admit(self._dialect.num_prompts(body) * body.n):
+            if body.model != server.base_name:
+                lease = await server.registry.lease(body.model)
+                stack.callback(lease.release)
+                progress.adapter_name, progress.adapter = lease.name, lease.adapter
+            _check_revision(body.moa, self._revision)
+            return await asyncio.to_thread(self._encode, body)
+
+    def _encode(self, body: GenerationRequest) -> list[tuple[Prompt, list[Request]]]:
+        return [(prompt, self._requests(body, prompt)) for prompt in self._dialect.encode(self._server, body)]
+
+    def _requests(self, body: GenerationRequest, prompt: Prompt) -> list[Request]:
+        """The n rows of one prompt; equal seeds would make them equal, so each has its own."""
+        params = self._dialect.params(self._server, body, prompt)
+        if params.stop and self._server.tokenizer is None:
+            raise InvalidRequest("stop: the base has no tokenizer, so there is no text to stop at; use stop_token_ids", param="stop")
+        adapter = self._progress.adapter
+        rows = []
+        for index in range(body.n):
+            seeded = params if params.seed is None or index == 0 else replace(params, seed=(params.seed + index) % _SEEDS)
+            rows.append(
+                Request(
+                    tuple(prompt.ids),
+                    seeded,
+                    adapter.revision if adapter else None,
+                    is_pooled=adapter is not None and adapter.manifest.is_pooled,
+                    prompt_logprobs=self._dialect.prompt_logprobs(body),
+                    arrival=self._progress.arrived,
+                )
+            )
+        return rows
+
+    async def _open(self, request: Request, prompt: Prompt, stack: AsyncExitStack, *, echo: bool) -> None:
+        stream = await stack.enter_async_context(self._server.engine.open(request, self._progress.adapter))
+        index = len(self._progress.choices)
+        self._progress.choices.append(Choice(index, prompt, stream, self._server.tokenizer, echo=echo))
+
+    @contextmanager
+    def _time_limits(self) -> Iterator[None]:
+        """End every stream with an error when the request has waited or run for too long."""
+        loop, settings, choices = asyncio.get_running_loop(), self._server.settings, self._progress.choices
+
+        def end_all(error: MoaError) -> None:
+            for choice in choices:
+                _fail(choice.stream, error)
+
+        def end_queued() -> None:
+            if all(choice.stream.sequence is None or choice.stream.sequence.scheduled_at is None for choice in choices):
+                end_all(QueueTimeout(f"the request waited {settings.queue_timeout_seconds:g} s for a row; try again later"))
+
+        def end_late() -> None:
+            end_all(self._late())
+
+        elapsed = time.monotonic() - self._progress.arrived
+        timers = [
+            loop.call_later(max(0.0, settings.queue_timeout_seconds - elapsed), end_queued),
+            loop.call_later(max(0.0, settings.request_timeout_seconds - elapsed), end_late),
+        ]
+        try:
+            yield
+        finally:
+            for timer in timers:
+                timer.cancel()
+
+    def _late(self) -> RequestTimeout:
+        return RequestTimeout(f"the request took more than {self._server.settings.request_timeout_seconds:g} s; ask for fewer tokens")
+
+    # -- out
+
+    async def _news(self) -> AsyncGenerator[list[Choice], None]:
+        """Choices as they get tokens, until all are finished; those of one step come together.
+
+        Raises:
+            MoaError: a row ended with an error.
+        """
+        async with aclosing(_merged(self._progress.choices)) as bundles:
+            last = [0.0] * len(self._progress.choices)
+            async for bundle in bundles:
+                now = time.monotonic()
+                for choice, events in bundle:
+                    self._measure(last, choice, len(events), now)
+                    choice.take(events)
+                    if choice.error is not None:
+                        raise choice.error
+                    if choice.is_finished:
+                        choice.stream.close()
+                yield [choice for choice, _ in bundle]
+
+    def _measure(self, last: list[float], choice: Choice, num_tokens: int, now: float) -> None:
+        """Time between tokens; what came together shares it."""
+        if last[choice.index]:
+            self._gaps += [(now - last[choice.index]) / num_tokens] * num_tokens
+            if len(self._gaps) >= MAX_GAPS:
+                self._hand_gaps()
+        last[choice.index] = now
+
+    def _hand_gaps(self) -> None:
+        if self._gaps:
+            self._server.metrics.observe_tokens(self._progress.adapter_name, self._gaps)
+            self._gaps = []
+
+    async def _answer_whole(self, send: Send) -> None:
+        async with aclosing(self._news()) as news:
+            async for _ in news:
+                pass
+        choices = [self._dialect.whole(choice, choice.drain()) for choice in self._progress.choices]
+        answer = {**self._head(self._dialect.kind), "choices": choices, "usage": self._usage(), "moa": self._moa()}
+        payload = dump_json(answer)
+        await self._start(send, [*_JSON, (b"content-length", str(len(payload)).encode())])
+        self._progress.is_answered = True
+        await send({"type": "http.response.body", "body": payload})
+
+    async def _answer_events(self, body: GenerationRequest, send: Send) -> None:
+        """The status is sent with the first event, so that what fails before it is a status and not an event."""
+        options = body.stream_options
+        has_usage = options is not None and options.include_usage
+        is_continuous = options is not None and options.continuous_usage_stats
+        head = self._head(self._dialect.chunk_kind)
+        async with aclosing(self._news()) as news:
+            async for choices in news:
+                is_last = all(choice.is_finished for choice in self._progress.choices)
+                chunks = [chunk for choice in choices for chunk in self._chunks(choice)]
+                events = []
+                for position, chunk in enumerate(chunks, start=1):
+                    event = {**head, "choices": [chunk]}
+                    if has_usage or is_continuous:
+                        event["usage"] = self._usage() if is_continuous else None
+                    if is_last and position == len(chunks) and not has_usage:
+                        event["moa"] = self._moa()
+                    events.append(event)
+                if is_last and has_usage:
+                    events.append({**head, "choices": [], "usage": self._usage(), "moa": self._moa()})
+                if events:
+                    await self._send_events(send, events, is_last)
+
+    def _chunks(self, choice: Choice) -> list[dict[str, Any]]:
+        if choice.waits_for_end and not choice.is_finished:
+            return []
+        return self._dialect.chunks(choice, choice.drain())
+
+    async def _send_events(self, send: Send, events: list[dict[str, Any]], is_last: bool) -> None:
+        payload = b"".join(b"data: " + dump_json(event) + b"\n\n" for event in events)
+        if is_last:
+            payload += b"data: [DONE]\n\n"
+        if not self._progress.is_started:
+            await self._start(send, _EVENT_STREAM)
+        self._progress.is_answered = is_last
+        await send({"type": "http.response.body", "body": payload, "more_body": not is_last})
+
+    async def _start(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        self._progress.is_started = True
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def _answer_error(self, error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+        """A status, or, where one is sent already, an event after which nothing comes."""
+        progress = self._progress
+        progress.error = as_moa_error(error)
+        progress.status = status_of(progress.error)
+        if not progress.is_started:
+            await response_of(progress.error)(scope, receive, send)
+            return
+        content = error_body(progress.status, progress.error.code, str(progress.error), progress.error.param)
+        with suppress(OSError):  # the client may be gone as well
+            await send({"type": "http.response.body", "body": b"data: " + dump_json(content) + b"\n\n", "more_body": False})
+
+    # -- what is said of it
+
+    @property
+    def _revision(self) -> str:
+        adapter = self._progress.adapter
+        return adapter.revision if adapter else self._server.base_digest
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        assert self._progress.body is not None
+        fingerprint = f"moa-{self._revision[:12]}"
+        model = self._progress.body.model
+        return {"id": self._id, "object": kind, "created": self._created, "model": model, "system_fingerprint": fingerprint}
+
+    def _usage(self) -> dict[str, Any]:
+        prompt, completion = self._progress.prompt_tokens, self._progress.completion_tokens
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
+
+    def _moa(self) -> dict[str, Any]:
+        adapter = self._progress.adapter
+        return {
+            "revision": self._revision,
+            "adapter": self._progress.adapter_name,
+            "variant": adapter.manifest.variant if adapter else None,
+            "timings": timings(self._record()),
+        }
+
+    def _record(self) -> RequestRecord:
+        progress = self._progress
+        sequences = [choice.stream.sequence for choice in progress.choices if choice.stream.sequence is not None]
+        return RequestRecord(
+            model=progress.body.model if progress.body else "",
+            adapter=progress.adapter_name,
+            revision=progress.adapter.revision if progress.adapter else None,
+            request_id=self._request.scope.get("state", {}).get("request_id") or self._id,
+            endpoint=self._dialect.endpoint,
+            prompt_tokens=progress.prompt_tokens,
+            completion_tokens=progress.completion_tokens,
+            cached_tokens=0,
+            finish_reason=progress.finish_reason,
+            arrived=progress.arrived,
+            scheduled=min((sequence.scheduled_at for sequence in sequences if sequence.scheduled_at is not None), default=None),
+            first_token=min((sequence.first_token_at for sequence in sequences if sequence.first_token_at is not None), default=None),
+            finished=time.monotonic(),
+            n=progress.body.n if progress.body else 1,
+            max_tokens=progress.max_tokens,
+            status=CLIENT_CLOSED_REQUEST if progress.is_cancelled and not progress.is_started else progress.status,
+        )
+
+    def _observe(self) -> None:
+        self._hand_gaps()
+        record = self._record()
+        self._server.metrics.observe_request(record)
+        log_request(record)
+
+
+_Bundle = list[tuple[Choice, list[TokenEvent]]]
+
+
+async def _merged(choices: list[Choice]) -> AsyncGenerator[_Bundle, None]:
+    """The events of all streams until each is finished; those that are there at the same time come together."""
+    if len(choices) == 1:
+        choice = choices[0]
+        async for events in choice.stream:
+            yield [(choice, events)]
+            if choice.is_finished:
+                return
+        return
+    waiting = {asyncio.ensure_future(choice.stream.__anext__()): choice for choice in choices}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            bundle = sorted(((waiting.pop(task), task.result()) for task in done), key=lambda pair: pair[0].index)
+            yield bundle
+            waiting |= {asyncio.ensure_future(choice.stream.__anext__()): choice for choice, _ in bundle if not choice.is_finished}
+    finally:
+        for task in waiting:
+            task.cancel()
+
+
+async def _until_gone(work: Coroutine[Any, Any, None], receive: Receive) -> bool:
+    """Run `work` to its end, or cancel it when the client leaves; whether it came to its end."""
+    task, gone = asyncio.create_task(work), asyncio.create_task(_disconnect(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+            return True
+        return False
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _fail(stream: Stream, error: MoaError) -> None:
+    """End a stream from this side: its reader gets `error`, and closing it frees the row."""
+    sequence = stream.sequence or Sequence(stream.request, list(stream.request.prompt_ids), b"")
+    stream.deliver(TokenEvent(sequence, None, finish_reason="error", error=error))
+
+
+def _check_revision(moa: Moa, revision: str) -> None:
+    if moa.revision is not None and not revision.startswith(moa.revision):
+        raise RevisionNotFound(
+            f"revision {moa.revision[:12]} is not served by this name; its revision is {revision[:12]}", param="moa.revision"
+        )

@@ -1,0 +1,129 @@
+"""OpenAI's routes, and vLLM's for tokens: parse, resolve, call, shape. What generates goes through generation.py."""
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from moa_serve.api.adapters import AdapterItem
+from moa_serve.api.chat import Chat, encode_chat
+from moa_serve.api.completions import Completions, encode_prompt
+from moa_serve.api.context import Server, server_of
+from moa_serve.api.document import GENERATED, body_of
+from moa_serve.api.errors import JsonResponse
+from moa_serve.api.generation import Generation
+from moa_serve.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, read_json
+from moa_serve.errors import InvalidRequest, ModelNotListed
+
+router = APIRouter()
+_COMPLETIONS, _CHAT = Completions(), Chat()
+
+
+@router.post("/v1/completions", openapi_extra=body_of(CompletionRequest), responses=GENERATED)
+async def create_completion(request: Request) -> Response:
+    return Generation(server_of(request), request, _COMPLETIONS)
+
+
+@router.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest), responses=GENERATED)
+async def create_chat_completion(request: Request) -> Response:
+    return Generation(server_of(request), request, _CHAT)
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> Response:
+    """The base, and every adapter that a request may name."""
+    server = server_of(request)
+    adapters = [_adapter_model(server, item) for item in server.registry.items() if item.is_listed]
+    return JsonResponse({"object": "list", "data": [_base_model(server), *adapters]})
+
+
+@router.get("/v1/models/{model:path}")
+async def retrieve_model(request: Request, model: str) -> Response:
+    server = server_of(request)
+    if model == server.base_name:
+        return JsonResponse(_base_model(server))
+    return JsonResponse(_adapter_model(server, _listed(server, model)))
+
+
+@router.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
+async def tokenize(request: Request) -> Response:
+    server = server_of(request)
+    body = await read_json(request, TokenizeRequest)
+    _check_model(server, body.model)
+    ids = await asyncio.to_thread(_encode, server, body)
+    strings = [server.tokenizer.token_text(token_id) for token_id in ids] if server.tokenizer and body.return_token_strs else None
+    return JsonResponse({"count": len(ids), "max_model_len": server.max_model_len, "tokens": ids, "token_strs": strings})
+
+
+@router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest))
+async def detokenize(request: Request) -> Response:
+    """The text of a whole sequence, control tokens included."""
+    server = server_of(request)
+    body = await read_json(request, DetokenizeRequest)
+    _check_model(server, body.model)
+    if server.tokenizer is None:
+        raise InvalidRequest("the base has no tokenizer, so tokens have no text", param="tokens")
+    if (largest := max(body.tokens, default=-1)) >= server.vocab_size:
+        raise InvalidRequest(f"tokens has id {largest}, but the vocabulary ends at {server.vocab_size - 1}", param="tokens")
+    text = await asyncio.to_thread(server.tokenizer.decode, body.tokens, skip_special=False)
+    return JsonResponse({"prompt": text})
+
+
+def _encode(server: Server, body: TokenizeRequest) -> list[int]:
+    if body.messages is not None:
+        return encode_chat(server, body.messages, add_generation_prompt=body.add_generation_prompt is not False)
+    assert body.prompt is not None, "the schema takes one of the two"
+    add_special = body.add_special_tokens is not False
+    return list(encode_prompt(server, body.prompt, body.moa.parse_special, echo=False, add_special=add_special).ids)
+
+
+def _check_model(server: Server, model: str | None) -> None:
+    """Which one does not matter, as all have the base's tokenizer, but a wrong name is a mistake. Loads nothing."""
+    if model is not None and model != server.base_name:
+        _listed(server, model)
+
+
+def _listed(server: Server, name: str) -> AdapterItem:
+    for item in server.registry.items():
+        if item.name == name and item.is_listed:
+            return item
+    raise ModelNotListed(f"The model `{name[:64]}` does not exist; GET /v1/models lists what is served", param="model")
+
+
+def _base_model(server: Server) -> dict[str, Any]:
+    return _model(server, server.base_name, root=server.base_name, parent=None, max_model_len=server.max_model_len)
+
+
+def _adapter_model(server: Server, item: AdapterItem) -> dict[str, Any]:
+    return _model(server, item.name, root=item.path, parent=server.base_name, max_model_len=None)
+
+
+def _model(server: Server, name: str, *, root: str, parent: str | None, max_model_len: int | None) -> dict[str, Any]:
+    """Field by field what vLLM says of a model, but for paths, which are no client's business: `root` is the base's name or the
+    adapter's place below the adapters directory."""
+    permission = {
+        "id": f"modelperm-{name}",
+        "object": "model_permission",
+        "created": server.started,
+        "allow_create_engine": False,
+        "allow_sampling": True,
+        "allow_logprobs": True,
+        "allow_search_indices": False,
+        "allow_view": True,
+        "allow_fine_tuning": False,
+        "organization": "*",
+        "group": None,
+        "is_blocking": False,
+    }
+    return {
+        "id": name,
+        "object": "model",
+        "created": server.started,
+        "owned_by": "moa_serve",
+        "root": root,
+        "parent": parent,
+        "max_model_len": max_model_len,
+        "permission": [permission],
+    }

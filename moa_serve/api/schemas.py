@@ -1,0 +1,397 @@
+"""What clients may send: one schema for each route, and `read_json`, the only way in.
+
+Strict: no string is taken for a number. A null is an absent field, at every depth. A name that nobody knows is `unknown_parameter`, one
+that OpenAI or vLLM know and this server does not implement is `unsupported_parameter`; nothing is accepted and ignored but metadata that
+changes no answer. Validation ends at the first finding of a list: a body of a million mistakes costs no more than one. Owns no state.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+from starlette.requests import Request
+
+from moa_serve.api.errors import InvalidJson, UnknownParameter, UnsupportedMediaType, UnsupportedParameter
+from moa_serve.engine.request import MAX_TOKEN_LIST, SamplingParams
+from moa_serve.errors import InvalidRequest
+from moa_serve.settings import ServerSettings
+
+MAX_NAME_CHARS = 256
+MAX_PARAM_CHARS = 80
+MAX_STOP_CHARS = 1024  # of one stop string: it is prepared once for every choice, in time that grows with its length
+MAX_SALT_CHARS = 128
+DEFAULT_MAX_TOKENS = 16
+
+_NAMES = """
+    add_generation_prompt add_special_tokens allowed_token_ids annotations audio bad_words best_of chat_template chat_template_kwargs
+    continue_final_message data_parallel_rank detokenize documents echo extra_args function_call functions guided_choice
+    guided_decoding_backend guided_grammar guided_json guided_regex guided_whitespace_pattern include_obfuscation include_reasoning
+    include_stop_str_in_output kv_transfer_params length_penalty logits_processors lora_path max_completion_tokens mm_processor_kwargs
+    modalities moderation name parallel_tool_calls parse_special prediction priority prompt_embeds prompt_logprobs reasoning
+    reasoning_content reasoning_effort refusal regex repetition_detection request_id return_routing return_token_ids
+    return_tokens_as_token_ids skip_special_tokens spaces_between_special_tokens structured_outputs suffix thinking tool_call_id
+    tool_calls tool_choice tools top_logprobs truncate_prompt_tokens truncation_side typical_p use_beam_search verbosity vllm_xargs
+    web_search_options
+"""
+UNSUPPORTED = frozenset(_NAMES.split())
+"""Names that OpenAI's or vLLM's API give a meaning; where a schema below has the name, it is implemented there."""
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS)]
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
+TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+
+
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+def _check_size(raw: Any) -> Any:
+    """Before every entry is looked at."""
+    if isinstance(raw, dict) and len(raw) > MAX_TOKEN_LIST:
+        raise PydanticCustomError("refused", f"has {len(raw)} entries; at most {MAX_TOKEN_LIST} are allowed")
+    return raw
+
+
+class Schema(BaseModel):
+    """An object of a request."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        unknown = [name for name in raw if name not in cls.model_fields and raw[name] is not None][:1]  # one is enough to refuse
+        return {name: value for name, value in raw.items() if value is not None and (name in cls.model_fields or name in unknown)}
+
+
+class StreamOptions(Schema):
+    include_usage: bool = Field(False, description="One last chunk with the usage and no choices.")
+    continuous_usage_stats: bool = Field(False, description="Usage so far on every chunk.")
+    include_obfuscation: Literal[False] = False
+
+
+class Moa(Schema):
+    """Our extension."""
+
+    revision: Annotated[str, StringConstraints(pattern="^[0-9a-f]{8,64}$")] | None = Field(
+        None, description="The revision that must answer, of the adapter or the base: its hex digits, all or the first 8 or more."
+    )
+    return_routing: Literal[False] = Field(False, description="Not supported by this version.")
+
+
+class CompletionMoa(Moa):
+    parse_special: bool = Field(False, description="Control tokens written out in the prompt become those tokens; else they are text.")
+
+
+class ResponseFormat(Schema):
+    type: Literal["text"]
+
+
+class GenerationRequest(Schema):
+    """What completions and chat have in common."""
+
+    model: Name = Field(description="The base, or the name of an adapter.")
+    n: int = Field(1, ge=1, description="Answers to each prompt.")
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1, description="0 and -1 are off.")
+    min_p: float = Field(0.0, ge=0, le=1)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
+    logit_bias: Annotated[dict[str, Bias], BeforeValidator(_check_size)] = Field(
+        default_factory=dict, max_length=MAX_TOKEN_LIST, description="Token id to what is added to its logit."
+    )
+    seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1)
+    stop: StopText | Annotated[list[StopText], Field(fail_fast=True)] = Field(default_factory=list)
+    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_TOKEN_LIST, fail_fast=True)
+    min_tokens: int = Field(0, ge=0)
+    ignore_eos: bool = False
+
+    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
+    response_format: ResponseFormat | None = None
+    user: str | None = None
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    moa: Moa = Moa()
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            _refuse("stream_options", "is only for stream: true")
+        return self
+
+    def check_limits(self, settings: ServerSettings) -> None:
+        """Raises InvalidRequest for what this server's operator does not allow."""
+        _check_at_most("n", self.n, settings.max_n)
+        _check_at_most("stop", len(self.stop_texts), settings.max_stop, "strings")
+        _check_at_most("logit_bias", len(self.logit_bias), settings.max_logit_bias, "entries")
+
+    @property
+    def stop_texts(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    def sampling(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """Raises InvalidRequest where fields do not go together."""
+        return SamplingParams(
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=_bias(self.logit_bias),
+            seed=self.seed,
+            stop=self.stop_texts,
+            stop_token_ids=self.stop_token_ids,
+            min_tokens=self.min_tokens,
+            ignore_eos=self.ignore_eos,
+        )
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: str | TokenIds | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[TokenIds], Field(fail_fast=True)] = Field(
+        description="One prompt or several, each a text or token ids."
+    )
+    max_tokens: int | None = Field(None, ge=0, description="16 if omitted; 0 only with echo.")
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False
+    best_of: int | None = Field(None, ge=1, description="Must equal n.")
+    moa: CompletionMoa = CompletionMoa()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.best_of is not None and self.best_of != self.n:
+            raise PydanticCustomError("unsupported", "must equal n: answers are not ranked", {"param": "best_of"})
+        if self.max_tokens == 0 and not self.echo:
+            _refuse("max_tokens", "is 0, which is only for echo: true; use 1 or more")
+        if not self.prompts:
+            _refuse("prompt", "is an empty list; give at least one prompt")
+        return self
+
+    def check_limits(self, settings: ServerSettings) -> None:
+        super().check_limits(settings)
+        _check_at_most("prompt", len(self.prompts), settings.max_prompts, "prompts")
+        _check_at_most("logprobs", self.logprobs or 0, settings.max_logprobs)
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """`prompt` as a list of prompts, whichever of its four forms it has."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if prompt and isinstance(prompt[0], int):
+            return [[item for item in prompt if isinstance(item, int)]]
+        return [item for item in prompt if not isinstance(item, int)]
+
+
+class TextPart(Schema):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Schema):
+    """One message of a chat. Fields that OpenAI's own answers carry may come back with null in them."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(GenerationRequest):
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
+    max_tokens: int | None = Field(None, ge=1, description="The rest of the context if omitted.")
+    max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            _refuse("top_logprobs", "is only for logprobs: true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            _refuse("max_completion_tokens", "and max_tokens are two names of one limit, but differ; send one of them")
+        return self
+
+    def check_limits(self, settings: ServerSettings) -> None:
+        super().check_limits(settings)
+        _check_at_most("top_logprobs", self.top_logprobs or 0, settings.max_top_logprobs)
+
+
+class TokenizeRequest(Schema):
+    """Either a text or a chat."""
+
+    model: Name | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
+    add_special_tokens: bool | None = Field(None, description="For a prompt: what the tokenizer puts around it (BOS); true if omitted.")
+    add_generation_prompt: bool | None = Field(None, description="For a chat: what begins the answer; true if omitted.")
+    return_token_strs: bool = False
+    moa: CompletionMoa = CompletionMoa()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            _refuse("prompt", "or messages must be given, one of the two")
+        if self.prompt is not None and self.add_generation_prompt is not None:
+            _refuse("add_generation_prompt", "is only for messages")
+        if self.messages is not None and self.add_special_tokens is not None:
+            _refuse("add_special_tokens", "is only for a prompt; a chat template writes its own")
+        if self.messages is not None and self.moa.parse_special:
+            _refuse("moa.parse_special", "is only for a prompt; in messages control tokens are always text")
+        if self.moa.revision is not None:
+            _refuse("moa.revision", "is not for this route: all adapters have the base's tokenizer")
+        return self
+
+
+class DetokenizeRequest(Schema):
+    model: Name | None = None
+    tokens: list[TokenId] = Field(max_length=2**20, fail_fast=True)
+
+
+_Schema = TypeVar("_Schema", bound=BaseModel)
+
+
+async def read_json(request: Request, schema: type[_Schema]) -> _Schema:
+    """The body of a request.
+
+    Only application/json: a web page of another origin may send any other type without being asked, and a server on loopback has no key.
+
+    Raises:
+        UnsupportedMediaType, InvalidJson, and what `parse` raises.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise UnsupportedMediaType("the body must be JSON and say so: Content-Type: application/json")
+    return parse(schema, await request.body())
+
+
+def parse(schema: type[_Schema], body: bytes) -> _Schema:
+    """
+    Raises:
+        InvalidJson: not UTF-8, not JSON, NaN or infinity, nested too deep, a number too long, or no object.
+        UnknownParameter, UnsupportedParameter, InvalidRequest: `param` names the field as `messages[0].content`.
+    """
+    try:
+        # Decoded here, because json.loads would take UTF-16 and UTF-32 too.
+        raw = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise InvalidJson(f"the body is not UTF-8: byte {error.start} cannot be decoded") from None
+    except json.JSONDecodeError as error:
+        raise InvalidJson(f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a constant, or a hundred thousand brackets
+        raise InvalidJson("the body is not JSON that is served: NaN, infinity, a number too long, or nested too deep") from None
+    if not isinstance(raw, dict):
+        raise InvalidJson(f"the body must be a JSON object, not {_kind(raw)}")
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        raise _as_error(error.errors(include_url=False), raw) from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
+
+
+_EXPECTED = {
+    "prompt": "must be a string, a list of strings, a list of token ids (0 or more), or a list of such lists; none of these lists empty",
+    "stop": f"must be a string or a list of strings, each of 1 to {MAX_STOP_CHARS} characters",
+    "content": "must be a string or a list of parts {'type': 'text', 'text': ...}; images, audio and files are not supported",
+    "role": "must be 'system', 'user' or 'assistant'",
+    "return_routing": "is not supported by this version",
+    "include_obfuscation": "is not supported",
+    "response_format": "is not supported but for {'type': 'text'}",
+    "modalities": "is not supported but for ['text']",
+}
+"""Said of fields where pydantic would list one finding for each form that a value may have."""
+
+_PYDANTIC = re.compile("^(Input|String|List|Dictionary) should ")
+_ONLY_NEUTRAL = frozenset({"return_routing", "include_obfuscation", "response_format", "modalities"})
+
+
+def _as_error(findings: list[ErrorDetails], raw: Mapping[str, Any]) -> InvalidRequest:
+    """The first finding, in words that name the field as the client wrote it."""
+    finding = findings[0]
+    kind, place = finding["type"], finding["loc"]
+    param = str(finding.get("ctx", {}).get("param") or _path(place, raw))[:MAX_PARAM_CHARS] or None
+    if any(item["type"] == "string_unicode" for item in findings):
+        return InvalidRequest(f"{param or 'a name'} is not Unicode: it has a lone surrogate; send valid UTF-8", param=param)
+    if kind == "extra_forbidden" and place[-1] not in _parts_of_content(place):
+        if place[-1] in UNSUPPORTED:
+            return UnsupportedParameter(f"{param} is not supported here", param=param)
+        return UnknownParameter(f"{param!a} is not a parameter of this route", param=param)
+    if kind == "unsupported":
+        return UnsupportedParameter(f"{param} {finding['msg']}", param=param)
+    if kind == "missing":
+        return InvalidRequest(f"{param} is missing", param=param)
+    for depth, name in enumerate(place):
+        if name in _EXPECTED:
+            param = _path(place[: depth + 1], raw)
+            error = UnsupportedParameter if name in _ONLY_NEUTRAL else InvalidRequest
+            return error(f"{param} {_EXPECTED[str(name)]}", param=param)
+    if kind == "refused":
+        return InvalidRequest(f"{param} {finding['msg']}", param=param)
+    if kind in ("model_type", "dict_type"):
+        return InvalidRequest(f"{param} must be an object", param=param)
+    return InvalidRequest(f"{param} {_PYDANTIC.sub('must ', finding['msg'])}", param=param)
+
+
+def _parts_of_content(place: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Inside `content` every finding is of the form of a part, an unknown name as well."""
+    return place if "content" in place[:-1] else ()
+
+
+def _path(place: tuple[int | str, ...], raw: Any) -> str:
+    """`messages[0].content`; the names that pydantic gives to the branches of a union are in no request, and left out."""
+    path = ""
+    for part in place:
+        if isinstance(part, int):
+            path += f"[{part}]"
+            raw = raw[part] if isinstance(raw, list) and part < len(raw) else None
+        elif not isinstance(raw, dict) or (part not in raw and any(mark in part for mark in "[(")):
+            continue
+        else:
+            path += f".{part}" if path else part
+            raw = raw.get(part)
+    return path
+
+
+def _refuse(param: str, message: str) -> NoReturn:
+    """From inside a schema: a finding of several fields together."""
+    raise PydanticCustomError("refused", "{message}", {"param": param, "message": message})
+
+
+def _check_at_most(param: str, value: int, limit: int, unit: str = "") -> None:
+    if value > limit:
+        raise InvalidRequest(f"{param} {'has' if unit else 'is'} {value}{unit and ' ' + unit}; at most {limit} are allowed", param=param)
+
+
+def _bias(raw: Mapping[str, float]) -> dict[int, float]:
+    """JSON's keys are strings."""
+    for key in raw:
+        if not (key.isascii() and key.isdigit() and len(key) <= 10):
+            raise InvalidRequest(f"logit_bias has {key[:40]!a}, but its names are token ids", param="logit_bias")
+    return {int(key): value for key, value in raw.items()}

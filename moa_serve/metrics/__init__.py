@@ -1,0 +1,108 @@
+"""Metrics: what one server counts, in the text format of Prometheus.
+
+Two families: our own `moa_*`, and the `vllm:*` names that load balancers and stock dashboards read.
+
+Belongs to the event loop. The engine thread hands over immutable snapshots (routing.py, state.py); a scrape reads the latest and never asks
+the engine. Only names of the base and of loaded adapters become labels; everything else is `other`, so no client can make a series.
+"""
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Metric, ProcessCollector, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from moa_serve.engine.async_engine import AsyncEngine
+from moa_serve.engine.engine import Engine, TokenEvent
+from moa_serve.metrics.record import RequestRecord, timings
+from moa_serve.metrics.requests import RequestMetrics
+from moa_serve.metrics.routing import OTHER, RoutingMetrics
+from moa_serve.metrics.state import Adapters, StateMetrics
+
+__all__ = ["OTHER", "Adapters", "Metrics", "RequestRecord", "timings"]
+
+LOADED = "ok"
+"""The `result` of a load that published its adapter; any other names what went wrong."""
+
+
+class Metrics:
+    """
+    Args:
+        base_name: what the base is served as: its label.
+        max_model_len: served context in tokens: the end of the length histograms.
+        grid_adapters: adapters whose router metrics have a series for each layer and expert.
+    """
+
+    def __init__(self, base_name: str, *, max_model_len: int = 8192, grid_adapters: int = 8) -> None:
+        self._base_name = base_name
+        self._registry = CollectorRegistry()
+        self._names: set[str] = set()
+        self._requests = RequestMetrics(self._registry, max_model_len)
+        self._state = StateMetrics(base_name)
+        self._routing = RoutingMetrics(grid_adapters)
+        self._registry.register(self._state)
+        ProcessCollector(registry=self._registry)
+
+    def attach(self, engine: AsyncEngine, adapters: Adapters) -> None:
+        """Watch an engine and the adapters it serves; before the engine starts."""
+        self._state.attach(engine, adapters)
+        engine.on_step = self._on_step
+
+    def _on_step(self, engine: Engine, events: list[TokenEvent]) -> None:
+        """In the engine thread."""
+        self._state.publish(engine)
+        self._routing.publish(engine, events)
+
+    # -- what happens; called in the event loop
+
+    def observe_request(self, record: RequestRecord) -> None:
+        """A request has ended, in whatever way; once for each."""
+        self._requests.observe(record, self._label(record.adapter, record.model))
+
+    def observe_tokens(self, adapter: str | None, gaps_seconds: Iterable[float]) -> None:
+        """Seconds between one token of a stream and the next."""
+        self._requests.observe_gaps(self._label(adapter, self._base_name), gaps_seconds)
+
+    def observe_response(self, status: int) -> None:
+        """An HTTP response of any kind was begun."""
+        self._requests.responses.labels(str(status)).inc()
+
+    def adapter_loaded(self, name: str, revision: str | None, seconds: float, source: str, result: str) -> None:
+        """An adapter was loaded, or could not be.
+
+        Args:
+            source: who asked: a word of ours, such as lazy or explicit.
+            result: "ok", or a word of ours for why not; then `name` gets no series.
+        """
+        self._requests.observe_load(seconds, source, result, name if result == LOADED else None)
+        if result == LOADED and revision is not None:
+            self._names.add(name)
+            self._routing.loaded(name, revision)
+
+    def adapter_unloaded(self, name: str) -> None:
+        """A name is gone: its series go too."""
+        self._names.discard(name)
+        self._requests.forget(name)
+        self._routing.unloaded(name)
+
+    def _label(self, adapter: str | None, model: str) -> str:
+        if adapter is None:
+            return model if model == self._base_name else OTHER
+        return adapter if adapter in self._names else OTHER
+
+    # -- the scrape
+
+    def render(self) -> tuple[bytes, str]:
+        """The page, and its content type: text format 0.0.4, which every Prometheus reads."""
+        return generate_latest(_WithoutCreated(self._registry)) + self._routing.render().encode(), CONTENT_TYPE_PLAIN_0_0_4
+
+
+class _WithoutCreated:
+    """A registry without the `_created` series, which double the lines of counters and which the text format does not have."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterable[Metric]:
+        for metric in self._registry.collect():
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+            yield metric

@@ -1,0 +1,273 @@
+"""What the routers of each adapter decided, as counters by layer and expert.
+
+The engine thread publishes running totals by revision; a scrape takes what was added since the last one and gives it to a series: the
+adapter's own, while it is among the busiest (the grid), else `other`. So every addition is counted once, no counter ever falls, and a sum
+over adapters of `rate()` stays right when an adapter moves between the grid and `other`. Who is in the grid is decided once a minute; who
+leaves it is shown, unchanged, for one more minute, so that every scraper sees its last value. A reload or an unload ends an adapter's
+series; what it had is then seen as the reset of a counter.
+
+Written as text here, and not as samples of the client library: 8 adapters of 30 layers and 9 experts are 6,500 lines, and no token moves
+while they are written (2 ms this way, above 50 ms that way). Belongs to the event loop, but for `publish`, which the
+engine thread calls.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from moa_serve.engine.engine import Engine, TokenEvent
+from moa_serve.model.counters import RoutingTotals
+
+OTHER = "other"
+PUBLISH_SECONDS = 0.2  # between two snapshots of one revision: on a GPU each one waits for the device
+DECIDE_SECONDS = 60.0
+
+Experts = tuple[tuple[str, ...], ...]  # names of a layer's experts, layer by layer
+Counts = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Layout:
+    """The label sets of one arrangement of experts: its cells are the experts of all layers, one after the other."""
+
+    cells: list[str]  # `layer="0",expert="Q"`
+    layers: list[str]  # `layer="0"`, of those that have experts
+    cell_layer: npt.NDArray[np.intp]  # of each cell, and
+    cell_column: npt.NDArray[np.intp]  # where it stands in the engine's (L, E) totals
+
+
+@lru_cache(maxsize=256)
+def _layout(experts: Experts) -> _Layout:
+    places = [(layer, column, name) for layer, names in enumerate(experts) for column, name in enumerate(names)]
+    return _Layout(
+        [f'layer="{layer}",expert="{name}"' for layer, _, name in places],
+        [f'layer="{layer}"' for layer, names in enumerate(experts) if names],
+        np.array([layer for layer, _, _ in places], dtype=np.intp),
+        np.array([column for _, column, _ in places], dtype=np.intp),
+    )
+
+
+class _Sums:
+    """What one label has counted: of each cell the tokens that met the expert, chose it, and its weights; of each layer the tokens."""
+
+    def __init__(self, cells: list[str], layers: list[str]) -> None:
+        self.cells, self.layers = cells, layers
+        self.met, self.selected, self.gate_sum = np.zeros(len(cells)), np.zeros(len(cells)), np.zeros(len(cells))
+        self.tokens = np.zeros(len(layers))
+
+    @classmethod
+    def of(cls, experts: Experts) -> "_Sums":
+        layout = _layout(experts)
+        return cls(layout.cells, layout.layers)
+
+    @classmethod
+    def join(cls, parts: list["_Sums"]) -> "_Sums":
+        """The sum over adapters with different experts."""
+        cells = {label: index for index, label in enumerate(dict.fromkeys(label for part in parts for label in part.cells))}
+        layers = {label: index for index, label in enumerate(dict.fromkeys(label for part in parts for label in part.layers))}
+        joined = cls(list(cells), list(layers))
+        for part in parts:
+            where = [cells[label] for label in part.cells]
+            joined.met[where] += part.met
+            joined.selected[where] += part.selected
+            joined.gate_sum[where] += part.gate_sum
+            joined.tokens[[layers[label] for label in part.layers]] += part.tokens
+        return joined
+
+    def add(self, now: RoutingTotals, before: RoutingTotals | None) -> None:
+        layout = _layout(now.experts)
+        place = (layout.cell_layer, layout.cell_column)
+        tokens = now.tokens - (before.tokens if before else 0)
+        self.met += tokens
+        self.tokens += tokens
+        self.selected += now.selected[place] - (before.selected[place] if before else 0)
+        self.gate_sum += now.gate_sum[place] - (before.gate_sum[place] if before else 0)
+
+
+@dataclass(eq=False, slots=True)
+class _Adapter:
+    revision: str
+    own: _Sums | None = None  # what it counted while in the grid
+    seen: RoutingTotals | None = None  # given to a series already
+    activity: float = 0.0  # tokens lately
+
+
+class RoutingMetrics:
+    """
+    Args:
+        grid_adapters: adapters with series of their own.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, grid_adapters: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._grid_adapters, self._clock = grid_adapters, clock
+        self._totals: dict[str, RoutingTotals] = {}  # by revision; the engine thread puts whole values in, the loop takes them out
+        self._published: dict[str, float] = {}  # the engine thread's
+        self._adapters: dict[str, _Adapter] = {}  # by name, in the order of loading
+        self._grid: set[str] = set()
+        self._leaving: set[str] = set()
+        self._decided = clock()
+        self._other: dict[Experts, _Sums] = {}
+
+    # -- the engine thread's side
+
+    def publish(self, engine: Engine, events: list[TokenEvent]) -> None:
+        """Snapshot the revisions of a step that has just run; always at the end of a request, so that what is idle is up to date."""
+        now, due = self._clock(), set()
+        for event in events:
+            revision = event.sequence.request.adapter
+            if revision is None or revision in due:
+                continue
+            if event.finish_reason is not None or now - self._published.get(revision, -PUBLISH_SECONDS) >= PUBLISH_SECONDS:
+                due.add(revision)
+        for revision in due:
+            totals = engine.routing_totals(revision)
+            if totals is not None:
+                self._totals[revision] = totals
+            self._published[revision] = now
+
+    # -- the loop's side
+
+    def loaded(self, name: str, revision: str) -> None:
+        known = self._adapters.get(name)
+        if known is not None and known.revision == revision:
+            return
+        if known is not None:
+            self.unloaded(name)
+        if all(other.revision != revision for other in self._adapters.values()):
+            self._totals.pop(revision, None)  # of its self-test, which is no traffic
+        self._adapters[name] = _Adapter(revision)
+        if len(self._grid) < self._grid_adapters:
+            self._grid.add(name)
+
+    def unloaded(self, name: str) -> None:
+        if name not in self._adapters:
+            return
+        self._settle()  # its last tokens may belong to `other`, which stays
+        gone = self._adapters.pop(name)
+        self._grid.discard(name)
+        self._leaving.discard(name)
+        if all(other.revision != gone.revision for other in self._adapters.values()):
+            self._totals.pop(gone.revision, None)
+            self._published.pop(gone.revision, None)
+
+    def _settle(self) -> None:
+        """Give what was added since the last time to the series that it belongs to."""
+        owners: dict[str, str] = {}
+        for name, adapter in self._adapters.items():
+            # Two names of one revision share its totals; they count for the one that was loaded first.
+            if owners.setdefault(adapter.revision, name) != name:
+                continue
+            totals, before = self._totals.get(adapter.revision), adapter.seen
+            if totals is None or totals is before:
+                continue
+            if before is not None and totals.tokens < before.tokens:
+                before = None  # the engine dropped the revision and began anew
+            adapter.activity += totals.tokens - (before.tokens if before else 0)
+            adapter.seen = totals
+            if totals.experts:
+                self._series(name, adapter, totals.experts).add(totals, before)
+
+    def _series(self, name: str, adapter: _Adapter, experts: Experts) -> _Sums:
+        if name not in self._grid:
+            return self._other.setdefault(experts, _Sums.of(experts))
+        adapter.own = adapter.own or _Sums.of(experts)
+        return adapter.own
+
+    def _decide(self) -> None:
+        """Who is in the grid from now on: the busiest, and of equals who is in it already. Empty places are filled at once."""
+        if self._clock() - self._decided < DECIDE_SECONDS:
+            rest = sorted((name for name in self._adapters if name not in self._grid), key=self._rank)
+            self._grid.update(rest[: self._grid_adapters - len(self._grid)])
+            return
+        self._decided = self._clock()
+        busiest = set(sorted(self._adapters, key=self._rank)[: self._grid_adapters])
+        self._leaving, self._grid = self._grid - busiest, busiest
+        for adapter in self._adapters.values():
+            adapter.activity /= 2
+
+    def _rank(self, name: str) -> tuple[float, bool]:
+        return -self._adapters[name].activity, name not in self._grid
+
+    # -- the scrape
+
+    def render(self) -> str:
+        """The families as text, each with its header."""
+        self._settle()
+        self._decide()
+        shown = list(self._shown())
+        lines: list[str] = []
+        for name, kind, text, samples in _FAMILIES:
+            lines += (f"# HELP {name} {text}", f"# TYPE {name} {kind}")
+            for adapter, sums in shown:
+                lines += samples(name, f'adapter="{adapter}"', sums)
+        return "\n".join(lines) + "\n"
+
+    def _shown(self) -> Iterator[tuple[str, _Sums]]:
+        for name, adapter in self._adapters.items():
+            if name in self._grid or name in self._leaving:
+                if adapter.own is None and adapter.seen is not None and adapter.seen.experts:
+                    adapter.own = _Sums.of(adapter.seen.experts)  # new in the grid: shown from 0, so that no addition is lost
+                if adapter.own is not None:
+                    yield name, adapter.own
+        if self._other:
+            yield OTHER, _Sums.join(list(self._other.values()))
+
+
+def _cells(values: Callable[[_Sums], Counts]) -> Callable[[str, str, _Sums], list[str]]:
+    def samples(name: str, label: str, sums: _Sums) -> list[str]:
+        return [f"{name}{{{label},{cell}}} {value!r}" for cell, value in zip(sums.cells, values(sums).tolist(), strict=True)]
+
+    return samples
+
+
+def _layers(name: str, label: str, sums: _Sums) -> list[str]:
+    return [f"{name}{{{label},{layer}}} {value!r}" for layer, value in zip(sums.layers, sums.tokens.tolist(), strict=True)]
+
+
+def _per_token(name: str, label: str, sums: _Sums) -> list[str]:
+    return [f"{name}_sum{{{label}}} {float(sums.selected.sum())!r}", f"{name}_count{{{label}}} {float(sums.tokens.sum())!r}"]
+
+
+def _evaluations(name: str, label: str, sums: _Sums) -> list[str]:
+    return [f"{name}{{{label}}} {float(sums.met.sum())!r}"]
+
+
+def _skipped(name: str, label: str, sums: _Sums) -> list[str]:
+    return [f"{name}{{{label}}} {float((sums.met - _computed(sums)).sum())!r}"]
+
+
+def _computed(sums: _Sums) -> Counts:
+    """The torch backend computes every expert for every token, and selects afterwards."""
+    return sums.met
+
+
+_FAMILIES: tuple[tuple[str, str, str, Callable[[str, str, _Sums], list[str]]], ...] = (
+    ("moa_router_tokens_total", "counter", "Tokens that went through the routers of a layer.", _layers),
+    ("moa_expert_selected_total", "counter", "Tokens that kept an expert.", _cells(lambda sums: sums.selected)),
+    (
+        "moa_expert_computed_total",
+        "counter",
+        "Tokens that an expert was computed for. The torch backend computes all experts of a layer for each token and then selects, "
+        "so it counts every token here; how sparse the routing is tells moa_expert_selected_total.",
+        _cells(_computed),
+    ),
+    (
+        "moa_expert_weight_sum",
+        "untyped",  # it is a counter, but some readers append _total to a counter's name
+        "Sum of the weights of an expert over the tokens that kept it; it only grows.",
+        _cells(lambda sums: sums.gate_sum),
+    ),
+    ("moa_experts_per_token", "summary", "Experts that a token keeps in a layer: the sum, and the tokens times layers.", _per_token),
+    ("moa_expert_evaluations_total", "counter", "Tokens times the experts that stand in their way.", _evaluations),
+    (
+        "moa_expert_evaluations_skipped_total",
+        "counter",
+        "Those of moa_expert_evaluations_total that were not computed; 0 with the torch backend, which computes all.",
+        _skipped,
+    ),
+)

@@ -1,0 +1,235 @@
+"""ServerSettings: every setting of `moa-serve serve`, read once, at start, by `load_settings`.
+
+A setting is a flag (`--max-waiting`), an environment variable (`MOA_MAX_WAITING`) and a key of a TOML file (`max_waiting`), in this
+order of precedence. Plain values: nothing below reads settings or the environment itself. Immutable; shared freely.
+"""
+
+import ipaddress
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from moa_serve.errors import InvalidRequest
+
+ENV_PREFIX = "MOA_"
+_KEY = re.compile(r"[\x21-\x7e]{1,512}")  # what fits an Authorization header
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+
+Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
+Texts = Annotated[tuple[str, ...], NoDecode]
+Secrets = Annotated[tuple[SecretStr, ...], NoDecode]
+
+
+def _default_adapters_dir() -> Path | None:
+    place = Path("adapters")
+    return place if place.is_dir() else None
+
+
+class ServerSettings(BaseSettings):
+    """What one server is told. Made by `load_settings`, which also says which name was wrong."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, hide_input_in_errors=True)
+
+    # -- what is served
+    model: str | None = Field(None, min_length=1, description="Base: a folder, a GGUF file or a hub id; the default base if omitted.")
+    served_model_name: str | None = Field(None, description="Name of the base in requests; the last part of the model's name if omitted.")
+    adapters_dir: Path | None = Field(
+        default_factory=_default_adapters_dir,
+        description="Folder of adapter folders; none outside it is ever read. ./adapters where it exists.",
+    )
+    state_dir: Path | None = Field(None, description="Refused: this version keeps registry and pins in memory.")
+    backend: Literal["auto", "torch", "native"] = Field("auto", description="What computes; auto is torch where there is no native one.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is CUDA where there is a device.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto is bfloat16 on CUDA, else float32.")
+
+    # -- where, and who may
+    host: str = Field("127.0.0.1", min_length=1, description="Address to bind. One that is not loopback needs a key.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to bind; 0 takes a free one.")
+    api_key: Secrets = Field((), description="Keys that requests may carry as a bearer token; several are separated by commas.")
+    admin_key: SecretStr | None = Field(None, description="Key that may change adapters; with API keys but without it, nobody may.")
+    allow_unauthenticated: bool = Field(False, description="Serve without keys on an address that others reach.")
+    allowed_hosts: Texts = Field(
+        (), description="Host headers to answer besides localhost on a loopback bind, the only ones on another; against DNS rebinding."
+    )
+    cors_origin: Texts = Field((), description="Origins whose web pages may call the API from a browser, as scheme://host:port.")
+
+    # -- the engine
+    max_num_seqs: int = Field(32, ge=1, le=4096, description="Sequences in one step; more wait.")
+    max_waiting: int = Field(64, ge=0, le=100_000, description="Requests that may wait for a row; more get 503 at once.")
+    max_batch_tokens: int = Field(256, ge=1, le=2**20, description="Tokens in one step; longer prompts are prefilled in chunks.")
+    num_slots: int = Field(8, ge=1, le=1024, description="Adapters that one batch can mix; more of them queue.")
+    kv_cache_bytes: int | None = Field(None, ge=1, description="Memory for the KV cache; a quarter of what is free if omitted.")
+    max_model_len: int | None = Field(None, ge=1, description="Tokens of prompt and completion together; the base's own if omitted.")
+    adapter_cache_bytes: int = Field(8 * 2**30, gt=0, description="Host memory for adapters; the least recently used leave first.")
+    max_adapters: int = Field(10_000, ge=0, description="Adapters that may be found or loaded, so that a scan stays short.")
+
+    # -- what a request may be
+    max_body_bytes: int = Field(4 * 2**20, ge=1024, le=2**30, description="Bytes of a request body; more get 413 before they are read.")
+    max_body_chunks: int = Field(8192, ge=1, description="Pieces of a chunked body: one costs more than the bytes in it.")
+    max_header_bytes: int = Field(16 * 2**10, ge=1024, le=2**20, description="Bytes of all headers of a request.")
+    max_headers: int = Field(100, ge=10, le=10_000, description="Headers of a request.")
+    max_url_bytes: int = Field(8 * 2**10, ge=256, le=2**16, description="Bytes of a path with its query.")
+    max_n: int = Field(8, ge=1, le=128, description="Completions of one prompt (`n`); each takes a row.")
+    max_prompts: int = Field(64, ge=1, le=4096, description="Prompts in one request; each takes a row.")
+    max_logprobs: int = Field(5, ge=0, le=20, description="`logprobs` of a completion: best tokens at each place.")
+    max_top_logprobs: int = Field(20, ge=0, le=20, description="`top_logprobs` of a chat completion: best tokens at each place.")
+    max_stop: int = Field(16, ge=1, le=16, description="Stop strings of a request; each is looked for at every token.")
+    max_logit_bias: int = Field(1024, ge=0, le=1024, description="Entries of `logit_bias`.")
+
+    # -- how long things may take, in seconds
+    header_timeout_seconds: Seconds = Field(10.0, description="From the first byte until the headers are there; a slow sender is cut then.")
+    body_timeout_seconds: Seconds = Field(30.0, description="From the first byte until the whole request is there.")
+    keep_alive_seconds: int = Field(5, ge=1, le=3600, description="An idle connection is kept open for its next request.")
+    write_timeout_seconds: Seconds = Field(60.0, description="A reader that takes nothing for this long is cut.")
+    queue_timeout_seconds: Seconds = Field(30.0, description="A request that waited this long for a row gets 503.")
+    request_timeout_seconds: Seconds = Field(600.0, description="A request that took this long in all gets 504, or an error event in its stream.")
+    drain_seconds: Seconds = Field(30.0, description="After SIGTERM, running requests may end within this time.")
+
+    # -- what is told
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe lines of the log.")
+    grid_adapters: int = Field(
+        8, ge=0, le=1000, description="Busiest adapters whose expert metrics have a series per layer and expert; the rest are `other`."
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then the environment. The file comes last, in `load_settings`; there are no other places to look."""
+        return init_settings, env_settings
+
+    @field_validator("api_key", "allowed_hosts", "cors_origin", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """An environment variable holds several values with commas between them."""
+        if isinstance(value, str):
+            return [part for part in (part.strip() for part in value.split(",")) if part]
+        return value
+
+    @field_validator("api_key")
+    @classmethod
+    def _check_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if not all(_KEY.fullmatch(key.get_secret_value()) for key in keys):
+            raise ValueError("a key must be 1 to 512 visible ASCII characters without spaces")
+        return keys
+
+    @field_validator("admin_key")
+    @classmethod
+    def _check_admin_key(cls, key: SecretStr | None) -> SecretStr | None:
+        if key is not None and not _KEY.fullmatch(key.get_secret_value()):
+            raise ValueError("a key must be 1 to 512 visible ASCII characters without spaces")
+        return key
+
+    @field_validator("served_model_name")
+    @classmethod
+    def _check_name(cls, name: str | None) -> str | None:
+        if name is not None and not _NAME.fullmatch(name):
+            raise ValueError("must be 1 to 128 of the characters A-Z a-z 0-9 . _ - / and begin with a letter or digit")
+        return name
+
+    @field_validator("state_dir")
+    @classmethod
+    def _refuse_state(cls, place: Path | None) -> None:
+        if place is not None:
+            raise ValueError("is not supported by this version: registry and pins live in memory; leave it out")
+
+    @field_validator("adapters_dir")
+    @classmethod
+    def _check_folder(cls, place: Path | None) -> Path | None:
+        if place is not None and not place.is_dir():
+            raise ValueError(f"{place} is not a folder; make it, or leave the setting out")
+        return place
+
+    @field_validator("cors_origin")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#]+", origin):
+                raise ValueError(f"{origin!a} is no origin; write scheme://host or scheme://host:port, one by one, without a path")
+        return origins
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.admin_key is not None and any(key.get_secret_value() == self.admin_key.get_secret_value() for key in self.api_key):
+            raise ValueError("admin_key: is one of the API keys too, so every user could change adapters; use another one")
+        if not (self.api_key or self.allow_unauthenticated or self.is_loopback):
+            raise ValueError(
+                f"host: {self.host} can be reached by others, and there is no API key; set MOA_API_KEY, bind 127.0.0.1, "
+                f"or say --allow-unauthenticated"
+            )
+        if self.max_batch_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_batch_tokens: {self.max_batch_tokens} is less than max_num_seqs {self.max_num_seqs}, so a step could not give each "
+                f"row one token; raise it"
+            )
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        """Only this machine can reach the server. A name other than localhost is not trusted to stay here."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def load_settings(overrides: Mapping[str, Any], config_file: Path | None = None) -> ServerSettings:
+    """Settings from flags, the environment and a TOML file; the first that has a value counts.
+
+    Args:
+        overrides: flags by their setting's name; None, and an empty list of a flag that repeats, mean that it was not given.
+    Raises:
+        InvalidRequest: a setting is unknown, of the wrong kind or out of bounds, or the file cannot be read. `problems` has all findings;
+            no message holds a key.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None and value != [] and value != ()}
+    from_file = {} if config_file is None else _read(config_file)
+    for names, where in ((given, "flags"), (from_file, str(config_file))):
+        unknown = sorted(set(names) - set(ServerSettings.model_fields))
+        if unknown:
+            raise InvalidRequest(f"{where}: unknown setting {', '.join(map(repr, unknown))}", param=unknown[0])
+
+    class WithFile(ServerSettings):
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], *args: Any, **sources: PydanticBaseSettingsSource
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return sources["init_settings"], sources["env_settings"], InitSettingsSource(settings_cls, from_file)
+
+    try:
+        return WithFile(**given)
+    except ValidationError as error:
+        problems = [_line(item["loc"], item["msg"], given, from_file) for item in error.errors(include_url=False, include_input=False)]
+        raise InvalidRequest("; ".join(problems), param=problems[0].partition(":")[0].partition(" ")[0], problems=problems) from None
+
+
+def _read(config_file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(config_file.read_text("utf-8"))
+    except OSError as error:
+        raise InvalidRequest(f"{config_file}: cannot be read ({error.strerror})", param="config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{config_file}: is not TOML ({error})", param="config") from None
+
+
+def _line(place: tuple[int | str, ...], message: str, given: Mapping[str, Any], from_file: Mapping[str, Any]) -> str:
+    """One finding, with where the value came from: a variable set by a container's host is easily overlooked."""
+    text = message.removeprefix("Value error, ")
+    if not place:
+        return text  # of several settings together; it names them
+    name = str(place[0])
+    variable = (ENV_PREFIX + name).upper()
+    is_variable = name not in given and any(key.upper() == variable for key in os.environ)
+    source = f" (from {variable})" if is_variable else "" if name in given or name not in from_file else " (from the file)"
+    return f"{name}{source}: {text}"

@@ -1,0 +1,424 @@
+"""A soak of the real server: `python -m tests.soak` sends mixed traffic for some minutes, then makes the server account for all of it.
+
+    python -m tests.soak --minutes 10 --streams 32 --out soak.json
+
+Starts a server of its own, ends it, and leaves its log only where something was wrong. Exit code 0 only if every request is accounted for,
+every number of the server agrees with the client's, greedy answers never changed, nothing is held at the end, and memory is flat.
+The last line of standard output is the result as JSON; everything for people goes to standard error.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import importlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent))  # as pytest has it, so that modules here have one name
+
+from agreement import Check, Scrape, memory_is_flat, reconcile, reconcile_log
+from traffic import MAX_NEW_TOKENS, OVERLOADED, TEXT, WORDS, Client, Ledger, Mix, Outcome, canary, last_leaver
+
+READY_SECONDS, REST_SECONDS, STOP_SECONDS = 120.0, 15.0, 60.0
+SAMPLE_SECONDS = 5.0
+LINE_SECONDS = 30.0
+MAX_WORDS = 120
+TEMPLATE_TOKENS = 64  # that a chat template may put around a prompt
+PERCENTILES = (50, 90, 99, 100)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The server at one moment, by its own word, and what the client had done by then."""
+
+    seconds: float
+    rss_bytes: float
+    running: float
+    waiting: float
+    kv_usage: float
+    requests: int
+    generated_tokens: int
+    errors: int
+
+
+@dataclass(slots=True)
+class Result:
+    """A run: what was asked, what came of it, and whether the server agrees."""
+
+    models: list[str]
+    ledger: Ledger
+    seconds: float = 0.0
+    samples: list[Sample] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def is_ok(self) -> bool:
+        return all(check.is_met for check in self.checks)
+
+
+async def soak(
+    url: str,
+    *,
+    seconds: float,
+    streams: int,
+    seed: int,
+    sample_seconds: float = SAMPLE_SECONDS,
+    on_sample: Callable[[Sample], None] = lambda sample: None,
+) -> Result:
+    """Send traffic for some time, then reconcile. Nobody else may use the server meanwhile.
+
+    Raises:
+        httpx.HTTPError: the server does not answer what it must be asked before and after.
+    """
+    ledger = Ledger()
+    async with Client(url, ledger, f"soak-{seed}") as client:
+        before = Scrape(await client.get("/metrics"))
+        listed = json.loads(await client.get("/v1/models"))["data"]
+        listed.sort(key=lambda model: model["parent"] is not None)  # the base first
+        result = Result([model["id"] for model in listed], ledger)
+        mixes = await _mixes(client, result.models, listed[0]["max_model_len"], streams, seed)
+        canaries = Canaries(client, result.models)
+        await canaries.sing_all()
+        start = time.monotonic()
+        deadline = start + seconds
+        async with asyncio.TaskGroup() as tasks:
+            for mix in mixes:
+                tasks.create_task(_work(client, mix, deadline))
+            pause = min(10.0, seconds / (4 * len(result.models)))
+            tasks.create_task(_every(pause, deadline, canaries.sing_next))
+            tasks.create_task(_every(sample_seconds, deadline, lambda: _sample(client, result, start, on_sample)))
+        result.seconds = time.monotonic() - start
+        await canaries.sing_all()
+        await client.send(last_leaver(result.models[0]))
+        after = await _at_rest(client)
+        result.checks += reconcile(ledger, before, after, result.models)
+        result.checks += [canaries.check(), memory_is_flat([sample.rss_bytes for sample in result.samples])]
+    return result
+
+
+async def _mixes(client: Client, models: Sequence[str], max_model_len: int, streams: int, seed: int) -> list[Mix]:
+    """One for each worker, with prompts that fit the served context."""
+    num_tokens = await client.count_tokens(prompt=TEXT)
+    if num_tokens is None:
+        raise SystemExit("error: the base has no tokenizer, so there is nothing to ask it in words")
+    room = max_model_len - MAX_NEW_TOKENS - TEMPLATE_TOKENS
+    max_words = max(1, min(MAX_WORDS, int(room * len(WORDS) / num_tokens / 1.5)))  # 1.5: some draws have longer words
+    has_chat = await client.count_tokens(messages=[{"role": "user", "content": "hello"}]) is not None
+    return [Mix(models, seed * 100_003 + worker, max_words=max_words, has_chat=has_chat) for worker in range(streams)]
+
+
+async def _work(client: Client, mix: Mix, deadline: float) -> None:
+    """One user after the other, until the deadline; the last one is waited for."""
+    while time.monotonic() < deadline:
+        entry = await client.send(mix.draw())
+        if entry.status in OVERLOADED or entry.outcome is Outcome.ERROR:
+            await asyncio.sleep(1)  # as Retry-After says; and a server that is gone must not fill the ledger
+
+
+async def _every(pause_seconds: float, deadline: float, call: Callable[[], Awaitable[None]]) -> None:
+    due = time.monotonic()
+    while due < deadline:
+        await call()
+        due = max(due + pause_seconds, time.monotonic())
+        await asyncio.sleep(min(due, deadline) - time.monotonic())
+
+
+async def _sample(client: Client, result: Result, start: float, on_sample: Callable[[Sample], None]) -> None:
+    try:
+        page = Scrape(await client.get("/metrics"))
+    except (httpx.HTTPError, ValueError) as error:
+        result.checks.append(Check("/metrics can be read under load", False, f"{type(error).__name__}: {error}"))
+        return
+    running, waiting, kv_usage = (page.total(name) for name in ("moa_requests_running", "moa_requests_waiting", "moa_kv_usage_ratio"))
+    rss_bytes, ledger = page.total("process_resident_memory_bytes"), result.ledger
+    num_begun, num_tokens, num_errors = len(ledger.entries), ledger.generated_tokens, ledger.outcomes[Outcome.ERROR]
+    seconds = time.monotonic() - start
+    result.samples.append(Sample(seconds, rss_bytes, running, waiting, kv_usage, num_begun, num_tokens, num_errors))
+    on_sample(result.samples[-1])
+
+
+async def _at_rest(client: Client) -> Scrape:
+    """The first scrape in which nothing is held, or the last one that there was time for."""
+    deadline = time.monotonic() + REST_SECONDS
+    while not (page := Scrape(await client.get("/metrics"))).is_at_rest and time.monotonic() < deadline:
+        await asyncio.sleep(0.1)
+    page = Scrape(await client.get("/metrics"))  # a record is made just after its row has gone
+    client.ledger.statuses[200] -= 1  # a page does not count its own response
+    return page
+
+
+class Canaries:
+    """A greedy answer of each model, which neither load nor time may change."""
+
+    def __init__(self, client: Client, models: Sequence[str]) -> None:
+        self._client, self._models = client, models
+        self._texts: dict[str, str] = {}
+        self._changes: list[str] = []
+        self._num_sung = 0
+
+    async def sing_all(self) -> None:
+        for model in self._models:
+            await self._sing(model)
+
+    async def sing_next(self) -> None:
+        await self._sing(self._models[self._num_sung % len(self._models)])
+
+    async def _sing(self, model: str) -> None:
+        self._num_sung += 1
+        entry = await self._client.send(canary(model, None if model == self._models[0] else model))
+        if entry.outcome is Outcome.OK and self._texts.setdefault(model, entry.text) != entry.text:
+            self._changes.append(f"{entry.request_id}, {model}: {self._texts[model]!r} became {entry.text!r}")
+
+    def check(self) -> Check:
+        is_met = not self._changes and len(self._texts) == len(self._models)
+        detail = "; ".join([f"{self._num_sung} answers of {len(self._texts)} models", *self._changes[:3]])
+        return Check("greedy answers never change", is_met, detail)
+
+
+# -- the server
+
+
+@dataclass(slots=True)
+class OwnServer:
+    """The process that is soaked."""
+
+    process: subprocess.Popen[bytes]
+    log_file: Path
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log_file.read_text().splitlines() if line.startswith("{")]
+
+    async def url(self) -> str:
+        """Its address, once it is ready. Raises SystemExit."""
+        deadline = time.monotonic() + READY_SECONDS
+        async with httpx.AsyncClient(trust_env=False) as http:
+            while time.monotonic() < deadline and self.process.poll() is None:
+                for line in self.lines():
+                    with contextlib.suppress(httpx.TransportError):
+                        if line.get("event") == "starting" and (await http.get(f"{line['url']}/health/ready")).is_success:
+                            return str(line["url"])
+                await asyncio.sleep(0.1)
+        raise SystemExit(f"error: the server did not get ready; its log ends with:\n{self.log_file.read_text()[-2000:]}")
+
+    def stop(self) -> Check:
+        self.process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_SECONDS)
+        code = self.process.poll()
+        return Check("the server ends with 0 when told to", code == 0, "it did not end" if code is None else f"exit code {code}")
+
+
+@contextmanager
+def own_server(log_file: Path, flags: Sequence[str]) -> Iterator[OwnServer]:
+    """A server on a free port. Whatever happens, it does not outlive the block."""
+    command = [sys.executable, "-m", "moa_serve", "serve", "--port", "0", *flags]
+    with log_file.open("wb") as log:
+        # A session of its own: Ctrl-C is for the soak, which then ends the server.
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield OwnServer(process, log_file)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+# -- what people see
+
+
+@asynccontextmanager
+async def shown_progress(console: Console, seconds: float) -> AsyncIterator[Callable[[Sample], None]]:
+    """A bar where standard error is a terminal, else a line every half minute."""
+    if not console.is_terminal:
+        shown = -LINE_SECONDS
+
+        def line(sample: Sample) -> None:
+            nonlocal shown
+            if sample.seconds - shown >= LINE_SECONDS:
+                shown = sample.seconds
+                console.print(f"{sample.seconds:6.0f} s  {_words(sample)}", highlight=False)
+
+        yield line
+        return
+    columns = (BarColumn(30), TimeElapsedColumn(), TextColumn("{task.fields[words]}"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=seconds, words="")
+        yield lambda sample: progress.update(task, completed=sample.seconds, words=_words(sample))
+
+
+def _words(sample: Sample) -> str:
+    rate = sample.generated_tokens / max(sample.seconds, 1e-9)
+    load = f"{sample.running:g} running, {sample.waiting:g} waiting"
+    return f"{sample.requests:,} requests, {rate:.1f} tokens/s, {sample.errors} errors, {load}, RSS {sample.rss_bytes / 2**20:,.0f} MiB"
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """In milliseconds."""
+    ranked = sorted(values)
+    return {f"p{p}": round(1000 * ranked[min(len(ranked) - 1, len(ranked) * p // 100)], 2) for p in PERCENTILES} if ranked else {}
+
+
+def to_json(result: Result, seed: int, streams: int) -> dict[str, Any]:
+    ledger = result.ledger
+    by_model = {
+        model: {
+            **{outcome.value: sum(1 for _ in ledger.of(outcome, model)) for outcome in Outcome},
+            "prompt_tokens": sum(entry.prompt_tokens or 0 for entry in ledger.of(Outcome.OK, model)),
+            "generated_tokens": sum(entry.generated_tokens for entry in ledger.of(Outcome.OK, model)),
+        }
+        for model in result.models
+    }
+    return {
+        "ok": result.is_ok,
+        "seed": seed,
+        "streams": streams,
+        "seconds": round(result.seconds, 1),
+        "requests": len(ledger.entries),
+        "requests_per_second": round(len(ledger.entries) / result.seconds, 2),
+        "tokens_per_second": round(ledger.generated_tokens / result.seconds, 1),
+        "outcomes": {outcome.value: ledger.outcomes[outcome] for outcome in Outcome},
+        "statuses": {str(status): number for status, number in sorted(ledger.statuses.items())},
+        "models": by_model,
+        "ttft_ms": percentiles(ledger.ttft_seconds),
+        "inter_token_ms": percentiles(ledger.gaps_seconds),
+        "checks": [asdict(check) for check in result.checks],
+    }
+
+
+def show(console: Console, found: dict[str, Any]) -> None:
+    table = Table(title=f"{found['requests']:,} requests in {found['seconds']:,} s, seed {found['seed']}", title_justify="left")
+    names = list(next(iter(found["models"].values())))
+    table.add_column("model")
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
+    for model, counts in found["models"].items():
+        table.add_row(model, *(f"{counts[name]:,}" for name in names))
+    console.print(table)
+    console.print(f"{found['requests_per_second']} requests/s, {found['tokens_per_second']} generated tokens/s", highlight=False)
+    for name, text in (("ttft_ms", "time to first token"), ("inter_token_ms", "between events of a stream")):
+        console.print(f"{text}, ms: " + ", ".join(f"{key} {value:,}" for key, value in found[name].items()), highlight=False)
+    for check in found["checks"]:
+        mark = "[green]ok  [/]" if check["is_met"] else "[red]WRONG[/]"
+        console.print(mark, check["name"], style=None, highlight=False, end=": ")
+        console.print(check["detail"], markup=False, highlight=False)
+
+
+def plot(result: Result, file: Path) -> None:
+    """Raises SystemExit where matplotlib is not installed; it is no dependency."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(3, 1, sharex=True, figsize=(9, 7), layout="constrained")
+    times = [sample.seconds for sample in result.samples]
+    axes[0].plot(times, [sample.rss_bytes / 2**20 for sample in result.samples])
+    axes[0].set_ylabel("server RSS, MiB")
+    axes[0].set_ylim(bottom=0)
+    for name in ("running", "waiting"):
+        axes[1].plot(times, [getattr(sample, name) for sample in result.samples], label=name)
+    axes[1].set_ylabel("rows")
+    axes[1].legend()
+    pairs = list(zip(result.samples, result.samples[1:], strict=False))
+    rates = [(b.generated_tokens - a.generated_tokens) / (b.seconds - a.seconds) for a, b in pairs]
+    axes[2].plot(times[1:], rates)
+    axes[2].set_ylabel("generated tokens/s")
+    axes[2].set_xlabel("seconds")
+    figure.savefig(file, dpi=120)
+
+
+def _pyplot() -> Any:
+    try:
+        importlib.import_module("matplotlib").use("Agg")
+        return importlib.import_module("matplotlib.pyplot")
+    except ImportError:
+        raise SystemExit(
+            "error: --plot needs matplotlib, which is not installed and is no dependency; install it, or leave --plot out"
+        ) from None
+
+
+# -- the command
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description="Load a real server, then make it account for everything.")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--streams", type=int, default=32, help="requests that are sent at the same time (%(default)s)")
+    parser.add_argument("--model", help="base to serve; the default one if omitted")
+    parser.add_argument("--adapters-dir", type=Path, help="adapters to serve; ./adapters where it exists")
+    parser.add_argument("--url", help="a server that runs already and that nobody else uses; its log cannot be checked then")
+    parser.add_argument("--seed", type=int, help="of the traffic; a random one if omitted, which is told")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="the result, with all samples")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="memory, load and speed over time; needs matplotlib")
+    arguments = parser.parse_args()
+    if arguments.minutes <= 0 or arguments.streams < 1:
+        parser.error("--minutes and --streams must be more than 0")
+    if arguments.url and (arguments.model or arguments.adapters_dir):
+        parser.error("--model and --adapters-dir are for a server of our own; leave them out with --url")
+    return arguments
+
+
+async def _run(arguments: argparse.Namespace, seed: int, console: Console, log_file: Path) -> Result:
+    seconds = 60 * arguments.minutes
+    traffic = {"seconds": seconds, "streams": arguments.streams, "seed": seed}
+    this = asyncio.current_task()
+    assert this is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)  # else the server would outlive us
+    async with shown_progress(console, seconds) as on_sample:
+        if arguments.url:
+            return await soak(arguments.url, **traffic, on_sample=on_sample)
+        flags = ["--model", arguments.model] if arguments.model else []
+        flags += ["--adapters-dir", str(arguments.adapters_dir)] if arguments.adapters_dir else []
+        with own_server(log_file, flags) as server:
+            result = await soak(await server.url(), **traffic, on_sample=on_sample)
+            result.checks.append(server.stop())
+            result.checks += reconcile_log(result.ledger, server.lines())
+            return result
+
+
+def main() -> int:
+    arguments = _arguments()
+    console = Console(stderr=True)
+    if arguments.plot:
+        _pyplot()  # ten minutes later is too late to say that it is missing
+    seed = random.SystemRandom().randrange(10**6) if arguments.seed is None else arguments.seed
+    console.print(f"seed {seed}, {arguments.streams} streams for {arguments.minutes:g} minutes", highlight=False)
+    folder = Path(tempfile.mkdtemp(prefix="moa-soak-"))
+    log_file = folder / "server.log"
+    try:
+        result = asyncio.run(_run(arguments, seed, console, log_file))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        console.print("interrupted; nothing was reconciled")
+        return 130
+    except httpx.HTTPError as error:
+        console.print(f"error: the server cannot be asked: {type(error).__name__}: {error}; its log is {log_file}", highlight=False)
+        return 1
+    found = to_json(result, seed, arguments.streams)
+    show(console, found)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(found | {"samples": [asdict(sample) for sample in result.samples]}, indent=1) + "\n")
+    if arguments.plot:
+        plot(result, arguments.plot)
+    if result.is_ok or arguments.url:
+        log_file.unlink(missing_ok=True)
+        os.rmdir(folder)
+    else:
+        console.print(f"the server's log is {log_file}", highlight=False)
+    sys.stdout.write(json.dumps(found) + "\n")
+    return 0 if result.is_ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,421 @@
+"""What a scrape says: names, numbers, and who gets a series."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from families import write_base, write_family
+from prometheus_client.parser import text_string_to_metric_families
+
+from moa_serve import SamplingParams
+from moa_serve.adapter.adapter import AdapterSource
+from moa_serve.adapter.importers import read_adapter
+from moa_serve.engine.async_engine import AsyncEngine
+from moa_serve.engine.engine import Engine, EngineOptions
+from moa_serve.engine.request import Request
+from moa_serve.metrics import Metrics, RequestRecord, timings
+from moa_serve.metrics.requests import lengths
+from moa_serve.metrics.routing import DECIDE_SECONDS, RoutingMetrics
+from moa_serve.model.counters import RoutingTotals
+from moa_serve.model.transformer import Transformer
+from moa_serve.model.weights import load_base
+
+Labels = tuple[tuple[str, str], ...]
+RECORD = RequestRecord(
+    model="math", adapter="math", revision="ab" * 32, request_id="r", endpoint="completions", prompt_tokens=7, completion_tokens=5,
+    cached_tokens=2, finish_reason="stop", arrived=10.0, scheduled=10.5, first_token=11.0, finished=13.0, n=1, max_tokens=16, status=200,
+)  # fmt: skip
+
+
+def scrape(metrics: Metrics) -> dict[tuple[str, Labels], float]:
+    """Every sample of a page, which must parse and have none twice."""
+    page, content_type = metrics.render()
+    assert content_type.startswith("text/plain; version=0.0.4")
+    return parse(page.decode())
+
+
+def parse(page: str) -> dict[tuple[str, Labels], float]:
+    samples: dict[tuple[str, Labels], float] = {}
+    families = list(text_string_to_metric_families(page))
+    assert len({family.name for family in families}) == len(families)
+    for family in families:
+        assert family.documentation, family.name
+        for sample in family.samples:
+            key = (sample.name, tuple(sorted(sample.labels.items())))
+            assert key not in samples
+            samples[key] = sample.value
+    return samples
+
+
+def value(samples: dict[tuple[str, Labels], float], name: str, **labels: str) -> float | None:
+    return samples.get((name, tuple(sorted(labels.items()))))
+
+
+def loaded(metrics: Metrics, *names: str) -> None:
+    for name in names:
+        metrics.adapter_loaded(name, f"revision of {name}", 0.25, "lazy", "ok")
+
+
+class TestRequests:
+    def test_a_request_is_counted_in_both_families(self) -> None:
+        metrics = Metrics("base", max_model_len=512)
+        loaded(metrics, "math")
+        metrics.observe_request(RECORD)
+        metrics.observe_tokens("math", [0.01, 0.02])
+        samples = scrape(metrics)
+        mine, theirs = {"adapter": "math"}, {"model_name": "math", "engine": "0"}
+        assert value(samples, "moa_prompt_tokens_total", **mine) == 7
+        assert value(samples, "moa_generated_tokens_total", **mine) == 5
+        assert value(samples, "moa_requests_total", finish_reason="stop", **mine) == 1
+        assert value(samples, "moa_time_to_first_token_seconds_sum", **mine) == 1.0
+        assert value(samples, "moa_queue_seconds_bucket", le="0.5", **mine) == 1
+        assert value(samples, "moa_request_seconds_sum", **mine) == 3.0
+        assert value(samples, "moa_inter_token_seconds_count", **mine) == 2
+        assert value(samples, "vllm:prompt_tokens_total", **theirs) == 7
+        assert value(samples, "vllm:generation_tokens_total", **theirs) == 5
+        assert value(samples, "vllm:request_success_total", finished_reason="stop", **theirs) == 1
+        assert value(samples, "vllm:time_to_first_token_seconds_bucket", le="0.75", **theirs) == 0
+        assert value(samples, "vllm:time_to_first_token_seconds_bucket", le="1.0", **theirs) == 1
+        assert value(samples, "vllm:request_time_per_output_token_seconds_sum", **theirs) == 0.5
+        assert value(samples, "vllm:request_prefill_time_seconds_sum", **theirs) == 0.5
+        assert value(samples, "vllm:request_decode_time_seconds_sum", **theirs) == 2.0
+        assert value(samples, "vllm:request_inference_time_seconds_sum", **theirs) == 2.5
+        assert value(samples, "vllm:request_params_max_tokens_sum", **theirs) == 16
+        assert value(samples, "moa_adapter_last_load_seconds", **mine) == 0.25
+
+    def test_clients_make_no_series(self) -> None:
+        """A label that a client chooses is memory that a client fills."""
+        metrics = Metrics("base")
+        for number in range(100):
+            junk = f"junk{number}"
+            metrics.observe_request(replace(RECORD, model=junk, adapter=junk, scheduled=None, finish_reason="error", status=404))
+            metrics.observe_request(replace(RECORD, model=junk, adapter=None, scheduled=None, finish_reason="error", status=404))
+            metrics.observe_tokens(junk, [0.1])
+            metrics.adapter_loaded(junk, None, 0.1, "explicit", "adapter_corrupt")
+        samples = scrape(metrics)
+        assert not any("junk" in label for _, labels in samples for _, label in labels)
+        assert value(samples, "moa_requests_total", adapter="other", finish_reason="error") == 200
+        assert value(samples, "moa_adapter_load_seconds_count", source="explicit", result="adapter_corrupt") == 100
+
+    def test_what_was_refused_does_not_make_times_look_short(self) -> None:
+        metrics = Metrics("base")
+        metrics.observe_request(replace(RECORD, model="base", adapter=None, scheduled=None, first_token=None, finish_reason="error"))
+        samples = scrape(metrics)
+        assert value(samples, "moa_requests_total", adapter="base", finish_reason="error") == 1
+        assert value(samples, "moa_request_seconds_count", adapter="base") is None
+        assert value(samples, "vllm:request_success_total", model_name="base", engine="0", finished_reason="error") is None
+
+    def test_series_of_an_unloaded_adapter_go(self) -> None:
+        """A server that loads a new adapter each minute would grow for ever."""
+        metrics = Metrics("base")
+        loaded(metrics, "math", "law")
+        for name in ("math", "law"):
+            metrics.observe_request(replace(RECORD, model=name, adapter=name))
+            metrics.observe_tokens(name, [0.1])
+        metrics.adapter_unloaded("math")
+        metrics.observe_request(RECORD)  # its record comes after its lease was given back
+        samples = scrape(metrics)
+        assert not any("math" in label for _, labels in samples for _, label in labels)
+        assert value(samples, "moa_requests_total", adapter="law", finish_reason="stop") == 1
+        assert value(samples, "moa_requests_total", adapter="other", finish_reason="stop") == 1
+
+    def test_responses_are_counted_by_status(self) -> None:
+        metrics = Metrics("base")
+        for status in (200, 200, 503):
+            metrics.observe_response(status)
+        samples = scrape(metrics)
+        assert value(samples, "moa_http_responses_total", status="200") == 2
+        assert value(samples, "moa_http_responses_total", status="503") == 1
+
+    def test_lengths_are_1_2_5(self) -> None:
+        assert lengths(1) == [1]
+        assert lengths(512) == [1, 2, 5, 10, 20, 50, 100, 200, 500]
+        assert lengths(1000) == [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
+
+    def test_timings(self) -> None:
+        assert timings(RECORD) == {"queue": 0.5, "prefill": 0.5, "first_token": 1.0, "decode": 2.0, "tokens_per_second": 2.0}
+        refused = timings(replace(RECORD, scheduled=None, first_token=None))
+        assert set(refused.values()) == {None}
+        assert timings(replace(RECORD, completion_tokens=1, finished=11.0))["tokens_per_second"] is None
+
+
+# -- routers
+
+
+EXPERTS = (("Q", "PROMPT"), ("Q",))
+
+
+class FakeEngine:
+    """Running totals that a test sets."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, RoutingTotals] = {}
+
+    def routing_totals(self, revision: str) -> RoutingTotals | None:
+        return self.totals.get(revision)
+
+
+@dataclass
+class Grid:
+    """Routing metrics with an engine and a clock that a test moves."""
+
+    size: int
+    now: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.engine = FakeEngine()
+        self.metrics = RoutingMetrics(self.size, lambda: self.now)
+        self.last: dict[tuple[str, Labels], float] = {}
+
+    def run(self, name: str, tokens: int, *, experts: tuple[tuple[str, ...], ...] = EXPERTS) -> None:
+        """Tokens with one adapter, each of which keeps every expert with weight 0.5."""
+        revision = f"revision of {name}"
+        before = self.engine.totals.get(revision)
+        total = tokens + (before.tokens if before else 0)
+        cells = np.full((len(experts), max(map(len, experts))), float(total))
+        self.engine.totals[revision] = RoutingTotals(total, cells, cells / 2, experts)
+        sequence = SimpleNamespace(request=SimpleNamespace(adapter=revision))
+        event = cast(Any, SimpleNamespace(sequence=sequence, finish_reason="stop"))
+        self.metrics.publish(cast(Engine, self.engine), [event])
+
+    def scrape(self) -> dict[tuple[str, Labels], float]:
+        """A page; no counter on it may have fallen since the last one."""
+        samples = parse(self.metrics.render())
+        for key, before in self.last.items():
+            assert samples.get(key, before) >= before, f"{key} fell"
+        self.last = samples
+        return samples
+
+    def tokens(self, name: str) -> float | None:
+        return value(self.scrape(), "moa_router_tokens_total", adapter=name, layer="0")
+
+
+def test_the_grid_has_a_series_for_each_layer_and_expert() -> None:
+    grid = Grid(2)
+    grid.metrics.loaded("math", "revision of math")
+    grid.run("math", 10)
+    samples = grid.scrape()
+    cell = {"adapter": "math", "layer": "0", "expert": "PROMPT"}
+    assert value(samples, "moa_expert_selected_total", **cell) == 10
+    assert value(samples, "moa_expert_computed_total", **cell) == 10
+    assert value(samples, "moa_expert_weight_sum", **cell) == 5
+    assert value(samples, "moa_expert_selected_total", adapter="math", layer="1", expert="PROMPT") is None, "not in that layer"
+    assert value(samples, "moa_router_tokens_total", adapter="math", layer="1") == 10
+    assert value(samples, "moa_experts_per_token_sum", adapter="math") == 30
+    assert value(samples, "moa_experts_per_token_count", adapter="math") == 20
+    assert value(samples, "moa_expert_evaluations_total", adapter="math") == 30
+    assert value(samples, "moa_expert_evaluations_skipped_total", adapter="math") == 0
+
+
+def test_no_token_is_lost_or_counted_twice_when_adapters_move() -> None:
+    """An adapter that moves between the grid and `other` must not make a rate negative, nor its tokens vanish."""
+    grid = Grid(1)
+    for name in ("a", "b"):
+        grid.metrics.loaded(name, f"revision of {name}")
+    grid.run("a", 10)
+    grid.run("b", 100)
+    assert (grid.tokens("a"), grid.tokens("b"), grid.tokens("other")) == (10, None, 100)
+    grid.now += DECIDE_SECONDS
+    grid.run("a", 1)
+    assert grid.tokens("a") == 11, "who leaves is shown with its last tokens"
+    assert (grid.tokens("b"), grid.tokens("other")) == (0, 100), "who comes begins at 0, so that a rate sees its first token"
+    grid.run("b", 5)
+    grid.run("a", 7)
+    assert (grid.tokens("a"), grid.tokens("b"), grid.tokens("other")) == (11, 5, 107)
+    grid.now += DECIDE_SECONDS
+    assert grid.tokens("a") is None
+    grid.run("a", 1000)
+    grid.scrape()
+    grid.now += DECIDE_SECONDS
+    grid.scrape()
+    grid.run("a", 3)
+    assert (grid.tokens("a"), grid.tokens("other")) == (14, 1107), "it goes on from where it was"
+
+
+def test_other_adds_up_adapters_with_different_experts() -> None:
+    grid = Grid(0)
+    grid.metrics.loaded("a", "revision of a")
+    grid.metrics.loaded("b", "revision of b")
+    grid.run("a", 10)
+    grid.run("b", 5, experts=((), ("Q", "DOWN")))
+    samples = grid.scrape()
+    assert value(samples, "moa_router_tokens_total", adapter="other", layer="0") == 10
+    assert value(samples, "moa_router_tokens_total", adapter="other", layer="1") == 15
+    assert value(samples, "moa_expert_selected_total", adapter="other", layer="1", expert="Q") == 15
+    assert value(samples, "moa_expert_selected_total", adapter="other", layer="1", expert="DOWN") == 5
+
+
+def test_an_unloaded_adapter_leaves_no_series_and_other_keeps_its_tokens() -> None:
+    grid = Grid(1)
+    grid.metrics.loaded("a", "revision of a")
+    grid.metrics.loaded("b", "revision of b")
+    grid.run("a", 10)
+    grid.run("b", 20)
+    grid.metrics.unloaded("b")
+    assert grid.tokens("other") == 20
+    grid.metrics.unloaded("a")
+    samples = grid.scrape()
+    assert not any(label == "a" for _, labels in samples for _, label in labels)
+    assert not grid.metrics._totals
+    grid.metrics.loaded("b", "revision of b")
+    grid.engine.totals.clear()  # the engine dropped the revision
+    grid.run("b", 3)
+    assert (grid.tokens("b"), grid.tokens("other")) == (3, 20)
+
+
+def test_a_self_test_and_a_second_name_count_nothing_twice() -> None:
+    grid = Grid(4)
+    grid.run("a", 12)  # before it is published
+    grid.engine.totals.clear()
+    grid.metrics.loaded("a", "revision of a")
+    grid.metrics.loaded("copy", "revision of a")
+    assert grid.tokens("a") is None
+    grid.run("a", 5)
+    assert (grid.tokens("a"), grid.tokens("copy")) == (5, None)
+
+
+def test_a_new_revision_begins_anew() -> None:
+    grid = Grid(1)
+    grid.metrics.loaded("a", "revision of a")
+    grid.run("a", 10)
+    grid.scrape()
+    grid.metrics.loaded("a", "revision of next")
+    grid.last = {}  # the reset of a counter
+    grid.run("next", 3)
+    assert grid.tokens("a") == 3
+
+
+def test_a_long_request_is_published_now_and_then_and_at_its_end() -> None:
+    """A snapshot waits for a GPU; one a step would slow every token."""
+    asked: list[float] = []
+
+    class Counting(FakeEngine):
+        def routing_totals(self, revision: str) -> RoutingTotals | None:
+            asked.append(grid.now)
+            return None
+
+    grid = Grid(1)
+    for step in range(100):
+        grid.now = step * 0.01
+        reason = "stop" if step == 99 else None
+        event = SimpleNamespace(sequence=SimpleNamespace(request=SimpleNamespace(adapter="r")), finish_reason=reason)
+        grid.metrics.publish(cast(Engine, Counting()), [cast(Any, event)] * 3)
+    assert len(asked) <= 7
+    assert asked[-1] == 0.99
+
+
+def test_a_scrape_of_a_full_grid_is_short() -> None:
+    """The event loop moves no token meanwhile. Compared with the client library on the same samples, in one run."""
+    from prometheus_client import CollectorRegistry, Counter, generate_latest
+
+    experts = (("Q", "K", "V", "PROMPT", "O", "UP", "GATE", "DOWN", "P_ADAPTER"),) * 30
+    grid, registry = Grid(8), CollectorRegistry()
+    library = Counter("x", "x", ("adapter", "layer", "expert"), registry=registry)
+    for number in range(8):
+        grid.metrics.loaded(f"a{number}", f"revision of a{number}")
+        grid.run(f"a{number}", 1000, experts=experts)
+        for layer, names in enumerate(experts):
+            for name in names:
+                library.labels(f"a{number}", str(layer), name).inc(1000)
+    grid.metrics.render()
+    ours = min(_seconds(grid.metrics.render) for _ in range(3))
+    theirs = min(_seconds(lambda: generate_latest(registry)) for _ in range(3))
+    assert ours < theirs, f"{ours:.4f} s for three families, {theirs:.4f} s for one"
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+# -- with a real engine
+
+
+@dataclass
+class Item:
+    name: str
+    state: str
+    revision: str | None
+    variant: str | None = "soft_moa"
+    bytes: int = 1000
+    leases: int = 0
+
+
+class Registry:
+    def __init__(self, *found: Item) -> None:
+        self.found = list(found)
+
+    def items(self) -> list[Item]:
+        return self.found
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+def test_a_running_engine_is_seen(base: Path, tmp_path: Path) -> None:
+    """Numbers of the engine thread reach the page without asking it: load, slots, routers."""
+    found = load_base(base, dtype=torch.float32)
+    adapter = read_adapter(AdapterSource(write_family(tmp_path / "a", "sparse_fn")), found.config)
+    page: dict[tuple[str, Labels], float] = {}
+    counted: list[RoutingTotals] = []
+
+    async def main() -> None:
+        options = EngineOptions(kv_cache_bytes=2**21, num_slots=3)
+        engine = AsyncEngine(
+            lambda lease: Engine(Transformer(found.config, found.weights), options, lease=lease, base_digest="d", backend="torch")
+        )
+        metrics = Metrics("base", max_model_len=engine.engine.max_model_len)
+        registry = Registry(Item("math", "loaded", adapter.revision), Item("law", "available", None), Item("bad", "broken", None))
+        metrics.attach(engine, registry)
+        metrics.adapter_loaded("math", adapter.revision, 0.1, "lazy", "ok")
+        engine.start()
+        try:
+            request = Request((5, 17, 80), SamplingParams(temperature=0, max_tokens=4), adapter.revision)
+            async with engine.open(request, adapter) as stream:
+                async for _ in stream:
+                    pass
+            page.update(scrape(metrics))
+            totals = engine.engine.routing_totals(adapter.revision)
+            assert totals is not None
+            counted.append(totals)
+        finally:
+            await engine.stop()
+
+    asyncio.run(main())
+    (totals,) = counted
+    assert totals.tokens == 6
+    for layer, names in enumerate(totals.experts):
+        assert value(page, "moa_router_tokens_total", adapter="math", layer=str(layer)) == totals.tokens
+        for column, name in enumerate(names):
+            cell = {"adapter": "math", "layer": str(layer), "expert": name}
+            assert value(page, "moa_expert_selected_total", **cell) == totals.selected[layer, column]
+            assert value(page, "moa_expert_weight_sum", **cell) == pytest.approx(totals.gate_sum[layer, column])
+    vllm = {"model_name": "base", "engine": "0"}
+    assert value(page, "moa_engine_steps_total") == 4
+    assert value(page, "moa_adapters", state="available") == 1
+    assert value(page, "moa_adapter_state", adapter="bad", state="broken") == 1
+    assert value(page, "moa_adapter_state", adapter="law", state="available") is None
+    assert value(page, "moa_adapter_info", adapter="math", revision=adapter.revision, variant="soft_moa") == 1
+    assert value(page, "moa_adapter_resident_bytes", adapter="math", tier="slot") == 1000
+    assert value(page, "vllm:lora_adapter_loaded", engine="0", adapter_name="math", level="gpu", pinned="false") == 1
+    assert value(page, "vllm:max_gpu_lora_adapters", engine="0") == 3
+    for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"):
+        series = [key for key in page if key[0] == name]
+        assert series == [(name, tuple(sorted(vllm.items())))], "load balancers take the first one"
+    (info,) = [key for key in page if key[0] == "vllm:lora_requests_info"]
+    assert dict(info[1]) == {"max_lora": "3", "running_lora_adapters": "", "waiting_lora_adapters": ""}
+    assert abs(page[info] - time.time()) < 60
+
+
+def test_a_page_before_there_is_an_engine_is_valid() -> None:
+    assert isinstance(scrape(Metrics("base")), dict)

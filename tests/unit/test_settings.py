@@ -1,0 +1,164 @@
+"""Settings: where they come from, which one counts, what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+from pydantic import SecretStr
+
+from moa_serve.errors import InvalidRequest
+from moa_serve.settings import ServerSettings, load_settings
+
+DOCKER = Path(__file__).parents[2] / "docker"
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable and no folder of whoever runs the tests."""
+    for name in ServerSettings.model_fields:
+        monkeypatch.delenv(f"MOA_{name.upper()}", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def write(text: str) -> Path:
+    Path("moa.toml").write_text(text)
+    return Path("moa.toml")
+
+
+def test_flag_beats_variable_beats_file_beats_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write("max_waiting = 1\nport = 1\nhost = '127.0.0.2'\n")
+    monkeypatch.setenv("MOA_MAX_WAITING", "2")
+    monkeypatch.setenv("MOA_PORT", "2")
+    found = load_settings({"max_waiting": 3, "port": None, "api_key": []}, file)
+    assert (found.max_waiting, found.port, found.host, found.max_num_seqs) == (3, 2, "127.0.0.2", 32)
+
+
+def test_every_setting_says_what_it_is_for() -> None:
+    """`--help` and the docs are made of these."""
+    for name, field in ServerSettings.model_fields.items():
+        assert field.description, name
+        assert field.description.endswith("."), name
+
+
+def test_keys_come_from_flags_variables_and_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def keys(found: ServerSettings) -> list[str]:
+        return [key.get_secret_value() for key in found.api_key]
+
+    file = write("api_key = ['f1', 'f2']\nadmin_key = 'a'\n")
+    assert keys(load_settings({}, file)) == ["f1", "f2"]
+    monkeypatch.setenv("MOA_API_KEY", "e1, e2")
+    assert keys(load_settings({}, file)) == ["e1", "e2"]
+    found = load_settings({"api_key": ["k1"], "admin_key": "b"}, file)
+    assert keys(found) == ["k1"]
+    assert found.admin_key == SecretStr("b")
+    assert "k1" not in repr(found)
+    assert "k1" not in str(found.model_dump())
+
+
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compose files pass variables on that nobody has set; an empty key must not become a key."""
+    monkeypatch.setenv("MOA_API_KEY", "")
+    monkeypatch.setenv("MOA_ADMIN_KEY", "")
+    monkeypatch.setenv("MOA_PORT", "")
+    found = load_settings({})
+    assert (found.api_key, found.admin_key, found.port) == ((), None, 8000)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "moa.example", "example.localhost"])
+def test_an_address_that_others_reach_needs_a_key(host: str) -> None:
+    """A server without keys, open to a network, is everybody's."""
+    with pytest.raises(InvalidRequest, match="--allow-unauthenticated") as error:
+        load_settings({"host": host})
+    assert error.value.param == "host"
+    with pytest.raises(InvalidRequest):
+        load_settings({"host": host, "admin_key": "a"})
+    assert load_settings({"host": host, "api_key": ["k"]}).host == host
+    assert load_settings({"host": host, "allow_unauthenticated": True}).host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
+def test_loopback_needs_no_key(host: str) -> None:
+    assert load_settings({"host": host}).is_loopback
+
+
+def test_unknown_names_are_refused_by_name() -> None:
+    """A mistyped limit that is ignored is no limit."""
+    with pytest.raises(InvalidRequest, match=r"moa\.toml: unknown setting 'max_wating'"):
+        load_settings({}, write("max_wating = 1"))
+    with pytest.raises(InvalidRequest, match="unknown setting 'nonsense'"):
+        load_settings({"nonsense": 1})
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"port": 65536}, "port"),
+        ({"port": "eighty"}, "port"),
+        ({"max_waiting": -1}, "max_waiting"),
+        ({"max_body_bytes": 1}, "max_body_bytes"),
+        ({"queue_timeout_seconds": 0}, "queue_timeout_seconds"),
+        ({"queue_timeout_seconds": float("nan")}, "queue_timeout_seconds"),
+        ({"request_timeout_seconds": float("inf")}, "request_timeout_seconds"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"backend": "fast"}, "backend"),
+        ({"log_level": "loud"}, "log_level"),
+        ({"state_dir": "/x"}, "state_dir"),
+        ({"adapters_dir": "nowhere"}, "adapters_dir"),
+        ({"served_model_name": "a b"}, "served_model_name"),
+        ({"max_num_seqs": 300}, "max_batch_tokens"),
+        ({"cors_origin": ["https://a.example/path"]}, "cors_origin"),
+        ({"cors_origin": ["*"]}, "cors_origin"),
+    ],
+)  # fmt: skip
+def test_what_is_out_of_bounds_is_refused_by_name(given: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest) as error:
+        load_settings(given)
+    assert error.value.param == param
+    assert param in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["a b", "a\nb", "\u00e9", "x" * 513])
+def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(key: str) -> None:
+    with pytest.raises(InvalidRequest) as error:
+        load_settings({"api_key": ["good", key]})
+    assert key not in str(error.value)
+
+
+def test_where_a_wrong_value_came_from_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubernetes sets MOA_PORT=tcp://10.0.0.1:8000 beside a service called moa."""
+    monkeypatch.setenv("MOA_PORT", "tcp://10.0.0.1:8000")
+    with pytest.raises(InvalidRequest, match="MOA_PORT"):
+        load_settings({})
+
+
+@pytest.mark.parametrize("content", [b"port = ", b"\xff\xfe"])
+def test_a_file_that_is_no_toml_is_refused(content: bytes) -> None:
+    Path("moa.toml").write_bytes(content)
+    with pytest.raises(InvalidRequest, match="is not TOML"):
+        load_settings({}, Path("moa.toml"))
+    with pytest.raises(InvalidRequest, match="cannot be read"):
+        load_settings({}, Path("missing.toml"))
+
+
+def test_adapters_lie_beside_the_server_by_default() -> None:
+    assert load_settings({}).adapters_dir is None
+    Path("adapters").mkdir()
+    assert load_settings({}).adapters_dir == Path("adapters")
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(ValueError):
+        load_settings({}).port = 1  # type: ignore[misc]
+
+
+def test_the_compose_file_sets_what_there_is() -> None:
+    """A variable that no setting reads is silently nothing."""
+    compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    variables = compose["services"]["moa"]["environment"]
+    assert {name.removeprefix("MOA_").lower() for name in variables} <= set(ServerSettings.model_fields)
+    (job,) = yaml.safe_load((DOCKER / "prometheus.yml").read_text())["scrape_configs"]
+    (secret,) = compose["services"]["prometheus"]["secrets"]
+    assert job["authorization"]["credentials_file"] == f"/run/secrets/{secret}"
+    assert secret in compose["secrets"]
+    assert job["static_configs"][0]["targets"] == ["moa:8000"]
