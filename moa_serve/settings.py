@@ -88,7 +88,7 @@ class ServerSettings(BaseSettings):
     keep_alive_seconds: int = Field(5, ge=1, le=3600, description="An idle connection is kept open for its next request.")
     write_timeout_seconds: Seconds = Field(60.0, description="A reader that takes nothing for this long is cut.")
     queue_timeout_seconds: Seconds = Field(30.0, description="A request that waited this long for a row gets 503.")
-    request_timeout_seconds: Seconds = Field(600.0, description="A request that took this long in all gets 504, or an error event in its stream.")
+    request_timeout_seconds: Seconds = Field(600.0, description="A request that took this long in all gets 504, or an error event.")
     drain_seconds: Seconds = Field(30.0, description="After SIGTERM, running requests may end within this time.")
 
     # -- what is told
