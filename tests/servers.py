@@ -57,9 +57,16 @@ def write_adapters(folder: Path, *families: str) -> Path:
 @contextmanager
 def running(folder: Path, *flags: str, env: Mapping[str, str] | None = None) -> Iterator[Running]:
     """A server over `folder/base` and `folder/adapters`; ready inside the block, ended behind it."""
-    log_file = folder / "server.log"
     command = [sys.executable, "-m", "moa_serve", "serve", "--model", str(folder / "base"), "--port", "0", "--kv-cache-bytes", str(2**22)]
     command += ["--adapters-dir", str(folder / "adapters"), "--device", "cpu", *flags]
+    with running_command(command, folder, env=env) as server:
+        yield server
+
+
+@contextmanager
+def running_command(command: list[str], folder: Path, *, env: Mapping[str, str] | None = None) -> Iterator[Running]:
+    """The server that `command` starts in `folder`."""
+    log_file = folder / "server.log"
     with log_file.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
     server = Running("", process, log_file)

@@ -33,7 +33,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent))  # as pytest has it, so that modules here have one name
 
 from agreement import Check, Scrape, memory_is_flat, reconcile, reconcile_log
-from traffic import MAX_NEW_TOKENS, OVERLOADED, TEXT, WORDS, Client, Ledger, Mix, Outcome, canary, last_leaver
+from traffic import MAX_NEW_TOKENS, OVERLOADED, TEXT, WORDS, Client, Ledger, Mix, Outcome, bad_jobs, canary, last_leaver
 
 READY_SECONDS, REST_SECONDS, STOP_SECONDS = 120.0, 15.0, 60.0
 SAMPLE_SECONDS = 5.0
@@ -95,6 +95,8 @@ async def soak(
         mixes = await _mixes(client, result.models, listed[0]["max_model_len"], streams, seed)
         canaries = Canaries(client, result.models)
         await canaries.sing_all()
+        for job in bad_jobs(result.models[0], None):
+            await client.send(job)
         start = time.monotonic()
         deadline = start + seconds
         async with asyncio.TaskGroup() as tasks:
@@ -202,7 +204,8 @@ class OwnServer:
     log_file: Path
 
     def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.log_file.read_text().splitlines() if line.startswith("{")]
+        whole, _, _ = self.log_file.read_text().rpartition("\n")  # the last line may still be written
+        return [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
 
     async def url(self) -> str:
         """Its address, once it is ready. Raises SystemExit."""
@@ -246,13 +249,13 @@ def own_server(log_file: Path, flags: Sequence[str]) -> Iterator[OwnServer]:
 async def shown_progress(console: Console, seconds: float) -> AsyncIterator[Callable[[Sample], None]]:
     """A bar where standard error is a terminal, else a line every half minute."""
     if not console.is_terminal:
-        shown = -LINE_SECONDS
+        due = 0.0
 
         def line(sample: Sample) -> None:
-            nonlocal shown
-            if sample.seconds - shown >= LINE_SECONDS:
-                shown = sample.seconds
-                console.print(f"{sample.seconds:6.0f} s  {_words(sample)}", highlight=False)
+            nonlocal due
+            if sample.seconds >= due:
+                due += LINE_SECONDS
+                console.print(f"{sample.seconds:6.0f} s  {_words(sample)}", highlight=False, soft_wrap=True)
 
         yield line
         return
@@ -312,11 +315,13 @@ def show(console: Console, found: dict[str, Any]) -> None:
     console.print(table)
     console.print(f"{found['requests_per_second']} requests/s, {found['tokens_per_second']} generated tokens/s", highlight=False)
     for name, text in (("ttft_ms", "time to first token"), ("inter_token_ms", "between events of a stream")):
-        console.print(f"{text}, ms: " + ", ".join(f"{key} {value:,}" for key, value in found[name].items()), highlight=False)
+        console.print(
+            f"{text}, ms: " + ", ".join(f"{key} {value:,}" for key, value in found[name].items()), highlight=False, soft_wrap=True
+        )
     for check in found["checks"]:
-        mark = "[green]ok  [/]" if check["is_met"] else "[red]WRONG[/]"
-        console.print(mark, check["name"], style=None, highlight=False, end=": ")
-        console.print(check["detail"], markup=False, highlight=False)
+        mark = "[green]ok   [/]" if check["is_met"] else "[red]WRONG[/]"
+        console.print(mark, check["name"], highlight=False, end=": ")
+        console.print(check["detail"], markup=False, highlight=False, soft_wrap=True)
 
 
 def plot(result: Result, file: Path) -> None:
@@ -400,7 +405,7 @@ def main() -> int:
     try:
         result = asyncio.run(_run(arguments, seed, console, log_file))
     except (KeyboardInterrupt, asyncio.CancelledError):
-        console.print("interrupted; nothing was reconciled")
+        console.print(f"interrupted; nothing was reconciled; the server's log is {log_file}", highlight=False, soft_wrap=True)
         return 130
     except httpx.HTTPError as error:
         console.print(f"error: the server cannot be asked: {type(error).__name__}: {error}; its log is {log_file}", highlight=False)

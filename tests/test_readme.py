@@ -1,40 +1,57 @@
-"""What README shows, runs: its commands and its Python block, as they stand there, on the default base."""
+"""What README shows, runs: its session with the server, its commands and its Python blocks, as they stand there, on the default base."""
 
+import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from servers import running_command
 
 from moa_serve import LLM, MoaError
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _default_base() -> None:
-    try:
-        LLM(device="cpu", kv_cache_bytes=2**26).close()
-    except MoaError as error:
-        pytest.skip(f"no default base here: {error}")
+ADDRESS = "http://127.0.0.1:8000"
 
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-def commands() -> list[str]:
-    """The lines that call moa-serve; of an installing line the part behind the installation."""
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
-    calls = [line.rpartition("&& ")[2].replace(".venv/bin/", "") for line in lines]
-    return [call for call in calls if call.startswith("moa-serve ")]
+def lines() -> list[str]:
+    """Of an installing line the part behind the installation."""
+    return [line.rpartition("&& ")[2].replace(".venv/bin/", "") for block in blocks("sh") for line in block.splitlines()]
 
 
-def run(arguments: list[str]) -> str:
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the commands touch, so that they leave no trace."""
+    try:
+        LLM(device="cpu", kv_cache_bytes=2**26).close()
+    except MoaError as error:
+        pytest.skip(f"no default base here: {error}")
+    place = tmp_path_factory.mktemp("readme")
+    shutil.copytree(ROOT / "adapters", place / "adapters")
+    return place
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    """The server as the main command starts it, on a free port."""
+    (command,) = [line for line in lines() if line.startswith("moa-serve serve")]
+    arguments = [sys.executable, "-m", "moa_serve", *shlex.split(command)[1:], "--port", "0", "--kv-cache-bytes", str(2**28)]
+    with running_command(arguments, folder) as server:
+        yield server.url
+
+
+def run(arguments: list[str], folder: Path) -> str:
+    done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -44,18 +61,31 @@ def test_readme_has_both_commands() -> None:
     assert "<!-- test command -->\n```sh\npython3 -m venv .venv &&" in README
 
 
-@pytest.mark.parametrize("command", commands())
-def test_a_command_runs(command: str, tmp_path: Path) -> None:
-    arguments = [word.replace("/tmp/telegram", str(tmp_path / "telegram")) for word in shlex.split(command)[1:]]
-    assert run([sys.executable, "-m", "moa_serve", *arguments])
+@pytest.mark.skipif(shutil.which("curl") is None, reason="README's session uses curl")
+def test_the_session_with_the_server(folder: Path, address: str) -> None:
+    """Line by line, in order: the adapter that one converts the next one loads."""
+    answers = {}
+    for line in lines():
+        if line.startswith("moa-serve convert"):
+            run([sys.executable, "-m", "moa_serve", *shlex.split(line)[1:]], folder)
+        elif line.startswith("curl "):
+            answers[line] = run(["curl", "--fail-with-body", *shlex.split(line.replace(ADDRESS, address))[1:]], folder)
+    shown = [json.loads(text)["choices"][0]["text"] for line, text in answers.items() if "/v1/completions" in line]
+    told = re.findall(r'^    (?:pirate|telegram|SmolLM2-135M-Instruct) +(".*")$', README, re.MULTILINE)
+    assert len(shown) == len(told) == 3
+    assert shown == [json.loads(text) for text in told]
+    metrics = next(text for line, text in answers.items() if line.endswith("/metrics"))
+    for name in re.findall(r"^    (moa_\w+)\{", README, re.MULTILINE):
+        assert f'{name}{{adapter="telegram"' in metrics
 
 
-def test_the_main_command_shows_both_adapters_and_the_base() -> None:
-    out = run([sys.executable, "-m", "moa_serve", "generate", "The capital of France is", "--max-tokens", "16"])
-    for expected in ("[base]", "[pirate]", "scurvy dog", "[telegram]", "PARIS STOP"):
+@pytest.mark.parametrize("command", [line for line in lines() if line.startswith(("moa-serve generate", "moa-serve check"))])
+def test_a_command_runs(command: str, folder: Path) -> None:
+    out = run([sys.executable, "-m", "moa_serve", *shlex.split(command)[1:]], folder)
+    for expected in ("[base]", "[pirate]", "scurvy dog", "[telegram]", "PARIS STOP") if "about the sea" in command else ("telegram",):
         assert expected in out
 
 
 @pytest.mark.parametrize("block", blocks("python"))
-def test_a_python_block_runs(block: str) -> None:
-    assert "STOP" in run([sys.executable, "-c", block])
+def test_a_python_block_runs(block: str, folder: Path, address: str) -> None:
+    assert "STOP" in run([sys.executable, "-c", block.replace(ADDRESS, address)], folder)

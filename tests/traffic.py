@@ -287,7 +287,8 @@ class Mix:
     def draw(self) -> Job:
         chance = self._random.random()
         if chance < 0.05:
-            return self._bad()
+            model = self._random.choice(self._models)
+            return self._random.choice(bad_jobs(model, self._adapter(model)))
         job = self._good(is_leaving=chance < 0.13)
         if chance < 0.11:
             return replace(job, leave_events=self._random.randint(1, 12))
@@ -330,26 +331,21 @@ class Mix:
             has_logprobs=has_logprobs,
         )
 
-    def _bad(self) -> Job:
-        pick = self._random
-        model = pick.choice(self._models)
-        good: dict[str, Any] = {"model": model, "prompt": "hello", "max_tokens": 4}
-        kinds: list[tuple[int, bytes]] = [
-            (400, b"{"),
-            (400, b"[]"),
-            (404, json.dumps(good | {"model": "nobody"}).encode()),
-            (415, json.dumps(good).encode()),
-        ]
-        changes: list[dict[str, Any]] = [
-            {"surprise": 1}, {"max_tokens": "ten"}, {"temperature": 3}, {"n": 1000}, {"prompt": []}, {"prompt": [10**9]}, {"suffix": "x"},
-        ]  # fmt: skip
-        kinds += [(400, json.dumps(good | change).encode()) for change in changes]
-        expected, content = pick.choice(kinds)
-        kind = "text/plain" if expected == 415 else "application/json"
-        return Job(model, self._adapter(model), COMPLETIONS, content, expected=expected, content_type=kind)
-
     def _adapter(self, model: str) -> str | None:
         return None if model == self._models[0] else model
+
+
+def bad_jobs(model: str, adapter: str | None) -> list[Job]:
+    """One request for each of some mistakes, with the status that it must get."""
+    good: dict[str, Any] = {"model": model, "prompt": "hello", "max_tokens": 4}
+    changes: list[dict[str, Any]] = [
+        {"surprise": 1}, {"max_tokens": "ten"}, {"temperature": 3}, {"n": 1000}, {"prompt": []}, {"prompt": [10**9]}, {"suffix": "x"},
+    ]  # fmt: skip
+    refused = [(400, b"{"), (400, b"[]"), *((400, json.dumps(good | change).encode()) for change in changes)]
+    jobs = [Job(model, adapter, COMPLETIONS, content, expected=status) for status, content in refused]
+    jobs.append(Job(model, adapter, COMPLETIONS, json.dumps(good | {"model": "nobody"}).encode(), expected=404))
+    jobs.append(Job(model, adapter, COMPLETIONS, json.dumps(good).encode(), expected=415, content_type="text/plain"))
+    return jobs
 
 
 def canary(model: str, adapter: str | None) -> Job:

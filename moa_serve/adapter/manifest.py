@@ -268,7 +268,8 @@ class Manifest(_Strict):
             return cls.model_validate(raw)
         except ValidationError as error:
             problems = [_line(item) for item in error.errors(include_url=False, include_input=False)]
-            field = ".".join(str(part) for part in error.errors()[0]["loc"]) or None
+            # A finding about several fields together has no place; its text begins with the field.
+            field = ".".join(str(part) for part in error.errors()[0]["loc"]) or problems[0].partition(":")[0]
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise AdapterConfigInvalid(f"adapter.json: {problems[0]}{more}", param=field, problems=problems) from None
 
@@ -316,6 +317,8 @@ class Manifest(_Strict):
                 group = plan.at(target)
                 if [expert.index for expert in group] != list(range(len(group))):
                     raise ValueError(f"experts: {target} in layer {layer} is numbered {[e.index for e in group]}, not 0, 1, 2 ...")
+                if len(group) > MAX_EXPERTS:
+                    raise ValueError(f"experts: layer {layer} has more than {MAX_EXPERTS} experts at {target}")
                 if self.variant == "hydralora" and len({expert.rank for expert in group}) > 1:
                     raise ValueError(f"experts: {target} in layer {layer}: HydraLoRA's experts share one A, so they have one rank")
                 select = self.router.select
