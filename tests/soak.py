@@ -3,7 +3,8 @@
     python -m tests.soak --minutes 10 --streams 32 --out soak.json
 
 Starts a server of its own, ends it, and leaves its log only where something was wrong. Exit code 0 only if every request is accounted for,
-every number of the server agrees with the client's, greedy answers never changed, nothing is held at the end, and memory is flat.
+every number of the server agrees with the client's, greedy answers never changed, nothing is held at the end, and memory is flat (which
+a run of less than four minutes only shows).
 The last line of standard output is the result as JSON; everything for people goes to standard error.
 """
 
@@ -12,8 +13,8 @@ import asyncio
 import contextlib
 import importlib
 import json
-import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,7 @@ SAMPLE_SECONDS = 5.0
 LINE_SECONDS = 30.0
 MAX_WORDS = 120
 TEMPLATE_TOKENS = 64  # that a chat template may put around a prompt
+LOG = "server.log"
 PERCENTILES = (50, 90, 99, 100)
 
 
@@ -84,7 +86,7 @@ async def soak(
     """Send traffic for some time, then reconcile. Nobody else may use the server meanwhile.
 
     Raises:
-        httpx.HTTPError: the server does not answer what it must be asked before and after.
+        httpx.HTTPError: the server is gone, or does not answer what it must be asked before and after.
     """
     ledger = Ledger()
     async with Client(url, ledger, f"soak-{seed}") as client:
@@ -99,18 +101,21 @@ async def soak(
             await client.send(job)
         start = time.monotonic()
         deadline = start + seconds
-        async with asyncio.TaskGroup() as tasks:
-            for mix in mixes:
-                tasks.create_task(_work(client, mix, deadline))
-            pause = min(10.0, seconds / (4 * len(result.models)))
-            tasks.create_task(_every(pause, deadline, canaries.sing_next))
-            tasks.create_task(_every(sample_seconds, deadline, lambda: _sample(client, result, start, on_sample)))
+        pause = min(10.0, seconds / (4 * len(result.models)))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for mix in mixes:
+                    tasks.create_task(_work(client, mix, deadline))
+                tasks.create_task(_every(pause, deadline, canaries.sing_next))
+                tasks.create_task(_every(sample_seconds, deadline, lambda: _sample(client, result, start, on_sample)))
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
         result.seconds = time.monotonic() - start
         await canaries.sing_all()
         await client.send(last_leaver(result.models[0]))
         after = await _at_rest(client)
         result.checks += reconcile(ledger, before, after, result.models)
-        result.checks += [canaries.check(), memory_is_flat([sample.rss_bytes for sample in result.samples])]
+        result.checks += [canaries.check(), memory_is_flat([sample.rss_bytes for sample in result.samples], seconds)]
     return result
 
 
@@ -144,6 +149,8 @@ async def _every(pause_seconds: float, deadline: float, call: Callable[[], Await
 async def _sample(client: Client, result: Result, start: float, on_sample: Callable[[Sample], None]) -> None:
     try:
         page = Scrape(await client.get("/metrics"))
+    except httpx.ConnectError:
+        raise  # nobody listens any more: that ends the run
     except (httpx.HTTPError, ValueError) as error:
         result.checks.append(Check("/metrics can be read under load", False, f"{type(error).__name__}: {error}"))
         return
@@ -375,18 +382,18 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-async def _run(arguments: argparse.Namespace, seed: int, console: Console, log_file: Path) -> Result:
+async def _run(arguments: argparse.Namespace, seed: int, console: Console, folder: Path | None) -> Result:
     seconds = 60 * arguments.minutes
     traffic = {"seconds": seconds, "streams": arguments.streams, "seed": seed}
     this = asyncio.current_task()
     assert this is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)  # else the server would outlive us
     async with shown_progress(console, seconds) as on_sample:
-        if arguments.url:
+        if folder is None:
             return await soak(arguments.url, **traffic, on_sample=on_sample)
         flags = ["--model", arguments.model] if arguments.model else []
         flags += ["--adapters-dir", str(arguments.adapters_dir)] if arguments.adapters_dir else []
-        with own_server(log_file, flags) as server:
+        with own_server(folder / LOG, flags) as server:
             result = await soak(await server.url(), **traffic, on_sample=on_sample)
             result.checks.append(server.stop())
             result.checks += reconcile_log(result.ledger, server.lines())
@@ -400,15 +407,15 @@ def main() -> int:
         _pyplot()  # ten minutes later is too late to say that it is missing
     seed = random.SystemRandom().randrange(10**6) if arguments.seed is None else arguments.seed
     console.print(f"seed {seed}, {arguments.streams} streams for {arguments.minutes:g} minutes", highlight=False)
-    folder = Path(tempfile.mkdtemp(prefix="moa-soak-"))
-    log_file = folder / "server.log"
+    folder = None if arguments.url else Path(tempfile.mkdtemp(prefix="moa-soak-"))
+    where = f"; the server's log is {folder / LOG}" if folder else ""
     try:
-        result = asyncio.run(_run(arguments, seed, console, log_file))
+        result = asyncio.run(_run(arguments, seed, console, folder))
     except (KeyboardInterrupt, asyncio.CancelledError):
-        console.print(f"interrupted; nothing was reconciled; the server's log is {log_file}", highlight=False, soft_wrap=True)
+        console.print(f"interrupted; nothing was reconciled{where}", highlight=False, soft_wrap=True)
         return 130
     except httpx.HTTPError as error:
-        console.print(f"error: the server cannot be asked: {type(error).__name__}: {error}; its log is {log_file}", highlight=False)
+        console.print(f"error: the server cannot be asked: {type(error).__name__}: {error}{where}", highlight=False, soft_wrap=True)
         return 1
     found = to_json(result, seed, arguments.streams)
     show(console, found)
@@ -416,11 +423,10 @@ def main() -> int:
         arguments.out.write_text(json.dumps(found | {"samples": [asdict(sample) for sample in result.samples]}, indent=1) + "\n")
     if arguments.plot:
         plot(result, arguments.plot)
-    if result.is_ok or arguments.url:
-        log_file.unlink(missing_ok=True)
-        os.rmdir(folder)
-    else:
-        console.print(f"the server's log is {log_file}", highlight=False)
+    if folder and result.is_ok:
+        shutil.rmtree(folder)
+    elif folder:
+        console.print(f"the server's log is {folder / LOG}", highlight=False, soft_wrap=True)
     sys.stdout.write(json.dumps(found) + "\n")
     return 0 if result.is_ok else 1
 

@@ -171,6 +171,8 @@ class RoutingMetrics:
             adapter.seen = totals
             if totals.experts:
                 self._series(name, adapter, totals.experts).add(totals, before)
+            else:
+                self._grid.discard(name)  # without a router there is nothing to show: its place is another's
 
     def _series(self, name: str, adapter: _Adapter, experts: Experts) -> _Sums:
         if name not in self._grid:
@@ -181,14 +183,18 @@ class RoutingMetrics:
     def _decide(self) -> None:
         """Who is in the grid from now on: the busiest, and of equals who is in it already. Empty places are filled at once."""
         if self._clock() - self._decided < DECIDE_SECONDS:
-            rest = sorted((name for name in self._adapters if name not in self._grid), key=self._rank)
+            rest = sorted((name for name in self._routed() if name not in self._grid), key=self._rank)
             self._grid.update(rest[: self._grid_adapters - len(self._grid)])
             return
         self._decided = self._clock()
-        busiest = set(sorted(self._adapters, key=self._rank)[: self._grid_adapters])
+        busiest = set(sorted(self._routed(), key=self._rank)[: self._grid_adapters])
         self._leaving, self._grid = self._grid - busiest, busiest
         for adapter in self._adapters.values():
             adapter.activity /= 2
+
+    def _routed(self) -> list[str]:
+        """Those that have a router, as far as it is known yet."""
+        return [name for name, adapter in self._adapters.items() if adapter.seen is None or adapter.seen.experts]
 
     def _rank(self, name: str) -> tuple[float, bool]:
         return -self._adapters[name].activity, name not in self._grid
@@ -257,9 +263,9 @@ _FAMILIES: tuple[tuple[str, str, str, Callable[[str, str, _Sums], list[str]]], .
         _cells(_computed),
     ),
     (
-        "moa_expert_weight_sum",
-        "untyped",  # it is a counter, but some readers append _total to a counter's name
-        "Sum of the weights of an expert over the tokens that kept it; it only grows.",
+        "moa_expert_weight_total",
+        "counter",
+        "Sum of the weights of an expert over the tokens that kept it.",
         _cells(lambda sums: sums.gate_sum),
     ),
     ("moa_experts_per_token", "summary", "Experts that a token keeps in a layer: the sum, and the tokens times layers.", _per_token),

@@ -205,7 +205,7 @@ def test_the_grid_has_a_series_for_each_layer_and_expert() -> None:
     cell = {"adapter": "math", "layer": "0", "expert": "PROMPT"}
     assert value(samples, "moa_expert_selected_total", **cell) == 10
     assert value(samples, "moa_expert_computed_total", **cell) == 10
-    assert value(samples, "moa_expert_weight_sum", **cell) == 5
+    assert value(samples, "moa_expert_weight_total", **cell) == 5
     assert value(samples, "moa_expert_selected_total", adapter="math", layer="1", expert="PROMPT") is None, "not in that layer"
     assert value(samples, "moa_router_tokens_total", adapter="math", layer="1") == 10
     assert value(samples, "moa_experts_per_token_sum", adapter="math") == 30
@@ -399,7 +399,7 @@ def test_a_running_engine_is_seen(base: Path, tmp_path: Path) -> None:
         for column, name in enumerate(names):
             cell = {"adapter": "math", "layer": str(layer), "expert": name}
             assert value(page, "moa_expert_selected_total", **cell) == totals.selected[layer, column]
-            assert value(page, "moa_expert_weight_sum", **cell) == pytest.approx(totals.gate_sum[layer, column])
+            assert value(page, "moa_expert_weight_total", **cell) == pytest.approx(totals.gate_sum[layer, column])
     vllm = {"model_name": "base", "engine": "0"}
     assert value(page, "moa_engine_steps_total") == 4
     assert value(page, "moa_adapters", state="available") == 1

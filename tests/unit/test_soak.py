@@ -24,7 +24,7 @@ PAGE = {
     'moa_router_tokens_total{adapter="a",layer="0"}': 4,
     'moa_expert_selected_total{adapter="a",layer="0",expert="Q"}': 3,
     'moa_expert_computed_total{adapter="a",layer="0",expert="Q"}': 4,
-    'moa_expert_weight_sum{adapter="a",layer="0",expert="Q"}': 1.5,
+    'moa_expert_weight_total{adapter="a",layer="0",expert="Q"}': 1.5,
     'moa_experts_per_token_sum{adapter="a"}': 3,
     'moa_experts_per_token_count{adapter="a"}': 4,
     'moa_expert_evaluations_total{adapter="a"}': 4,
@@ -75,7 +75,7 @@ def test_what_agrees_is_accepted() -> None:
         ("moa_requests_running", 1),
         ('moa_router_tokens_total{adapter="base",layer="0"}', 11),
         ('moa_expert_selected_total{adapter="a",layer="0",expert="Q"}', 5),
-        ('moa_expert_weight_sum{adapter="a",layer="0",expert="Q"}', 3.1),
+        ('moa_expert_weight_total{adapter="a",layer="0",expert="Q"}', 3.1),
         ('moa_experts_per_token_sum{adapter="a"}', 2),
         ('moa_expert_evaluations_skipped_total{adapter="a"}', 1),
     ],
@@ -131,9 +131,12 @@ def test_a_log_that_differs_is_noticed(change: Callable[[list[dict[str, Any]]], 
 
 
 def test_memory_that_grows_is_noticed() -> None:
-    assert memory_is_flat([1, 5, *[10] * 18]).is_met
-    assert not memory_is_flat(range(100, 200)).is_met
-    assert not memory_is_flat([1, 1, 1]).is_met
+    assert memory_is_flat([1, 5, *[10] * 18], 600).is_met
+    assert not memory_is_flat(range(100, 200), 600).is_met
+    assert not memory_is_flat([1, 1, 1], 600).is_met
+    short = memory_is_flat(range(100, 200), 60)
+    assert short.is_met
+    assert "not judged" in short.detail
 
 
 def test_routers_agree_on_a_page_without_any() -> None:
