@@ -346,7 +346,7 @@ def bad_adapters(manifest: Manifest, tensors: dict[str, Tensor]) -> list[Bad]:
         Bad(16, "folder as a file", _replace("adapter.safetensors", os.mkdir), AdapterPathDenied),
         Bad(16, "link", _replace("adapter.safetensors", lambda path: path.symlink_to("aside")), AdapterPathDenied),
         Bad(16, "link as config", _replace("adapter.json", lambda path: path.symlink_to("aside")), AdapterPathDenied),
-        Bad(17, "folder is a link", _linked_folder, AdapterPathDenied, is_listed=False),
+        Bad(17, "folder is a link", _linked_folder, AdapterPathDenied, param="path", is_listed=False),
         Bad(18, "64 GB of holes", _holes("adapter.safetensors"), AdapterTooLarge),
         Bad(18, "64 GB of holes in a pickle", _then(meta(lambda _: b""), _holes("adapter.pth")), AdapterTooLarge),
         Bad(

@@ -77,9 +77,12 @@ def encode_prompt(server: Server, prompt: str | list[int], parse_special: bool, 
 
 
 def check_length(server: Server, text: str, param: str) -> None:
-    """Raises ContextLengthExceeded for a text that is too long to be worth tokenising."""
+    """Raises ContextLengthExceeded for a text that is too long to be worth tokenising, InvalidRequest for one that is no Unicode."""
     limit = MAX_BYTES_PER_TOKEN * server.max_model_len
-    size = len(text) if len(text) > limit else len(text.encode("utf-8", "surrogatepass"))
+    try:
+        size = len(text) if len(text) > limit else len(text.encode())
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"{param} is not Unicode: it has a lone surrogate; send valid UTF-8", param=param) from None
     if size > limit:
         raise ContextLengthExceeded(
             f"{param} has {size} bytes or more, but the served context is {server.max_model_len} tokens; at most {limit} bytes are read",

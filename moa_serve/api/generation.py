@@ -318,6 +318,8 @@ class Generation(Response):
         """A status, or, where one is sent already, an event after which nothing comes."""
         progress = self._progress
         progress.error = as_moa_error(error)
+        if progress.error.param == "adapter":  # the engine's word for what the client calls the model
+            progress.error.param = "model"
         progress.status = status_of(progress.error)
         if not progress.is_started:
             await response_of(progress.error)(scope, receive, send)

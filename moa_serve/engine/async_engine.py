@@ -210,7 +210,6 @@ class AsyncEngine:
         try:
             while not self._is_stopping:
                 self._take_commands(block=not self._engine.has_work)
-                self.load = self._measure(self.load.steps)  # a cancelled row is gone now, though no step may follow
                 if self._engine.has_work and not self._is_stopping:
                     self._step()
                 self.last_progress = time.monotonic()
@@ -227,7 +226,7 @@ class AsyncEngine:
                 command()
                 command = self._commands.get_nowait()
         except queue.Empty:
-            pass
+            self.load = self._measure(self.load.steps)  # a cancelled row is gone now, though no step may follow
 
     def _step(self) -> None:
         try:

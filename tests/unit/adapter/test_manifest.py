@@ -64,7 +64,7 @@ def test_every_field_of_another_base_is_named() -> None:
         ("experts.0.alpha", {"alpha": float("nan")}),
         ("experts.0.layers", {"layers": [1, 0]}),
         ("experts.0.layers", {"layers": [2_000_000_000]}),
-        ("", {"layers": [0, 2]}),
+        ("experts", {"layers": [0, 2]}),
         ("experts.0.colour", {"colour": "red"}),
     ],
 )

@@ -279,9 +279,9 @@ def test_an_explicit_load_after_a_lazy_one_is_no_conflict(base: Path, tmp_path: 
     ("body", "status", "code", "param"),
     [
         ({"lora_name": "x"}, 400, "invalid_value", "lora_path"),
-        ({"lora_path": "good"}, 400, "invalid_value", "lora_name"),
-        ({"lora_name": "", "lora_path": "good"}, 400, "invalid_value", "lora_name"),
-        ({"lora_name": 5, "lora_path": "good"}, 400, "invalid_value", "lora_name"),
+        ({"lora_path": "good"}, 400, "adapter_name_invalid", "lora_name"),
+        ({"lora_name": "", "lora_path": "good"}, 400, "adapter_name_invalid", "lora_name"),
+        ({"lora_name": 5, "lora_path": "good"}, 400, "adapter_name_invalid", "lora_name"),
         ({"lora_name": "x", "lora_path": ["good"]}, 400, "invalid_value", "lora_path"),
         ({"lora_name": "x", "lora_path": "good", "load_inplace": "yes"}, 400, "invalid_value", "load_inplace"),
         ({"lora_name": "x", "lora_path": "good", "rank": 4}, 400, "unknown_parameter", "rank"),
@@ -328,9 +328,9 @@ def test_a_bad_load_is_refused_and_registers_nothing(
 
 def test_both_fields_must_be_given_in_vllms_words(base: Path, tmp_path: Path) -> None:
     async def body(place: Place) -> None:
-        message = refused(await place.http.post("/v1/load_lora_adapter", json={}), 400, "invalid_value")
+        message = refused(await place.http.post("/v1/load_lora_adapter", json={}), 400, "adapter_name_invalid")
         assert message == "Both 'lora_name' and 'lora_path' must be provided."
-        message = refused(await place.http.post("/v1/unload_lora_adapter", json={"lora_int_id": 1}), 400, "invalid_value")
+        message = refused(await place.http.post("/v1/unload_lora_adapter", json={"lora_int_id": 1}), 400, "adapter_name_invalid")
         assert message == "'lora_name' needs to be provided to unload a LoRA adapter."
 
     serve(base, tmp_path / "adapters", body)

@@ -127,6 +127,20 @@ def test_a_slow_reader_pauses_its_own_row_only(base: Path) -> None:
     with_engine(base, body, max_model_len=512)
 
 
+def test_a_paused_row_that_is_closed_is_gone_from_the_load(base: Path) -> None:
+    """Nothing else may come for hours, and until then the gauges would show a row that nobody has."""
+
+    async def body(engine: AsyncEngine) -> None:
+        streams = [engine.open(ask(PAUSE_AT + 100)) for _ in range(2)]
+        await until(lambda: all(sequence.is_paused for sequence in engine._sequences.values()) and len(engine._sequences) == 2)
+        for stream in streams:
+            stream.close()
+        await until(lambda: is_idle(engine))
+        await until(lambda: (engine.load.running, engine.load.kv_usage) == (0, 0))
+
+    with_engine(base, body, kv_cache_bytes=2**22)
+
+
 def test_a_paused_row_gives_its_pages_to_those_who_run(base: Path) -> None:
     """Else a reader that sleeps would hold the whole cache."""
 
