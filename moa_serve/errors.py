@@ -9,6 +9,7 @@
     │   └── ModelCorrupt               base_corrupt
     ├── EngineError                    internal_error
     ├── Overloaded                     server_overloaded         too many requests are running or waiting
+    │   └── Draining                   draining                  the server is about to end
     ├── ModelNotListed                 model_not_found           a request names a model that is not served
     └── AdapterError                   an adapter cannot be used
         ├── AdapterNotFound            adapter_not_found
@@ -91,6 +92,10 @@ class Overloaded(MoaError):
 
 class ModelNotListed(MoaError):
     code = "model_not_found"
+
+
+class Draining(Overloaded):
+    code = "draining"
 
 
 class AdapterError(MoaError):

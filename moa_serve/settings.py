@@ -75,6 +75,12 @@ class ServerSettings(BaseSettings):
     max_header_bytes: int = Field(16 * 2**10, ge=1024, le=2**20, description="Bytes of all headers of a request.")
     max_headers: int = Field(100, ge=10, le=10_000, description="Headers of a request.")
     max_url_bytes: int = Field(8 * 2**10, ge=256, le=2**16, description="Bytes of a path with its query.")
+    max_connections: int = Field(
+        1024,
+        ge=1,
+        le=100_000,
+        description="Connections at once, fewer with few file descriptors; the longest silent one makes room.",
+    )
     max_n: int = Field(8, ge=1, le=128, description="Completions of one prompt (`n`); each takes a row.")
     max_prompts: int = Field(64, ge=1, le=4096, description="Prompts in one request; each takes a row.")
     max_logprobs: int = Field(5, ge=0, le=20, description="`logprobs` of a completion: best tokens at each place.")
@@ -93,6 +99,9 @@ class ServerSettings(BaseSettings):
 
     # -- what is told
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe lines of the log.")
+    named_adapters: int = Field(
+        64, ge=0, le=10_000, description="Adapters with latency and token metrics of their own, the first loaded; the rest are `other`."
+    )
     grid_adapters: int = Field(
         8, ge=0, le=1000, description="Busiest adapters whose expert metrics have a series per layer and expert; the rest are `other`."
     )
@@ -112,9 +121,10 @@ class ServerSettings(BaseSettings):
     @field_validator("api_key", "allowed_hosts", "cors_origin", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        """An environment variable holds several values with commas between them."""
-        if isinstance(value, str):
-            return [part for part in (part.strip() for part in value.split(",")) if part]
+        """A variable, a key of the file and a flag hold several values with commas between them; a flag can be repeated, too."""
+        items = [value] if isinstance(value, str) else value
+        if isinstance(items, list | tuple) and all(isinstance(item, str) for item in items):
+            return [part for item in items for part in (part.strip() for part in item.split(",")) if part]
         return value
 
     @field_validator("api_key")

@@ -98,7 +98,8 @@ class Tokenizer:
         """
         backend = self._backend if parse_special else self._plain
         try:
-            return list(backend.encode(text, add_special_tokens=add_special).ids)
+            # A batch of one, because it gives the GIL away while it works: a long prompt must not stop the engine's thread.
+            return list(backend.encode_batch([text], add_special_tokens=add_special)[0].ids)
         except TypeError:  # all that the library says where it cannot turn the text into UTF-8
             raise InvalidRequest(f"the text is not Unicode: {_fault(text)}; send valid UTF-8") from None
 

@@ -28,6 +28,7 @@ from moa_serve.errors import (
 
 __all__ = ["Adapter", "AdapterEntry", "AdapterSource", "AdapterStore", "resolve_below"]
 
+RESERVED_NAME = "other"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -136,7 +137,7 @@ class AdapterStore:
         return sorted(names)
 
     def _is_adapter(self, entry: os.DirEntry[str]) -> bool:
-        if entry.name == self.base_name or not _NAME.fullmatch(entry.name):
+        if entry.name in (self.base_name, RESERVED_NAME) or not _NAME.fullmatch(entry.name):
             return False
         return entry.is_dir(follow_symlinks=False) and has_config(entry.path)
 
@@ -148,6 +149,8 @@ class AdapterStore:
                 f"adapter name {shown} is not valid; use 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit",
                 param="name",
             )
+        if name == RESERVED_NAME:
+            raise AdapterNameInvalid(f"adapter name {name!r} is what metrics call the rest; choose another", param="name")
         if name == self.base_name:
             raise AdapterNameInvalid(f"adapter name {name!r} is the base's; choose another", param="name")
 

@@ -8,6 +8,7 @@ A pickle never comes back. What the archive's directory says is judged before, i
 import io
 import resource
 import sys
+import time
 from pathlib import Path
 
 import safetensors.torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 MIN_TORCH = (2, 10)  # below it weights_only=True can be broken: CVE-2025-32434 (< 2.6), CVE-2026-24747 (< 2.10)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-CPU_SECONDS = 60
+CPU_SECONDS, BYTES_PER_CPU_SECOND = 4, 100_000_000  # real files take a small part of it; two hostile ones must not block all loading
 _SPARE_BYTES = 2**29  # what the child may take besides the archive, its tensors and the answer
 _EXTRACT = (
     "extract the adapter's tensors with the authors' extract_adapter_from_checkpoint.py and load the adapter.pth that it writes, "
@@ -61,7 +62,9 @@ def _limit_self(archive_bytes: int) -> None:
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     memory = pages * resource.getpagesize() + 4 * archive_bytes + _SPARE_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    # On top of what importing torch took.
+    seconds = int(time.process_time()) + CPU_SECONDS + archive_bytes // BYTES_PER_CPU_SECOND
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 

@@ -243,6 +243,11 @@ class AdapterRegistry:
             raise ModelNotListed(f"The model `{shown}` was found but could not be loaded: {known.error}", param="model")
         raise ModelNotListed(f"The model `{shown}` does not exist; GET /v1/models lists what is served", param="model")
 
+    def rescan(self) -> None:
+        """Look at the adapters directory again, in a worker thread; what comes of it is taken over in the loop."""
+        if self._scanning is None:
+            self._scanning = asyncio.get_running_loop().create_task(self._rescan())
+
     async def _rescan(self) -> None:
         seen = {name: known.found for name, known in self._known.items() if known.found is not None}
         hidden = {name for name, known in self._known.items() if known.hidden_at is not None}

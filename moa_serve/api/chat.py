@@ -66,7 +66,9 @@ def encode_chat(server: Server, messages: list[Message], *, add_generation_promp
     if server.chat_template is None:
         raise InvalidRequest("the base has no tokenizer, so it cannot chat; use /v1/completions with token ids", param="messages")
     check_length(server, "".join(message.text for message in messages), "messages")
-    return server.chat_template.encode(messages, add_generation_prompt=add_generation_prompt)
+    return server.chat_template.encode(
+        messages, add_generation_prompt=add_generation_prompt, check=lambda rendered: check_length(server, rendered, "messages")
+    )
 
 
 def _logprobs(tokens: list[ScoredToken], tokenizer: Tokenizer | None) -> dict[str, Any]:

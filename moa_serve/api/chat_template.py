@@ -21,6 +21,7 @@ from moa_serve.api.schemas import Message
 from moa_serve.errors import InvalidRequest
 from moa_serve.text import Tokenizer
 
+_ROLES = {"developer": "system"}  # OpenAI's newer word; templates know the older one
 _PRIVATE = (*range(0xE000, 0xF900), *range(0xF0000, 0xF0400))
 
 
@@ -32,21 +33,29 @@ class ChatTemplate:
         control = sorted((tokenizer.token_text(token_id) for token_id in tokenizer.special_ids), key=len, reverse=True)
         self._control = re.compile("|".join(re.escape(text) for text in control if text) or "(?!)")
 
-    def encode(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
+    def encode(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, check: Callable[[str], None] = lambda text: None
+    ) -> list[int]:
         """Token ids of a chat, to be continued by the assistant.
 
         Before the template sees the messages, the first character of each control token in them is replaced by a private one, so every
         control token in what it renders is its own; it may still trim, split and compare texts. Then a piece that holds private
         characters gets the true ones back and is encoded as text; all others are encoded as the tokenizer would read them.
 
+        Args:
+            check: is shown the rendered text before it is tokenised, and may raise.
         Raises:
             InvalidRequest: the base has no template, or its template refuses these messages.
         """
         texts = [message.text for message in messages]
         marks = self._marks(texts)
         hide: Callable[[re.Match[str]], str] = lambda found: marks[found[0][0]] + found[0][1:]  # noqa: E731
-        shown = [{"role": message.role, "content": self._hidden(text, hide)} for message, text in zip(messages, texts, strict=True)]
+        shown = [
+            {"role": _ROLES.get(message.role, message.role), "content": self._hidden(text, hide)}
+            for message, text in zip(messages, texts, strict=True)
+        ]
         rendered = self._render(shown, add_generation_prompt)
+        check(rendered)
         truth = {ord(mark): first for first, mark in marks.items()}
         ids: list[int] = []
         for is_text, piece in self._pieces(rendered, set(marks.values())):

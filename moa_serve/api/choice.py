@@ -66,7 +66,7 @@ class Choice:
         self.error: MoaError | None = None
         self.tokenizer, self._echo, self._params = tokenizer, echo, params
         self.has_logprobs = params.logprobs is not None
-        self._decoder = IncrementalDecoder(tokenizer, stop=params.stop) if tokenizer else None
+        self._decoder = IncrementalDecoder(tokenizer, stop=params.stop, min_tokens=params.min_tokens) if tokenizer else None
         self._ruler = IncrementalDecoder(tokenizer) if tokenizer and self.has_logprobs else None  # counts characters, stop strings too
         self._start = len(prompt.text) if echo else 0
         self._text = [prompt.text] if echo else []

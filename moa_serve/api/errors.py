@@ -76,10 +76,6 @@ class RequestTimeout(EngineError):
     code = "request_timeout"
 
 
-class Draining(Overloaded):
-    code = "draining"
-
-
 class NotReady(Overloaded):
     code = "not_ready"
 

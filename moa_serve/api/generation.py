@@ -6,6 +6,7 @@ its dialect's matter. All that a request holds is given back in `_serve`, whatev
 """
 
 import asyncio
+import hashlib
 import secrets
 import time
 from collections.abc import AsyncGenerator, Coroutine, Iterator
@@ -42,7 +43,7 @@ from moa_serve.metrics.record import RequestRecord, timings
 
 CLIENT_CLOSED_REQUEST = 499  # for records only: nobody is there to read it
 MAX_GAPS = 64  # between tokens, that are handed to the metrics at once
-_SEEDS = 2**64
+MAX_SCORED_CONTEXTS = 4  # prompt tokens that one request may have scored, in contexts
 
 _JSON = [(b"content-type", b"application/json")]
 _EVENT_STREAM = [
@@ -148,6 +149,7 @@ class Generation(Response):
             except TimeoutError:
                 raise self._late() from None
             progress.prompts = [prompt for prompt, _ in prepared]
+            self._check_scored(prepared)
             progress.max_tokens = prepared[0][1][0].params.max_tokens
             for prompt, rows in prepared:
                 for request in rows:
@@ -180,7 +182,7 @@ class Generation(Response):
         adapter = self._progress.adapter
         rows = []
         for index in range(body.n):
-            seeded = params if params.seed is None or index == 0 else replace(params, seed=(params.seed + index) % _SEEDS)
+            seeded = params if params.seed is None or index == 0 else replace(params, seed=_row_seed(params.seed, index))
             rows.append(
                 Request(
                     tuple(prompt.ids),
@@ -192,6 +194,17 @@ class Generation(Response):
                 )
             )
         return rows
+
+    def _check_scored(self, prepared: list[tuple[Prompt, list[Request]]]) -> None:
+        """Raises InvalidRequest: more prompt tokens are to be scored than one request is worth; each costs the whole vocabulary."""
+        scored = sum(len(row.prompt_ids) for _, rows in prepared for row in rows if row.prompt_logprobs is not None)
+        limit = MAX_SCORED_CONTEXTS * self._server.max_model_len
+        if scored > limit:
+            raise InvalidRequest(
+                f"echo with logprobs would score {scored} prompt tokens, but at most {limit} in one request; "
+                f"send fewer prompts or a lower n",
+                param="echo",
+            )
 
     async def _open(self, request: Request, prompt: Prompt, stack: AsyncExitStack, *, echo: bool) -> None:
         stream = await stack.enter_async_context(self._server.engine.open(request, self._progress.adapter))
@@ -266,12 +279,16 @@ class Generation(Response):
         async with aclosing(self._news()) as news:
             async for _ in news:
                 pass
-        choices = [self._dialect.whole(choice, choice.drain()) for choice in self._progress.choices]
-        answer = {**self._head(self._dialect.kind), "choices": choices, "usage": self._usage(), "moa": self._moa()}
-        payload = dump_json(answer)
+        rest = {**self._head(self._dialect.kind), "usage": self._usage(), "moa": self._moa()}
+        # Log-probabilities of a long echo are megabytes of JSON: made off the loop, and choice by choice, since each holds the GIL.
+        choices = [await asyncio.to_thread(self._dump_whole, choice) for choice in self._progress.choices]
+        payload = b'{"choices":[' + b",".join(choices) + b"]," + dump_json(rest)[1:]
         await self._start(send, [*_JSON, (b"content-length", str(len(payload)).encode())])
         self._progress.is_answered = True
         await send({"type": "http.response.body", "body": payload})
+
+    def _dump_whole(self, choice: Choice) -> bytes:
+        return dump_json(self._dialect.whole(choice, choice.drain()))
 
     async def _answer_events(self, body: GenerationRequest, send: Send) -> None:
         """The status is sent with the first event, so that what fails before it is a status and not an event."""
@@ -443,3 +460,8 @@ def _check_revision(moa: Moa, revision: str) -> None:
         raise RevisionNotFound(
             f"revision {moa.revision[:12]} is not served by this name; its revision is {revision[:12]}", param="moa.revision"
         )
+
+
+def _row_seed(seed: int, index: int) -> int:
+    """A hash, so that the second answer to seed 1 is not the first one to seed 2."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:8], "big")

@@ -12,6 +12,7 @@ import logging
 import re
 import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -103,6 +104,11 @@ class Guard:
         except Refusal as refusal:
             log_refused(request_id, scope["method"], scope["path"], refusal.status, refusal.code)
             await reply.error(refusal)
+        except asyncio.CancelledError:  # the time to drain is over
+            if not reply.is_begun:
+                with suppress(Exception):
+                    await reply.error(Refusal(503, "draining", "the server is shutting down; send the request to another one"))
+            raise
         except Exception:
             if reply.is_cut:
                 return

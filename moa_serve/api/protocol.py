@@ -6,6 +6,7 @@ client that reads nothing never lets happen. Belongs to the event loop.
 """
 
 import asyncio
+import resource
 import sys
 from typing import Any
 
@@ -19,6 +20,8 @@ from moa_serve.api.guard import ABORT, RECEIVED_AT
 from moa_serve.settings import ServerSettings
 
 LINGER_SECONDS = 1.0
+_BACKLOG = 64
+_RESERVED = _BACKLOG + 64
 _REFUSED = {413: "body_too_large", 431: "headers_too_large"}
 
 
@@ -54,7 +57,8 @@ class _LingeringTransport:
 class Protocol(H11Protocol):
     """One connection."""
 
-    settings: ServerSettings  # of the subclass that `uvicorn_config` makes
+    settings: ServerSettings  # these are of the subclass that `uvicorn_config` makes
+    max_connections: int
 
     def __init__(
         self, config: Config, server_state: ServerState, app_state: dict[str, Any], _loop: asyncio.AbstractEventLoop | None = None
@@ -65,6 +69,7 @@ class Protocol(H11Protocol):
         self._close_timer: asyncio.TimerHandle | None = None
         self._received_at: float | None = None  # first byte of the request that is coming in
         self._can_discard: int | None = None  # bytes, once the connection lingers
+        self._silent_since = self.loop.time()
 
     @property
     def _is_between(self) -> bool:
@@ -75,6 +80,14 @@ class Protocol(H11Protocol):
         assert isinstance(transport, asyncio.Transport)
         super().connection_made(transport)
         self._start_header_timer()
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Beyond the limit the connection that has been silent longest goes: idle ones must not shut out who asks, health above all."""
+        if len(self.connections) <= self.max_connections:
+            return
+        silent = [other for other in self.connections if isinstance(other, Protocol) and other is not self and other._is_between]
+        min(silent, key=lambda other: other._silent_since, default=self).transport.abort()
 
     def data_received(self, data: bytes) -> None:
         if self._can_discard is not None:
@@ -116,6 +129,7 @@ class Protocol(H11Protocol):
             self.server_state.total_requests += 1
             return
         super().on_response_complete()
+        self._silent_since = self.loop.time()
         if self.transport.is_closing():
             self._abort_unless_written()
 
@@ -162,7 +176,10 @@ class Protocol(H11Protocol):
 
 def uvicorn_config(app: Any, settings: ServerSettings) -> Config:
     """What `uvicorn.Server` runs the app with. Logs are left to logs.py, the number of requests to the engine's queue."""
-    protocol = type("BoundProtocol", (Protocol,), {"settings": settings})
+    # Files must still be opened when all connections are; the kernel hands over up to `_BACKLOG` new ones before one is looked at.
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = settings.max_connections if descriptors == resource.RLIM_INFINITY else min(settings.max_connections, descriptors - _RESERVED)
+    protocol = type("BoundProtocol", (Protocol,), {"settings": settings, "max_connections": max(1, limit)})
     return Config(
         app,
         host=settings.host,
@@ -174,6 +191,7 @@ def uvicorn_config(app: Any, settings: ServerSettings) -> Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,  # nobody's word on where a request is from is needed
+        backlog=_BACKLOG,
         timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
         h11_max_incomplete_event_size=settings.max_header_bytes,

@@ -41,10 +41,12 @@ UNSUPPORTED = frozenset(_NAMES.split())
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME_CHARS)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 
+MAX_MESSAGES = 1024  # and parts of one: each is an object to check and a piece to render, however little it holds
+MAX_COUNT = 2**31 - 1  # of tokens and the like; a longer number is nobody's wish, and Python would not even print it
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -96,13 +98,13 @@ class GenerationRequest(Schema):
     """What completions and chat have in common."""
 
     model: Name = Field(description="The base, or the name of an adapter.")
-    n: int = Field(1, ge=1, description="Answers to each prompt.")
+    n: int = Field(1, ge=1, le=MAX_COUNT, description="Answers to each prompt.")
     stream: bool = False
     stream_options: StreamOptions | None = None
 
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1, description="0 and -1 are off.")
+    top_k: int = Field(0, ge=-1, le=MAX_COUNT, description="0 and -1 are off.")
     min_p: float = Field(0.0, ge=0, le=1)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
@@ -113,7 +115,7 @@ class GenerationRequest(Schema):
     seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1)
     stop: StopText | Annotated[list[StopText], Field(fail_fast=True)] = Field(default_factory=list)
     stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_TOKEN_LIST, fail_fast=True)
-    min_tokens: int = Field(0, ge=0)
+    min_tokens: int = Field(0, ge=0, le=MAX_COUNT)
     ignore_eos: bool = False
 
     cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
@@ -167,10 +169,10 @@ class CompletionRequest(GenerationRequest):
     prompt: str | TokenIds | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[TokenIds], Field(fail_fast=True)] = Field(
         description="One prompt or several, each a text or token ids."
     )
-    max_tokens: int | None = Field(None, ge=0, description="16 if omitted; 0 only with echo.")
+    max_tokens: int | None = Field(None, ge=0, le=MAX_COUNT, description="16 if omitted; 0 only with echo.")
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False
-    best_of: int | None = Field(None, ge=1, description="Must equal n.")
+    best_of: int | None = Field(None, ge=1, le=MAX_COUNT, description="Must equal n.")
     moa: CompletionMoa = CompletionMoa()
 
     @model_validator(mode="after")
@@ -207,8 +209,8 @@ class TextPart(Schema):
 class Message(Schema):
     """One message of a chat. Fields that OpenAI's own answers carry may come back with null in them."""
 
-    role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 
     @property
     def text(self) -> str:
@@ -216,9 +218,9 @@ class Message(Schema):
 
 
 class ChatRequest(GenerationRequest):
-    messages: list[Message] = Field(min_length=1, fail_fast=True)
-    max_tokens: int | None = Field(None, ge=1, description="The rest of the context if omitted.")
-    max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_COUNT, description="The rest of the context if omitted.")
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_COUNT, description="The newer name of max_tokens.")
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
@@ -241,7 +243,7 @@ class TokenizeRequest(Schema):
 
     model: Name | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
     add_special_tokens: bool | None = Field(None, description="For a prompt: what the tokenizer puts around it (BOS); true if omitted.")
     add_generation_prompt: bool | None = Field(None, description="For a chat: what begins the answer; true if omitted.")
     return_token_strs: bool = False

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from moa_serve.adapter.adapter import Adapter
 from moa_serve.engine.engine import Collected, Engine, TokenEvent
 from moa_serve.engine.request import Request, Sequence
-from moa_serve.errors import EngineError, MoaError, Overloaded
+from moa_serve.errors import Draining, EngineError, MoaError, Overloaded
 
 logger = logging.getLogger(__name__)
 
@@ -138,8 +138,8 @@ class AsyncEngine:
         """End every stream with an error, then the thread; twice is as good as once."""
         if self._is_stopping:
             return
-        self._end_all("the server is shutting down")
         self._is_stopping = True
+        self._end_all(Draining("the server is shutting down; send the request to another one"))
         self._commands.put(lambda: None)
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
@@ -157,6 +157,8 @@ class AsyncEngine:
         """
         if self.failure is not None:
             raise EngineError("the engine has stopped; restart the server")
+        if self._is_stopping:
+            raise Draining("the server is shutting down; send the request to another one")
         if len(self._streams) >= self._max_open:
             raise Overloaded(f"{len(self._streams)} requests are running or waiting, which is the limit; try again later")
         self._engine.check(request)
@@ -186,9 +188,9 @@ class AsyncEngine:
         """A revision was loaded again: end its quarantine."""
         self._commands.put(lambda: self._engine.pardon(revision))
 
-    def _end_all(self, reason: str = "the engine has stopped; restart the server") -> None:
+    def _end_all(self, error: MoaError) -> None:
         for stream in list(self._streams.values()):
-            self._end(stream, EngineError(reason))
+            self._end(stream, error)
 
     def _end(self, stream: Stream, error: MoaError) -> None:
         sequence = stream.sequence or Sequence(stream.request, list(stream.request.prompt_ids), b"")
@@ -217,7 +219,8 @@ class AsyncEngine:
             logger.exception("the engine thread ends")
             self.failure = f"{type(error).__name__}: {error}"
             self._fail_all()
-            self._call_loop(self._end_all)  # those that were still on their way here
+            # Those that were still on their way here.
+            self._call_loop(lambda: self._end_all(EngineError("the engine has stopped; restart the server")))
 
     def _take_commands(self, *, block: bool, timeout: float | None = None) -> None:
         try:

@@ -29,11 +29,12 @@ class Metrics:
     Args:
         base_name: what the base is served as: its label.
         max_model_len: served context in tokens: the end of the length histograms.
+        named_adapters: adapters with latency and token series of their own (350 lines each), the first that are loaded; the rest: `other`.
         grid_adapters: adapters whose router metrics have a series for each layer and expert.
     """
 
-    def __init__(self, base_name: str, *, max_model_len: int = 8192, grid_adapters: int = 8) -> None:
-        self._base_name = base_name
+    def __init__(self, base_name: str, *, max_model_len: int = 8192, grid_adapters: int = 8, named_adapters: int = 64) -> None:
+        self._base_name, self._named_adapters = base_name, named_adapters
         self._registry = CollectorRegistry()
         self._names: set[str] = set()
         self._requests = RequestMetrics(self._registry, max_model_len)
@@ -75,7 +76,8 @@ class Metrics:
         """
         self._requests.observe_load(seconds, source, result, name if result == LOADED else None)
         if result == LOADED and revision is not None:
-            self._names.add(name)
+            if len(self._names) < self._named_adapters:
+                self._names.add(name)
             self._routing.loaded(name, revision)
 
     def adapter_unloaded(self, name: str) -> None:
@@ -86,7 +88,7 @@ class Metrics:
 
     def _label(self, adapter: str | None, model: str) -> str:
         if adapter is None:
-            return model if model == self._base_name else OTHER
+            return model if model == self._base_name or model in self._names else OTHER
         return adapter if adapter in self._names else OTHER
 
     # -- the scrape

@@ -157,6 +157,9 @@ class RoutingMetrics:
 
     def _settle(self) -> None:
         """Give what was added since the last time to the series that it belongs to."""
+        for revision in set(self._totals) - {adapter.revision for adapter in self._adapters.values()}:
+            self._totals.pop(revision, None)  # of a self-test, or of what was replaced
+            self._published.pop(revision, None)
         owners: dict[str, str] = {}
         for name, adapter in self._adapters.items():
             # Two names of one revision share its totals; they count for the one that was loaded first.

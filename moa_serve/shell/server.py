@@ -27,7 +27,7 @@ from moa_serve.api.logs import configure_logs, log_event
 from moa_serve.api.protocol import uvicorn_config
 from moa_serve.engine.async_engine import AsyncEngine
 from moa_serve.engine.engine import Engine, EngineOptions
-from moa_serve.errors import InvalidRequest
+from moa_serve.errors import AdapterError, InvalidRequest
 from moa_serve.llm import resolve_backend, resolve_device, resolve_dtype
 from moa_serve.metrics import Metrics
 from moa_serve.model.transformer import Transformer
@@ -100,7 +100,9 @@ def compose(settings: ServerSettings, base: Base) -> Server:
         max_adapters=settings.max_adapters,
         isolate=True,
     )
-    metrics = Metrics(name, max_model_len=engine.engine.max_model_len, grid_adapters=settings.grid_adapters)
+    metrics = Metrics(
+        name, max_model_len=engine.engine.max_model_len, grid_adapters=settings.grid_adapters, named_adapters=settings.named_adapters
+    )
     registry = AdapterRegistry(store, engine, metrics=metrics)
     metrics.attach(engine, registry)
     return Server(
@@ -120,7 +122,10 @@ async def _run(settings: ServerSettings, base: Base, listener: socket.socket, st
     server = compose(settings, base)
     server.engine.start()
     try:
-        await asyncio.to_thread(server.registry.scan)
+        try:
+            await asyncio.to_thread(server.registry.scan)
+        except AdapterError as error:
+            raise InvalidRequest(str(error), param="adapters_dir") from None
         http = _Http(uvicorn_config(build_app(server), settings), server)
         log_event("starting", **_facts(server, listener), seconds=round(time.monotonic() - started, 2))
         await http.serve(sockets=[listener])
@@ -159,7 +164,7 @@ class _Http(uvicorn.Server):
         watching = loop.create_task(self._watch())
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
-        loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, self._server.registry.scan))
+        loop.add_signal_handler(signal.SIGHUP, self._server.registry.rescan)
         try:
             yield
         finally:
@@ -177,7 +182,7 @@ class _Http(uvicorn.Server):
         self._server.is_draining = True
         log_event("draining", requests=self._server.engine.num_open)
         deadline = time.monotonic() + self._server.settings.drain_seconds
-        while self._server.engine.num_open and time.monotonic() < deadline:
+        while (self._server.engine.num_open or self._server.num_preparing) and time.monotonic() < deadline:
             await asyncio.sleep(_LOOK_SECONDS)
         if self._server.engine.num_open:
             await self._server.engine.stop()  # ends the streams that are left with an error, which their readers get
