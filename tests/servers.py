@@ -31,7 +31,8 @@ class Running:
     log_file: Path
 
     def log(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.log_file.read_text().splitlines() if line.startswith("{")]
+        """Its lines so far; the last one may be half written."""
+        return [json.loads(line) for line in self.log_file.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 40) -> int:
         self.process.send_signal(number)

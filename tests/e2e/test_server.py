@@ -1,6 +1,7 @@
 """The real process, spoken to with the real OpenAI client."""
 
 import concurrent.futures
+import contextlib
 import json
 import shutil
 import signal
@@ -138,6 +139,17 @@ def test_a_stop_string_across_tokens_ends_the_text(client: OpenAI, expected: dic
     assert streamed == answer.choices[0].text
 
 
+def logged(server: Running, request_id: str) -> dict[str, Any]:
+    """The log's line of a request; it is written right after the answer."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        for line in server.log():
+            if line.get("request_id") == request_id:
+                return line
+        time.sleep(0.02)
+    raise AssertionError(f"no line of request {request_id} in the log")
+
+
 def test_answers_tell_revision_and_timings(server: Running) -> None:
     answer = httpx.post(f"{server.url}/v1/completions", json={"model": "soft", "prompt": "a"}, headers={"x-request-id": "mine-1"})
     assert answer.headers["x-request-id"] == "mine-1"
@@ -145,7 +157,7 @@ def test_answers_tell_revision_and_timings(server: Running) -> None:
     assert len(moa["revision"]) == 64
     assert moa["revision"][:12] in answer.json()["system_fingerprint"]
     assert set(moa["timings"]) >= {"queue", "prefill", "first_token", "decode", "tokens_per_second"}
-    line = next(line for line in reversed(server.log()) if line.get("request_id") == "mine-1")
+    line = logged(server, "mine-1")
     assert line["timings"].keys() == moa["timings"].keys()
     pinned = {"model": "soft", "prompt": "a", "moa": {"revision": moa["revision"]}}
     assert httpx.post(f"{server.url}/v1/completions", json=pinned).status_code == 200
@@ -247,6 +259,41 @@ def test_a_client_that_leaves_frees_its_row(server: Running) -> None:
         assert gauges(server)["vllm:num_requests_running"] == 0
         assert gauges(server)["vllm:num_requests_waiting"] == 0
         assert gauges(server)["vllm:kv_cache_usage_perc"] == 0
+
+
+def test_idle_connections_do_not_shut_out_those_who_ask(folder: Path) -> None:
+    """Beyond the limit the longest silent one makes room, so health answers however many there are."""
+    with running(folder, "--max-connections", "10") as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        idle = [socket.create_connection((host, int(port))) for _ in range(60)]
+        try:
+            for _ in range(5):
+                assert httpx.get(f"{server.url}/health").status_code == 200
+            assert httpx.post(f"{server.url}/v1/completions", json={"model": "soft", "prompt": "a"}).status_code == 200
+            idle[0].settimeout(5)
+            with contextlib.suppress(ConnectionResetError):
+                assert idle[0].recv(1) == b""
+        finally:
+            for connection in idle:
+                connection.close()
+
+
+def test_an_adapter_cannot_be_called_like_the_rest_in_metrics(server: Running, folder: Path) -> None:
+    write_family(folder / "adapters" / "other", "soft", 3, TALKING)
+    body = {"lora_name": "other", "lora_path": "other"}
+    assert httpx.post(f"{server.url}/v1/load_lora_adapter", json=body).json()["error"]["code"] == "adapter_name_invalid"
+    assert httpx.post(f"{server.url}/v1/completions", json={"model": "other", "prompt": "a"}).status_code == 404
+    shutil.rmtree(folder / "adapters" / "other")
+
+
+def test_sighup_finds_new_adapters(server: Running, folder: Path) -> None:
+    write_family(folder / "adapters" / "fresh", "lora", 4, TALKING)
+    server.process.send_signal(signal.SIGHUP)
+    deadline = time.monotonic() + 10
+    while "fresh" not in httpx.get(f"{server.url}/v1/models").text and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert "fresh" in httpx.get(f"{server.url}/v1/models").text
+    shutil.rmtree(folder / "adapters" / "fresh")
 
 
 def test_sigterm_drains_and_exits_with_zero(folder: Path) -> None:

@@ -162,3 +162,9 @@ def test_the_compose_file_sets_what_there_is() -> None:
     assert job["authorization"]["credentials_file"] == f"/run/secrets/{secret}"
     assert secret in compose["secrets"]
     assert job["static_configs"][0]["targets"] == ["moa:8000"]
+
+
+def test_a_flag_holds_several_keys_with_commas_and_can_be_repeated() -> None:
+    """One key called "a,b" would lock both of its users out."""
+    settings = load_settings({"api_key": ["first,second", "third"]})
+    assert [key.get_secret_value() for key in settings.api_key] == ["first", "second", "third"]

@@ -16,7 +16,7 @@ from moa_serve.adapter.importers import read_adapter
 from moa_serve.engine.async_engine import PAUSE_AT, AsyncEngine, Stream
 from moa_serve.engine.engine import Engine, EngineOptions, TokenEvent
 from moa_serve.engine.request import Request
-from moa_serve.errors import EngineError, InvalidRequest, Overloaded
+from moa_serve.errors import Draining, EngineError, InvalidRequest, Overloaded
 from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import load_base
 
@@ -306,3 +306,17 @@ def test_prompt_logprobs_are_those_of_the_logits(base: Path, length: int, max_to
         assert found.token_id == prompt[place + 1]
         assert found.logprob == pytest.approx(float(raw[place, prompt[place + 1]]), abs=1e-4)
         assert len(found.top) == 2
+
+
+def test_nothing_is_accepted_while_it_stops(base: Path) -> None:
+    """A request that was still being prepared must hear of it, and not wait for a thread that is gone."""
+
+    async def body(engine: AsyncEngine) -> list[TokenEvent]:
+        stream = engine.open(ask(400))
+        await anext(stream)
+        await engine.stop()
+        with pytest.raises(Draining):
+            engine.open(ask(1))
+        return await events_of(stream)
+
+    assert isinstance(asyncio.run(_stop_twice(base, body))[-1].error, Draining)
