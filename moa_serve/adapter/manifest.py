@@ -1,6 +1,6 @@
 """The manifest of an adapter (`adapter.json`, format version 1): which experts it has, where, and how they are routed.
 
-One model for every family of the paper: DESIGN section 2 is the table `VARIANTS`. From the manifest alone follow the name and
+One model for every family of the paper: the table `VARIANTS` says what they are. From the manifest alone follow the name and
 the shape of every tensor (`expected_tensors`), so a file can be checked before anything is built, and the number of parameters.
 Not for reading files (checkpoint.py), not for tensors. Immutable; shared freely between threads.
 """
@@ -195,7 +195,7 @@ class ExpertSpec(_Strict):
 
 @dataclass(frozen=True, slots=True)
 class VariantRule:
-    """What DESIGN section 2's table says of one variant; an empty tuple of activations means: no router."""
+    """What makes one variant; an empty tuple of activations means: no router."""
 
     site: str
     inputs: tuple[str | None, ...]

@@ -169,7 +169,7 @@ class CompletionRequest(GenerationRequest):
     prompt: str | TokenIds | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[TokenIds], Field(fail_fast=True)] = Field(
         description="One prompt or several, each a text or token ids."
     )
-    max_tokens: int | None = Field(None, ge=0, le=MAX_COUNT, description="16 if omitted; 0 only with echo.")
+    max_tokens: int | None = Field(None, ge=0, description="16 if omitted; 0 only with echo.")
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False
     best_of: int | None = Field(None, ge=1, le=MAX_COUNT, description="Must equal n.")
@@ -219,8 +219,8 @@ class Message(Schema):
 
 class ChatRequest(GenerationRequest):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
-    max_tokens: int | None = Field(None, ge=1, le=MAX_COUNT, description="The rest of the context if omitted.")
-    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_COUNT, description="The newer name of max_tokens.")
+    max_tokens: int | None = Field(None, ge=1, description="The rest of the context if omitted.")
+    max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None

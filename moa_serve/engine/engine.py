@@ -171,7 +171,7 @@ class Engine:
         prompt, new = len(request.prompt_ids), 1 if params.max_tokens is None else params.max_tokens
         if prompt + new > self.max_model_len:
             raise ContextLengthExceeded(
-                f"{prompt} prompt tokens and {new} to generate are {prompt + new}, but the served context is {self.max_model_len}; "
+                f"{prompt} prompt tokens and {shown(new)} to generate are more than the served context of {self.max_model_len}; "
                 f"shorten the prompt or lower max_tokens",
                 param="prompt" if prompt >= self.max_model_len else "max_tokens",
             )

@@ -149,7 +149,7 @@ def test_check_lists_everything_that_is_wrong(run: Run, tmp_path: Path) -> None:
     """One finding at a time would mean one run for each."""
     result = run(
         "check",
-        write_family(tmp_path / "other", "soft"),
+        write_family(tmp_path / "mine", "soft"),
         "--model",
         write_base(tmp_path / "base", TINY | {"num_key_value_heads": 4, "vocab_size": 95}),
     )
