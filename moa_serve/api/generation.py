@@ -282,7 +282,7 @@ class Generation(Response):
         rest = {**self._head(self._dialect.kind), "usage": self._usage(), "moa": self._moa()}
         # Log-probabilities of a long echo are megabytes of JSON: made off the loop, and choice by choice, since each holds the GIL.
         choices = [await asyncio.to_thread(self._dump_whole, choice) for choice in self._progress.choices]
-        payload = b'{"choices":[' + b",".join(choices) + b"]," + dump_json(rest)[1:]
+        payload = dump_json(rest)[:-1] + b',"choices":[' + b",".join(choices) + b"]}"
         await self._start(send, [*_JSON, (b"content-length", str(len(payload)).encode())])
         self._progress.is_answered = True
         await send({"type": "http.response.body", "body": payload})

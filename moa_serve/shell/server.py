@@ -33,6 +33,7 @@ from moa_serve.metrics import Metrics
 from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import Base, load_base
 from moa_serve.settings import ServerSettings
+from moa_serve.shell import terminal
 from moa_serve.text import Tokenizer
 
 FAILED, STOPPED_TWICE = 1, 143
@@ -128,6 +129,9 @@ async def _run(settings: ServerSettings, base: Base, listener: socket.socket, st
             raise InvalidRequest(str(error), param="adapters_dir") from None
         http = _Http(uvicorn_config(build_app(server), settings), server)
         log_event("starting", **_facts(server, listener), seconds=round(time.monotonic() - started, 2))
+        if sys.stderr.isatty():  # a person, who wants less than the log says
+            names = ", ".join(item.name for item in server.registry.items()) or "none"
+            terminal.note(f"{server.base_name} is served at {_facts(server, listener)['url']}/v1; adapters: {names}. Ctrl-C ends it.")
         await http.serve(sockets=[listener])
         return FAILED if server.engine.failure is not None else 0
     finally:

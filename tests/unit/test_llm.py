@@ -255,6 +255,18 @@ def test_rows_of_very_different_lengths_do_not_change_each_other(llm: LLM) -> No
     assert together == [llm.generate([prompt], params)[0] for prompt in prompts]
 
 
+def test_a_batch_of_the_base_alone_runs_no_adapter_code(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters that are loaded and idle must cost nothing."""
+    llm.load_adapter("a", write_family(tmp_path / "a", "soft"))
+    expected = tokens(llm, None)
+
+    def never(*_: object) -> None:
+        raise AssertionError("an adapter's layer was made for rows without an adapter")
+
+    monkeypatch.setattr("moa_serve.model.transformer.ActiveLayer.__init__", never)
+    assert tokens(llm, None) == expected
+
+
 def test_one_call_at_a_time(llm: LLM) -> None:
     step, met = llm._engine.step, []
 
