@@ -75,8 +75,10 @@ def test_the_session_with_the_server(folder: Path, address: str) -> None:
     assert len(shown) == len(told) == 3
     assert shown == [json.loads(text) for text in told]
     metrics = next(text for line, text in answers.items() if line.endswith("/metrics"))
-    for name in re.findall(r"^    (moa_\w+)\{", README, re.MULTILINE):
-        assert f'{name}{{adapter="telegram"' in metrics
+    samples = re.findall(r"^    (moa_\w+\{.*)$", README, re.MULTILINE)
+    assert len(samples) == 2
+    for sample in samples:
+        assert sample in metrics.splitlines()
 
 
 @pytest.mark.parametrize("command", [line for line in lines() if line.startswith(("moa-serve generate", "moa-serve check"))])

@@ -39,6 +39,7 @@ class AdapterTrial:
             self._base_logits, _ = await self._score(prompt, None, room_seconds)
         try:
             logits, routing = await self._score(prompt, adapter, room_seconds)
+            self._engine.forget_routing(adapter.revision)
             return await asyncio.to_thread(judge, name, adapter, self._base_logits, logits, routing)
         except BaseException:
             self._engine.drop(adapter.revision)

@@ -2,14 +2,13 @@
 
 The engine thread owns the engine; the event loop owns the streams. They exchange commands through a queue one way, and one bundle of events
 a step the other way. A stream is opened before its request is queued, ends exactly once (finished, error or cancelled), and what it
-holds is given back in one place, `_close`, whatever the exit. A reader that is behind pauses its own row only.
+holds is given back in one place, `Stream.close`, whatever the exit. A reader that is behind pauses its own row only.
 """
 
 import asyncio
 import logging
 import queue
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -43,7 +42,7 @@ class Load:
 class Stream:
     """The events of one request: `async for events in stream` gives what has come since, at least one event each time.
 
-    Belongs to the event loop. `aclose` cancels a request that has not ended; use `async with`.
+    Belongs to the event loop. `close` cancels a request that has not ended; use `async with`.
     """
 
     def __init__(self, engine: "AsyncEngine", request: Request, adapter: Adapter | None, on_close: Callable[[], None]) -> None:
@@ -116,7 +115,6 @@ class AsyncEngine:
         self._is_stopping = False
         self._failed_steps = 0
         self.failure: str | None = None  # why the engine thread gave up
-        self.last_progress = time.monotonic()  # of the engine thread: a step done, or nothing to do
         self.load = Load(0, 0, 0.0, 0, 0)
         self.on_step: Callable[[Engine, list[TokenEvent]], None] | None = None  # metrics; called in the engine thread
 
@@ -188,6 +186,10 @@ class AsyncEngine:
         """A revision was loaded again: end its quarantine."""
         self._commands.put(lambda: self._engine.pardon(revision))
 
+    def forget_routing(self, revision: str) -> None:
+        """A self-test has ended: what its adapter's routers said is not counted. For requests that are queued from now on."""
+        self._commands.put(lambda: self._engine.forget_routing(revision))
+
     def _end_all(self, error: MoaError) -> None:
         for stream in list(self._streams.values()):
             self._end(stream, error)
@@ -214,7 +216,6 @@ class AsyncEngine:
                 self._take_commands(block=not self._engine.has_work)
                 if self._engine.has_work and not self._is_stopping:
                     self._step()
-                self.last_progress = time.monotonic()
         except Exception as error:
             logger.exception("the engine thread ends")
             self.failure = f"{type(error).__name__}: {error}"

@@ -142,6 +142,10 @@ class Engine:
         counters = self._runner.counters.get(revision)
         return None if counters is None else counters.snapshot()
 
+    def forget_routing(self, revision: str) -> None:
+        """Count an adapter's routing from 0 again: what came before was its self-test, which is no traffic."""
+        self._runner.counters.pop(revision, None)
+
     def drop(self, revision: str) -> None:
         """Free what a revision that is gone for good holds here, now or when its last row has ended."""
         self.slot_table.drop(revision)
