@@ -8,11 +8,12 @@ Composition of store, engine and tokenizer for one process and one thread.
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,11 +22,14 @@ from torch import Tensor
 from moa_serve.adapter.adapter import Adapter, AdapterSource
 from moa_serve.adapter.manifest import Manifest
 from moa_serve.adapter.store import AdapterStore
-from moa_serve.engine.engine import Engine, EngineOptions, TokenEvent
+from moa_serve.engine.engine import Collected, Engine, EngineOptions, TokenEvent
 from moa_serve.engine.request import Request, SamplingParams, TokenLogprob, shown
 from moa_serve.engine.routing import Routing
 from moa_serve.engine.self_test import judge, read_scores, score_request, trial_prompt
 from moa_serve.errors import AdapterNotFound, InvalidRequest, MoaError
+from moa_serve.model.build import build
+from moa_serve.model.counters import RoutingTotals
+from moa_serve.model.similarity import Similarity, expert_similarity
 from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import load_base
 from moa_serve.text import IncrementalDecoder, Tokenizer
@@ -57,7 +61,33 @@ class Completion:
     prompt_token_ids: tuple[int, ...] = ()
 
 
-class _Job:
+@dataclass(frozen=True, slots=True)
+class ChoiceScore:
+    """How likely the model finds one continuation of a prompt.
+
+    Args:
+        token_ids: what the continuation was encoded to.
+        logprob: natural logarithm of its probability behind the prompt: the sum of `token_logprobs`.
+        token_logprobs: of each token, given the prompt and the tokens before it; at least -9999.
+    """
+
+    token_ids: tuple[int, ...]
+    logprob: float
+    token_logprobs: tuple[float, ...]
+
+
+class _Job(Protocol):
+    """One prompt of a call while it runs."""
+
+    @property
+    def request(self) -> Request: ...
+
+    def take(self, event: TokenEvent, collected: Collected | None) -> bool:
+        """Add one event, and with the last one what was collected; whether the request shall end now, though the engine would go on."""
+        ...
+
+
+class _Generation:
     """One prompt of a `generate` call while it runs."""
 
     def __init__(self, request: Request, adapter: str | None, tokenizer: Tokenizer | None) -> None:
@@ -71,8 +101,7 @@ class _Job:
         self.finish_reason = ""
         self.error: MoaError | None = None
 
-    def take(self, event: TokenEvent) -> bool:
-        """Add one event; whether a stop string now asks for the end."""
+    def take(self, event: TokenEvent, collected: Collected | None) -> bool:
         self.finish_reason, self.error = event.finish_reason or "", event.error
         if event.token_id is None:
             return False
@@ -97,6 +126,24 @@ class _Job:
             self.adapter,
             tuple(self.request.prompt_ids),
         )
+
+
+class _Scoring:
+    """One prompt of a `score_choices` call while it runs; `place` says in a message which."""
+
+    def __init__(self, request: Request, place: str, on_error: Callable[[MoaError], None] | None) -> None:
+        self.request, self._place, self._on_error = request, place, on_error
+        self.scores: list[ChoiceScore] = []
+
+    def take(self, event: TokenEvent, collected: Collected | None) -> bool:
+        if event.error is not None:
+            if self._on_error is None:
+                raise type(event.error)(f"{self._place}{event.error}", param=event.error.param) from event.error
+            self._on_error(event.error)
+        elif collected is not None:
+            for ids, logprobs in zip(self.request.branches, collected.branch_logprobs, strict=True):
+                self.scores.append(ChoiceScore(ids, sum(logprobs), tuple(logprobs)))
+        return False
 
 
 class LLM:
@@ -222,6 +269,12 @@ class LLM:
         self._check_open()
         return self._store.names()
 
+    def routing_totals(self, adapter: str) -> RoutingTotals | None:
+        """What the adapter's routers decided since it was loaded, its self-test included; None before its first token."""
+        self._check_open()
+        revision, _ = self._resolve(adapter)
+        return None if revision is None else self._engine.routing_totals(revision)
+
     def _revisions(self) -> dict[str, str]:
         """revision -> one of its names."""
         return {self._store.get(name).revision: name for name in self._store.names()}
@@ -257,6 +310,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: str | Sequence[str | None] | None = None,
+        on_finished: Callable[[int], None] | None = None,
     ) -> list[Completion]:
         """Complete every prompt, all of them in one mixed batch.
 
@@ -264,28 +318,66 @@ class LLM:
             prompts: strings, which the tokenizer's defaults encode, or token ids, which are taken as they are; no chat template.
             params: one for all prompts, or one for each; None is temperature 1 and 16 tokens.
             adapter: a name, None for the base, or a list with one of these for each prompt.
+            on_finished: called as each prompt ends, with how many have ended; it cannot call this LLM.
         Returns:
             One completion for each prompt, in their order.
         Raises:
             InvalidRequest, AdapterNotFound: one prompt is not valid; then none has run.
         """
         self._check_open()
-        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-            raise InvalidRequest(f"prompts is one {type(prompts).__name__}; give a list of prompts", param="prompts")
+        _check_prompts(prompts)
         chosen = _spread("params", SamplingParams() if params is None else params, SamplingParams, len(prompts))
         names = _spread("adapter", adapter, str, len(prompts), optional=True)
         jobs = []
         for index, (prompt, one, name) in enumerate(zip(prompts, chosen, names, strict=True)):
-            try:
-                jobs.append(self._job(prompt, one, name))
+            with _placed(index, len(prompts)):
+                jobs.append(self._generation(prompt, one, name))
                 self._engine.check(jobs[-1].request)
-            except InvalidRequest as error:
-                if len(prompts) == 1:
-                    raise
-                raise type(error)(f"prompt {index} of {len(prompts)}: {error}", param=error.param) from None
-        with self._exclusive():
-            self._run(jobs)
+        self._run(jobs, on_finished)
         return [job.completion() for job in jobs]
+
+    def score_choices(
+        self,
+        prompts: Sequence[Prompt],
+        choices: Sequence[Sequence[Prompt]],
+        *,
+        adapter: str | Sequence[str | None] | None = None,
+        on_finished: Callable[[int], None] | None = None,
+        on_error: Callable[[int, MoaError], None] | None = None,
+    ) -> list[list[ChoiceScore]]:
+        """How likely each of several continuations of each prompt is. A prompt is computed once for all its choices.
+
+        A choice sees its prompt and nothing of the other choices. Instance-level adapters weigh their experts by the prompt alone, as when
+        they generate. A prompt and its choices are computed in one step, so `max_scored_tokens` bounds them together.
+
+        Args:
+            prompts: as in `generate`.
+            choices: for each prompt the continuations, at least one, strings or token ids. A string is encoded by itself, without the
+                tokenizer's own tokens around it, and its ids are put behind the prompt's: as in training, no token spans both. So a space
+                between the two belongs to one of the strings, and an end of text is scored where it is written.
+            adapter: a name, None for the base, or a list with one of these for each prompt.
+            on_finished: called as each prompt ends, with how many have ended; it cannot call this LLM.
+            on_error: called with the index of a prompt that ended with an error, and the error; the prompt then has no scores, and the
+                others go on. Without it the error is raised.
+        Returns:
+            For each prompt one score for each choice, in their order.
+        Raises:
+            InvalidRequest, AdapterNotFound: one prompt or choice is not valid; then none has run.
+            MoaError: without `on_error`, a prompt ended with an error, such as an adapter whose weights overflow; the others are given up.
+        """
+        self._check_open()
+        _check_prompts(prompts)
+        names = _spread("adapter", adapter, str, len(prompts), optional=True)
+        if not isinstance(choices, list | tuple) or len(choices) != len(prompts):
+            raise InvalidRequest(f"choices must be a list with the choices of each of the {len(prompts)} prompts", param="choices")
+        jobs = []
+        for index, (prompt, ends, name) in enumerate(zip(prompts, choices, names, strict=True)):
+            with _placed(index, len(prompts)):
+                request = self._scoring_request(prompt, ends, name)
+                self._engine.check(request)
+                jobs.append(_Scoring(request, _place(index, len(prompts)), None if on_error is None else partial(on_error, index)))
+        self._run(jobs, on_finished)
+        return [job.scores for job in jobs]
 
     def logits(self, token_ids: Sequence[int], *, adapter: str | None = None, moa: Mapping[str, Any] | None = None) -> Tensor:
         """(T, V) float32 on the CPU: what the model expects after each token.
@@ -313,6 +405,22 @@ class LLM:
         _, routing = self._score(token_ids, revision, manifest, logits=False)
         assert routing is not None
         return routing
+
+    def similarity(self, prompts: Sequence[Sequence[int]], *, adapter: str) -> tuple[list[Similarity | None], int]:
+        """How alike the outputs of an adapter's experts are on some prompts, in each layer; see `model.similarity.expert_similarity`."""
+        self._check_open()
+        revision, manifest = self._resolve(adapter)
+        if revision is None:
+            raise InvalidRequest("adapter: the base alone has no experts", param="adapter")
+        requests = [score_request(_token_ids(prompt), revision, manifest) for prompt in prompts]
+        if not requests:
+            raise InvalidRequest("prompts is empty; experts are compared by what they add for a prompt", param="prompts")
+        for request in requests:
+            self._engine.check(request)
+        model = self._engine.model
+        with self._exclusive(), self._lease(revision) as found:
+            weights = build(found.manifest, found.tensors, model.weights, model.config, model.dtype)
+            return expert_similarity(model, weights, [request.prompt_ids for request in requests])
 
     def _score(
         self, token_ids: Sequence[int], revision: str | None, manifest: Manifest | None, *, logits: bool = True, routing: bool = True
@@ -342,37 +450,88 @@ class LLM:
             raise AdapterNotFound(f"adapter {shown(adapter)} is not loaded; loaded are: {loaded}", param="adapter")
         return self._store.get(adapter).revision, self._manifests[adapter]
 
-    def _job(self, prompt: Prompt, params: SamplingParams, adapter: str | None) -> _Job:
+    def _generation(self, prompt: Prompt, params: SamplingParams, adapter: str | None) -> _Generation:
         if params.stop and self.tokenizer is None:
             raise InvalidRequest("stop: the base has no tokenizer, so there is no text to stop at; use stop_token_ids", param="stop")
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InvalidRequest("a prompt is text, but the base has no tokenizer; give token ids", param="prompts")
-            prompt = self.tokenizer.encode(prompt, parse_special=True)
         revision, manifest = self._resolve(adapter)
-        request = Request(_token_ids(prompt), params, revision, is_pooled=manifest is not None and manifest.is_pooled)
-        return _Job(request, adapter, self.tokenizer)
+        request = Request(self._prompt_ids(prompt), params, revision, is_pooled=manifest is not None and manifest.is_pooled)
+        return _Generation(request, adapter, self.tokenizer)
 
-    def _run(self, jobs: list[_Job]) -> None:
+    def _scoring_request(self, prompt: Prompt, choices: Any, adapter: str | None) -> Request:
+        if not isinstance(choices, list | tuple) or not choices:
+            raise InvalidRequest(f"choices must be a list of at least one for each prompt, not {shown(choices)}", param="choices")
+        revision, manifest = self._resolve(adapter)
+        return Request(
+            self._prompt_ids(prompt),
+            SamplingParams(max_tokens=0),
+            revision,
+            is_pooled=manifest is not None and manifest.is_pooled,
+            branches=tuple(self._choice_ids(choice) for choice in choices),
+        )
+
+    def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            return _token_ids(prompt)
+        if self.tokenizer is None:
+            raise InvalidRequest("a prompt is text, but the base has no tokenizer; give token ids", param="prompts")
+        return tuple(self.tokenizer.encode(prompt, parse_special=True))
+
+    def _choice_ids(self, choice: Prompt) -> tuple[int, ...]:
+        if not isinstance(choice, str):
+            return _token_ids(choice, "choice")
+        if self.tokenizer is None:
+            raise InvalidRequest("a choice is text, but the base has no tokenizer; give token ids", param="choices")
+        return tuple(self.tokenizer.encode(choice, parse_special=True, add_special=False))
+
+    def _run(self, jobs: Sequence[_Job], on_finished: Callable[[int], None] | None) -> None:
         running = {}
-        try:
-            for job in jobs:
-                running[self._engine.add(job.request)] = job
-            while self._engine.has_work:
-                for event in self._engine.step():
-                    if running[event.sequence].take(event):
-                        self._engine.end(event.sequence, "stop")
-        finally:
-            for sequence in running:
-                self._engine.end(sequence, "abort")
+        num_finished = 0
+        with self._exclusive():
+            try:
+                for job in jobs:
+                    running[self._engine.add(job.request)] = job
+                while self._engine.has_work:
+                    for event in self._engine.step():
+                        sequence = event.sequence
+                        job = running[sequence]
+                        if job.take(event, self._engine.collected.pop(job.request.request_id, None)):
+                            self._engine.end(sequence, "stop")
+                        if sequence.finish_reason is not None:
+                            num_finished += 1
+                            if on_finished is not None:
+                                on_finished(num_finished)
+            finally:
+                for sequence, job in running.items():
+                    self._engine.end(sequence, "abort")
+                    self._engine.collected.pop(job.request.request_id, None)
 
 
-def _token_ids(prompt: Any) -> tuple[int, ...]:
+def _place(index: int, count: int) -> str:
+    return f"prompt {index} of {count}: " if count > 1 else ""
+
+
+@contextmanager
+def _placed(index: int, count: int) -> Iterator[None]:
+    """An InvalidRequest from in here says which of several prompts it is about."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if count == 1:
+            raise
+        raise type(error)(f"{_place(index, count)}{error}", param=error.param) from None
+
+
+def _check_prompts(prompts: Any) -> None:
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise InvalidRequest(f"prompts is one {type(prompts).__name__}; give a list of prompts", param="prompts")
+
+
+def _token_ids(prompt: Any, name: str = "prompt") -> tuple[int, ...]:
     """Ids from a list, tuple, array or tensor; what is no whole number is left for Request to name."""
     if hasattr(prompt, "tolist"):
         prompt = prompt.tolist()
     if not isinstance(prompt, list | tuple):
-        raise InvalidRequest(f"a prompt is of type {type(prompt).__name__}, but must be a list of token ids", param="prompts")
+        raise InvalidRequest(f"a {name} is of type {type(prompt).__name__}, but must be a list of token ids", param=f"{name}s")
     return tuple(int(item) if isinstance(item, np.integer) else item for item in prompt)
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from moa_serve.engine.pools import BlockPool, SlotTable
 from moa_serve.engine.request import Request, Sequence, TokenLogprob, kv_root, shown
 from moa_serve.engine.routing import RoutedLayers
 from moa_serve.engine.runner import ModelRunner, StepOutput
-from moa_serve.engine.sampler import SampledTokens, Sampler, token_logprobs
+from moa_serve.engine.sampler import SampledTokens, Sampler, logprobs_at, token_logprobs
 from moa_serve.engine.scheduler import Scheduler, SchedulerOutput
 from moa_serve.errors import (
     AdapterNonfiniteOutput,
@@ -52,6 +53,7 @@ class EngineOptions:
         kv_cache_bytes: memory for the KV cache; None for 25 % of what is free, and at least one full context.
         max_model_len: tokens of prompt and completion together; None for the base's own, or what the KV cache holds.
         max_instance_prompt: longest prompt of an instance-level adapter, which must be prefilled in one step.
+        max_scored_tokens: tokens of a prompt and all choices that are scored behind it, which are computed in one step.
         adapter_cache_bytes: host memory for adapters; the least recently used leave first.
     """
 
@@ -63,6 +65,7 @@ class EngineOptions:
     kv_cache_bytes: int | None = None
     max_model_len: int | None = None
     max_instance_prompt: int = 8192
+    max_scored_tokens: int = 4096
     adapter_cache_bytes: int = 8 * 2**30
 
     def __post_init__(self) -> None:
@@ -93,12 +96,13 @@ class TokenEvent:
 class Collected:
     """What a request asked to keep of its forward: of its prompt logits or log-probabilities, and its routers' words, chunk by chunk.
 
-    `prompt_logprobs[i]` is of prompt token i + 1, given those before it.
+    `prompt_logprobs[i]` is of prompt token i + 1, given those before it; `branch_logprobs[i][j]` of token j of branch i.
     """
 
     logits: list[Tensor] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    is_finite: bool = True  # no NaN or infinity in the logits behind `prompt_logprobs`
+    branch_logprobs: list[list[float]] = field(default_factory=list)
+    is_finite: bool = True  # no NaN or infinity in the logits behind the log-probabilities
     routing: list[RoutedLayers] = field(default_factory=list)
 
 
@@ -169,7 +173,8 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raises InvalidRequest or AdapterError where `request` can never run; nothing is queued."""
         vocab_size, params = self.model.config.vocab_size, request.params
-        for param, ids in (("prompt", request.prompt_ids), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        named: list[tuple[str, Iterable[int]]] = [("prompt", request.prompt_ids), *(("choices", branch) for branch in request.branches)]
+        for param, ids in (*named, ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
             if (largest := max(ids, default=-1)) >= vocab_size:
                 raise InvalidRequest(f"{param} has token id {shown(largest)}, but the vocabulary ends at {vocab_size - 1}", param=param)
         prompt, new = len(request.prompt_ids), 1 if params.max_tokens is None else params.max_tokens
@@ -179,8 +184,27 @@ class Engine:
                 f"shorten the prompt or lower max_tokens",
                 param="prompt" if prompt >= self.max_model_len else "max_tokens",
             )
+        if request.branches:
+            self._check_branches(request)
         if request.adapter is not None:
             self._check_adapter(request.adapter, request)
+
+    def _check_branches(self, request: Request) -> None:
+        prompt, lengths = len(request.prompt_ids), [len(branch) for branch in request.branches]
+        if prompt + max(lengths) > self.max_model_len:
+            raise ContextLengthExceeded(
+                f"{prompt} prompt tokens and {max(lengths)} of the longest choice are more than the served context of "
+                f"{self.max_model_len}; shorten the prompt or the choice",
+                param="prompt" if prompt >= self.max_model_len else "choices",
+            )
+        total = prompt + sum(lengths)
+        for name, limit in (("max_scored_tokens", self.options.max_scored_tokens), ("kv_cache_bytes", self.block_pool.max_tokens)):
+            if total > limit:
+                raise ContextLengthExceeded(
+                    f"a prompt of {prompt} tokens and its {len(lengths)} choices are {total} tokens, which are computed in one step, but "
+                    f"{name} allows {limit}; score fewer choices at a time or raise {name}",
+                    param="choices",
+                )
 
     def _check_adapter(self, revision: str, request: Request) -> None:
         if self._nonfinite.get(revision, 0) >= QUARANTINE_AFTER:
@@ -201,8 +225,8 @@ class Engine:
         self.check(request)
         dtype = str(self.model.dtype).removeprefix("torch.")
         root = kv_root(self._base_digest, dtype, self.backend, request.adapter, {}, "")
-        sequence = Sequence(request, list(request.prompt_ids), root, self._eos_token_ids)
-        if sequence.wants_prompt_logits or request.collect_routing:
+        sequence = Sequence(request, request.given_ids, root, self._eos_token_ids)
+        if request.is_collected:
             self.collected[request.request_id] = Collected()
         self.scheduler.add(sequence)
         return sequence
@@ -287,6 +311,9 @@ class Engine:
                 self.collected[sequence.request.request_id] = Collected()  # preempted: it starts over
         for sequence, rows in logits:
             kept = self.collected[sequence.request.request_id]
+            if sequence.request.branches:
+                kept.is_finite = not _overflows(rows)
+                kept.branch_logprobs = _branch_logprobs(rows, sequence.request.branches)
             if sequence.request.collect_logits:
                 kept.logits.append(rows)
             if sequence.request.prompt_logprobs is not None:
@@ -344,6 +371,18 @@ class Engine:
 
 def _overflows(logits: Tensor) -> bool:
     return bool((logits.isnan() | logits.isposinf()).any())
+
+
+def _branch_logprobs(rows: Tensor, branches: Iterable[tuple[int, ...]]) -> list[list[float]]:
+    """Of each branch its tokens' log-probabilities. Row 0 of the logits is the prompt's last token, behind which every branch begins;
+    then come the tokens of each branch but its last."""
+    places, ends, row = [], [0], 0
+    for first, *rest in branches:
+        places += [(0, first), *((row + ahead, token) for ahead, token in enumerate(rest, 1))]
+        row += len(rest)
+        ends.append(len(places))
+    logprobs = logprobs_at(rows, places)
+    return [logprobs[start:end] for start, end in pairwise(ends)]
 
 
 def _nothing_to_choose() -> MoaError:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import chain
 from typing import Any
 
 from moa_serve.errors import InvalidRequest
@@ -110,10 +111,12 @@ class Request:
         collect_logits: keep the logits of every prompt position.
         collect_routing: keep the router's weights of every position.
         prompt_logprobs: 0 to 20: log-probabilities of the prompt's tokens and of this many best ones at each place; None is none.
+        branches: continuations of the prompt to score, each of at least one token. Each stands behind the prompt and sees nothing of the
+            others; the prompt is computed once. Only with max_tokens 0 and without the three fields above. Its public name is `choices`.
         request_id: names the request in logs and outputs.
         arrival: `time.monotonic()` seconds. For timings; the order of arrival is the order of `Scheduler.add`.
     Raises:
-        InvalidRequest: the prompt is empty or holds something that is no id, or nothing at all is asked for.
+        InvalidRequest: the prompt or a branch is empty or holds something that is no id, or nothing at all is asked for.
     """
 
     prompt_ids: tuple[int, ...] | list[int]
@@ -123,6 +126,7 @@ class Request:
     collect_logits: bool = False
     collect_routing: bool = False
     prompt_logprobs: int | None = None
+    branches: tuple[tuple[int, ...], ...] = ()
     request_id: str = field(default_factory=lambda: secrets.token_hex(8))
     arrival: float = field(default_factory=time.monotonic)
 
@@ -132,12 +136,29 @@ class Request:
             raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
         object.__setattr__(self, "prompt_ids", _token_ids("prompt", self.prompt_ids))
         _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True)
-        collects = self.collect_logits or self.collect_routing or self.prompt_logprobs is not None
-        if self.params.max_tokens == 0 and not collects:
+        object.__setattr__(self, "branches", tuple(_token_ids("choices", branch) for branch in self.branches))
+        if not all(self.branches):
+            raise InvalidRequest("a choice is empty, so there is nothing to score; give at least one token", param="choices")
+        if self.branches:
+            looks_at_prompt = self.collect_logits or self.collect_routing or self.prompt_logprobs is not None
+            assert self.params.max_tokens == 0, "branches are scored, and nothing is generated behind them"
+            assert not looks_at_prompt, "a request scores branches or looks at its prompt"
+        if self.params.max_tokens == 0 and not self.is_collected:
             raise InvalidRequest(
                 "max_tokens is 0, which only scores the prompt, but nothing about the prompt is asked for; use 1 or more",
                 param="max_tokens",
             )
+
+    @property
+    def is_collected(self) -> bool:
+        """Something of its forward is kept for who asked, beside the tokens that are drawn."""
+        return self.collect_logits or self.collect_routing or self.prompt_logprobs is not None or bool(self.branches)
+
+    @property
+    def given_ids(self) -> list[int]:
+        """The tokens to compute before anything is drawn: the prompt, then the branches, each without its last token, behind which
+        nothing is asked."""
+        return [*self.prompt_ids, *chain.from_iterable(branch[:-1] for branch in self.branches)]
 
 
 class SequenceStatus(Enum):
@@ -155,7 +176,7 @@ class Sequence:
 
     Args:
         request: what is asked.
-        token_ids: the prompt, then what was generated.
+        token_ids: the request's `given_ids`, then what was generated.
         kv_root: from `kv_root()`: names everything, besides the tokens, that its keys and values depend on.
         eos_token_ids: the model's own ends of text.
     """
@@ -204,7 +225,7 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
-        return len(self.token_ids) - len(self.request.prompt_ids)
+        return 0 if self.request.branches else len(self.token_ids) - len(self.request.prompt_ids)
 
     @property
     def num_pending(self) -> int:
@@ -218,8 +239,9 @@ class Sequence:
 
     @property
     def is_whole(self) -> bool:
-        """Its prompt must be computed in one step: the weights of its experts are a mean over it that nobody knows yet."""
-        return self.request.is_pooled and self.gates is None
+        """What is pending must be computed in one step: the weights of its experts are a mean over its prompt that nobody knows yet, or it
+        has branches, which attend to keys of their own step only."""
+        return bool(self.request.branches) or (self.request.is_pooled and self.gates is None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moa_serve.engine.request import Sequence
 from moa_serve.engine.routing import RoutedLayers
-from moa_serve.model.attention import Chunk, DecodeRows, KVCache, PagedAttention
+from moa_serve.model.attention import BranchedChunk, Chunk, DecodeRows, KVCache, PagedAttention
 from moa_serve.model.bank import AdapterBank
 from moa_serve.model.batch import ForwardBatch, PooledRows, RoutingTrace, Segment
 from moa_serve.model.counters import RouterCounters
@@ -29,7 +29,7 @@ class StepOutput:
 
     sampling: list[Sequence]
     logits: Tensor
-    collected_logits: list[tuple[Sequence, Tensor]] = field(default_factory=list)  # (n, V) float32 of the step's prompt tokens
+    collected_logits: list[tuple[Sequence, Tensor]] = field(default_factory=list)  # (n, V) float32 of the tokens in `_wanted`
     collected_routing: list[tuple[Sequence, RoutedLayers]] = field(default_factory=list)
 
 
@@ -50,9 +50,27 @@ class _Layout:
                 first = index
 
 
-def _wanted_rows(sequence: Sequence, count: int) -> int:
-    """How many of the next `count` tokens are prompt whose logits the request wants."""
-    return max(0, min(count, sequence.num_prompt - sequence.num_computed)) if sequence.wants_prompt_logits else 0
+def _wanted(sequence: Sequence, count: int) -> range:
+    """Which of the next `count` tokens' logits the request wants to look at: the prompt's, or those of its end and its branches."""
+    if sequence.request.branches:
+        return range(sequence.num_prompt - 1, count)
+    return range(min(count, sequence.num_prompt - sequence.num_computed) if sequence.wants_prompt_logits else 0)
+
+
+def _positions(sequence: Sequence, count: int) -> np.ndarray:
+    """Places of the next `count` tokens in their text: every branch goes on where the prompt ends."""
+    places = np.arange(sequence.num_computed, sequence.num_computed + count)
+    for start, end in _branch_spans(sequence):
+        places[start:end] -= start - sequence.num_prompt
+    return places
+
+
+def _branch_spans(sequence: Sequence) -> Iterator[tuple[int, int]]:
+    """[start, end) in `Sequence.token_ids` of what is computed of each branch."""
+    end = sequence.num_prompt
+    for branch in sequence.request.branches:
+        start, end = end, end + len(branch) - 1
+        yield start, end
 
 
 class ModelRunner:
@@ -65,7 +83,7 @@ class ModelRunner:
         """Compute `work`; keys and values are in the cache afterwards, and instance-level weights on their sequences."""
         starts = np.cumsum([0, *(count for _, count in work)]).tolist()
         layout = _Layout(work, starts)
-        positions = [np.arange(sequence.num_computed, sequence.num_computed + count) for sequence, count in work]
+        positions = [_positions(sequence, count) for sequence, count in work]
         token_ids: list[int] = []
         for sequence, count in work:
             token_ids += sequence.token_ids[sequence.num_computed : sequence.num_computed + count]
@@ -75,7 +93,7 @@ class ModelRunner:
         batch = ForwardBatch(
             self._tensor(np.array(token_ids)), self._tensor(np.concatenate(positions)), tuple(segments), self._tensor(rows), trace
         )
-        logits = self.model.forward(batch, self._attention(layout, positions))
+        logits = self.model.forward(batch, self._attention(layout))
         self._keep_gates(layout, segments)
         for segment in segments:
             if segment.counters is not None:
@@ -85,22 +103,33 @@ class ModelRunner:
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array.astype(np.int64, copy=False)).to(self.model.device, non_blocking=True)
 
-    def _attention(self, layout: _Layout, positions: list[np.ndarray]) -> PagedAttention:
+    def _attention(self, layout: _Layout) -> PagedAttention:
         size = self.cache.block_size
-        places, chunks = [], []
+        places, chunks, branched = [], [], []
         decode: dict[int, list[tuple[int, np.ndarray, int]]] = {}  # by pages, rounded up to a power of two: nobody pays for the longest
-        for (sequence, count), start, position in zip(layout.work, layout.starts, positions, strict=False):
+        for (sequence, count), start in zip(layout.work, layout.starts, strict=False):
             table = np.array(sequence.block_table)
-            places.append(table[position // size] * size + position % size)
+            index = np.arange(sequence.num_computed, sequence.num_computed + count)  # in token_ids; not a position where there are branches
+            places.append(table[index // size] * size + index % size)
             if count == 1:
-                length = int(position[0]) + 1
+                length = sequence.num_computed + 1
                 decode.setdefault((-(-length // size) - 1).bit_length(), []).append((start, table, length))
+            elif sequence.request.branches and count > sequence.num_prompt:
+                branched.append(BranchedChunk(start, start + count, sequence.num_prompt, self._seen_by_branches(sequence)))
             else:
-                chunks.append(Chunk(start, start + count, int(position[0]), self._tensor(table)))
-        is_all = not chunks and len(decode) == 1
-        return PagedAttention(
-            self.cache, self._tensor(np.concatenate(places)), [self._decode_rows(rows, is_all) for rows in decode.values()], chunks
-        )
+                chunks.append(Chunk(start, start + count, sequence.num_computed, self._tensor(table)))
+        is_all = not chunks and not branched and len(decode) == 1
+        rows = [self._decode_rows(group, is_all) for group in decode.values()]
+        return PagedAttention(self.cache, self._tensor(np.concatenate(places)), rows, chunks, branched)
+
+    def _seen_by_branches(self, sequence: Sequence) -> Tensor:
+        length, prompt = len(sequence.token_ids), sequence.num_prompt
+        assert sequence.num_computed == 0, "branches are computed together with their prompt"
+        seen = np.zeros((length - prompt, length), dtype=np.bool_)
+        seen[:, :prompt] = True
+        for start, end in _branch_spans(sequence):
+            seen[start - prompt : end - prompt, start:end] = np.tri(end - start, dtype=np.bool_)
+        return torch.from_numpy(seen).to(self.model.device, non_blocking=True)
 
     def _decode_rows(self, rows: list[tuple[int, np.ndarray, int]], is_all: bool) -> DecodeRows:
         size = self.cache.block_size
@@ -159,17 +188,17 @@ class ModelRunner:
             if count == sequence.num_pending and sequence.request.params.max_tokens != 0:
                 last.append(start + count - 1)
                 sampling.append(sequence)
-            if rows := _wanted_rows(sequence, count):
-                everything.append(np.arange(start, start + rows))
+            if rows := _wanted(sequence, count):
+                everything.append(start + np.array(rows))
         return np.concatenate([np.array(last, dtype=np.int64), *everything]), sampling
 
     def _output(self, layout: _Layout, logits: Tensor, sampling: list[Sequence], trace: RoutingTrace | None) -> StepOutput:
         output = StepOutput(sampling, logits[: len(sampling)])
         offset = len(sampling)
         for sequence, count in layout.work:
-            if rows := _wanted_rows(sequence, count):
-                output.collected_logits.append((sequence, logits[offset : offset + rows]))
-                offset += rows
+            if rows := _wanted(sequence, count):
+                output.collected_logits.append((sequence, logits[offset : offset + len(rows)]))
+                offset += len(rows)
         if trace is None:
             return output
         for number, (first, last) in enumerate(layout.runs()):

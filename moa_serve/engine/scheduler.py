@@ -135,6 +135,12 @@ class Scheduler:
                 f"context is {self.max_model_len}; shorten the prompt or lower max_tokens",
                 param="prompt" if sequence.num_prompt >= self.max_model_len else "max_tokens",
             )
+        if len(sequence.token_ids) > self._blocks.max_tokens:
+            raise ContextLengthExceeded(
+                f"the prompt and its choices are {len(sequence.token_ids)} tokens, but the KV cache holds {self._blocks.max_tokens}; "
+                f"score fewer choices at a time",
+                param="choices",
+            )
         if sequence.request.adapter is not None and not self._slots.num_slots:
             raise EngineError("the request names an adapter, but this engine has no adapter slots; raise num_slots")
         sequence.order = self._num_added
@@ -216,7 +222,7 @@ class Scheduler:
     def _prefill_size(self, step: _Step, sequence: Sequence) -> int:
         """Tokens that `sequence` may compute now, 0 for none.
 
-        A prompt that must be whole may exceed the share of prefill, and even the budget, if it is the only prefill of its
+        What must be whole may exceed the share of prefill, and even the budget, if it is the only prefill of its
         step. Over the budget it runs without the decode rows; two such steps never follow each other while rows decode.
         """
         pending = sequence.num_pending

@@ -4,7 +4,7 @@ Built by the engine's runner (or by a test, or by the trainer) and passed down a
 describe the layout, so that a forward never asks a tensor for a number.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -52,6 +52,10 @@ class RoutingTrace:
         self.records.setdefault(segment, {}).setdefault(layer, {})[site] = routed
 
 
+Expert = Callable[[Tensor, Tensor | None, Routed | None], Tensor]  # (its input, the layer's gates, its own router's word) -> what it adds
+Observer = Callable[[int, str, Expert, Tensor, Routed | None], None]  # (layer, site, expert, its input (t, ...), its own router's word)
+
+
 @dataclass(eq=False, slots=True)
 class ForwardBatch:
     """One step of the model.
@@ -62,6 +66,7 @@ class ForwardBatch:
         segments: runs of tokens with an adapter, ascending; tokens outside every run are the base's alone.
         logit_rows: (N,) int64, the tokens whose logits are wanted; None for all of them.
         trace: filled by the forward where given.
+        observer: called with every expert that is applied and what it reads, of each segment and layer in turn.
     """
 
     token_ids: Tensor
@@ -69,6 +74,7 @@ class ForwardBatch:
     segments: tuple[Segment, ...] = ()
     logit_rows: Tensor | None = None
     trace: RoutingTrace | None = None
+    observer: Observer | None = None
 
     def active(self, layer: int) -> Iterator[tuple[int, Segment, MoaLayer]]:
         """Segments whose adapter has an expert in `layer`, with their number in the batch."""

@@ -51,12 +51,20 @@ class RouterCounters:
         if offset is None:
             return
         # One row that overflows must not turn the totals into NaN for good.
-        selected, gates = routed.selected.sum(0), torch.where(routed.gates.isfinite(), routed.gates, 0.0).sum(0)
+        gates = routed.gates.detach()
+        selected, gates = routed.selected.sum(0), torch.where(gates.isfinite(), gates, 0.0).sum(0)
         columns = self._columns[layer]
         if columns is not None:
             selected, gates = selected[columns], gates[columns]
         self._selected[layer, offset : offset + len(selected)] += selected
         self._gate_sum[layer, offset : offset + len(gates)] += gates
+
+    def state(self) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """What `restore` takes, to go on counting where an interrupted training run stopped."""
+        return self.tokens, self._selected, self._gate_sum
+
+    def restore(self, state: tuple[int, torch.Tensor, torch.Tensor]) -> None:
+        self.tokens, self._selected, self._gate_sum = state
 
     def snapshot(self) -> RoutingTotals:
         return RoutingTotals(self.tokens, self._selected.cpu().numpy().copy(), self._gate_sum.cpu().numpy().copy(), self._experts)

@@ -94,6 +94,7 @@ class Router:
     threshold_fn: Affine | None = None
     max_threshold: float = 1.0
     top_k: int = 0
+    straight_through: float | None = None  # tau; set by the trainer, see `_hard_gates`
 
     def __call__(self, x: Tensor) -> Routed:
         x = x.float()
@@ -109,7 +110,20 @@ class Router:
             selected = excess > 0
             return Routed(scores, threshold, selected, _normalised(torch.where(selected, excess, 0.0)))
         selected = scores >= threshold
-        return Routed(scores, threshold, selected, torch.where(selected, scores, 0.0))
+        return Routed(scores, threshold, selected, self._hard_gates(scores, threshold, selected))
+
+    def _hard_gates(self, scores: Tensor, threshold: Tensor, selected: Tensor) -> Tensor:
+        """g = s * [s >= t]. The step has no slope, so t would never learn, and neither would an expert that is not selected.
+
+        With `straight_through` tau the forward is the same and the backward is that of s * sigmoid((s - t) / tau) in the second factor:
+        dg = [s >= t] ds + s * sigmoid'((s - t) / tau) / tau * (ds - dt). Without it: the authors' gradient, which leaves t where it was.
+        Source: straight-through estimators, Bengio et al. 2013, arXiv:1308.3432.
+        """
+        hard = torch.where(selected, scores, 0.0)
+        if self.straight_through is None or not torch.is_grad_enabled():
+            return hard
+        soft = scores.detach() * ((scores - threshold) / self.straight_through).sigmoid()
+        return hard + (soft - soft.detach())
 
     def _threshold(self, x: Tensor, scores: Tensor) -> Tensor:
         if self.threshold_fn is None:
@@ -131,9 +145,14 @@ def _normalised(gates: Tensor) -> Tensor:
 
 
 def scaled(values: Tensor, weight: Tensor | None) -> Tensor:
-    """values * weight, and exactly 0 where the weight is 0, even if the value is not finite."""
+    """values * weight, and exactly 0 where the weight is 0, even if the value is not finite.
+
+    In training the product itself: a weight of 0 has to learn what its value would have done.
+    """
     if weight is None:
         return values
+    if weight.requires_grad:
+        return (values * weight).to(values.dtype)
     return torch.where(weight != 0, values * weight, 0.0).to(values.dtype)
 
 

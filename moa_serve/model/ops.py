@@ -1,6 +1,7 @@
 """Small tensor functions that the base and the adapters share."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +11,37 @@ from moa_serve.config import RopeConfig
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension; the mean square in float32, then back to x's dtype, then the weight."""
+    if x.requires_grad and not weight.requires_grad:
+        out: Tensor = _FrozenRmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]  # torch's own annotation is missing
+        return out
+    return _rms_norm(x, weight, eps)[0]
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm, and 1 / rms (..., 1) float32."""
     wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (wide * inverse).to(x.dtype), inverse
+
+
+class _FrozenRmsNorm(torch.autograd.Function):
+    """The same for training beside a frozen weight: keeps x and 1 / rms, where autograd would keep three float32 copies of x.
+
+    With u = x / rms and g the gradient: dx = (g * weight - u * mean(g * weight * u)) / rms.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out, inverse = _rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        unit, scaled = x.float() * inverse, grads[0].float() * weight.float()
+        mean = (scaled * unit).mean(-1, keepdim=True)
+        return scaled.sub_(unit.mul_(mean)).mul_(inverse).to(x.dtype), None, None
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> Tensor:

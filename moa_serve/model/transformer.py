@@ -6,20 +6,16 @@ Every base linear may have LoRA experts of the token's adapter beside it. The ba
 Attention is an argument (attention.py). Not for sampling, not for scheduling. Owned by the thread that runs it.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moa_serve.config import ModelConfig
 from moa_serve.model.attention import Attention
-from moa_serve.model.batch import ForwardBatch, Segment
+from moa_serve.model.batch import Expert, ForwardBatch, Segment
 from moa_serve.model.moa import Mixture, MoaLayer, Routed
 from moa_serve.model.ops import inverse_frequencies, rms_norm, rotate
 from moa_serve.model.weights import BaseWeights, LayerWeights
-
-Expert = Callable[[Tensor, Tensor | None, Routed | None], Tensor]
 
 
 class ActiveLayer:
@@ -28,6 +24,7 @@ class ActiveLayer:
     def __init__(self, number: int, segment: Segment, weights: MoaLayer, index: int, x: Tensor, n: Tensor, batch: ForwardBatch) -> None:
         self.rows = slice(segment.start, segment.end)
         self.number, self.weights, self.index, self.trace = number, weights, index, batch.trace
+        self.observer = batch.observer
         self.counters = segment.counters
         self.gates = self._layer_gates(segment, x, n)
 
@@ -64,24 +61,33 @@ class ActiveLayer:
         if self.trace is not None:
             self.trace.add(self.number, self.index, site, routed)
 
-    def _add(self, site: str, mixture: Mixture, expert: Expert, source: Tensor, reads: Tensor, out: Tensor) -> None:
+    def _add(self, site: str, mixture: Mixture, expert: Expert, source: Tensor, reads: Tensor, out: Tensor) -> Tensor:
         routed = mixture.route(reads[self.rows])
         self._note(site, routed)
-        out[self.rows].add_(expert(source[self.rows], self.gates, routed))
+        if self.observer is not None:
+            self.observer(self.index, site, expert, source[self.rows], routed)
+        delta = expert(source[self.rows], self.gates, routed)
+        if not torch.is_grad_enabled():
+            out[self.rows].add_(delta)
+            return out
+        # Training: adding in place to a slice would copy all of `out`'s gradient back and forth for every expert.
+        if len(delta) == len(out):
+            return out + delta
+        return torch.cat((out[: self.rows.start], out[self.rows] + delta, out[self.rows.stop :]))
 
-    def add_lora(self, target: str, u: Tensor, out: Tensor) -> None:
-        """out (T, out) += the LoRA experts at `target` on the linear's input u (T, in)."""
-        if experts := self.weights.linears.get(target):
-            self._add(target, experts.mixture, experts, u, u, out)
+    def add_lora(self, target: str, u: Tensor, out: Tensor) -> Tensor:
+        """out (T, out) and on top the LoRA experts at `target` on the linear's input u (T, in). May write into `out`, as all three."""
+        experts = self.weights.linears.get(target)
+        return out if experts is None else self._add(target, experts.mixture, experts, u, u, out)
 
-    def add_prompt(self, q: Tensor, n: Tensor, out: Tensor) -> None:
-        """out (T, H, P) += attention of the rotated queries to the learned prompt; nested ones are weighed by the normed input n."""
-        if prompt := self.weights.prompt:
-            self._add("PROMPT", prompt.mixture, prompt, q, n, out)
+    def add_prompt(self, q: Tensor, n: Tensor, out: Tensor) -> Tensor:
+        """out (T, H, P) and the attention of the rotated queries to the learned prompt; nested ones are weighed by the normed input n."""
+        prompt = self.weights.prompt
+        return out if prompt is None else self._add("PROMPT", prompt.mixture, prompt, q, n, out)
 
-    def add_parallel(self, m: Tensor, out: Tensor) -> None:
-        if parallel := self.weights.parallel:
-            self._add("P_ADAPTER", parallel.mixture, parallel, m, m, out)
+    def add_parallel(self, m: Tensor, out: Tensor) -> Tensor:
+        parallel = self.weights.parallel
+        return out if parallel is None else self._add("P_ADAPTER", parallel.mixture, parallel, m, m, out)
 
 
 class Transformer:
@@ -132,13 +138,12 @@ class Transformer:
         self, index: int, w: LayerWeights, n: Tensor, rope: tuple[Tensor, Tensor], active: list[ActiveLayer], attention: Attention
     ) -> Tensor:
         config = self.config
-        qkv = F.linear(n, w.qkv, w.qkv_bias)
-        ends = (config.q_size, config.q_size + config.kv_size)
-        flat_q, flat_k, flat_v = qkv[:, : ends[0]], qkv[:, ends[0] : ends[1]], qkv[:, ends[1] :]
+        sizes = [config.q_size, config.kv_size, config.kv_size]
+        flat_q, flat_k, flat_v = torch.split(F.linear(n, w.qkv, w.qkv_bias), sizes, dim=1)
         for part in active:
-            part.add_lora("Q", n, flat_q)
-            part.add_lora("K", n, flat_k)
-            part.add_lora("V", n, flat_v)
+            flat_q = part.add_lora("Q", n, flat_q)
+            flat_k = part.add_lora("K", n, flat_k)
+            flat_v = part.add_lora("V", n, flat_v)
         q = flat_q.view(len(n), config.num_heads, config.head_dim)
         k = flat_k.view(len(n), config.num_kv_heads, config.head_dim)
         v = flat_v.view(len(n), config.num_kv_heads, config.head_dim)
@@ -147,23 +152,21 @@ class Transformer:
         q, k = rotate(q, *rope), rotate(k, *rope)
         mixed = attention(index, q, k, v)
         for part in active:
-            part.add_prompt(q, n, mixed)
+            mixed = part.add_prompt(q, n, mixed)
         mixed = mixed.flatten(1)
         out = F.linear(mixed, w.o, w.o_bias)
         for part in active:
-            part.add_lora("O", mixed, out)
+            out = part.add_lora("O", mixed, out)
         return out
 
     def _ffn(self, w: LayerWeights, m: Tensor, active: list[ActiveLayer]) -> Tensor:
-        both = F.linear(m, w.gate_up, w.gate_up_bias)
-        size = self.config.intermediate_size
-        gate, up = both[:, :size], both[:, size:]
+        gate, up = F.linear(m, w.gate_up, w.gate_up_bias).chunk(2, dim=1)
         for part in active:
-            part.add_lora("UP", m, up)
-            part.add_lora("GATE", m, gate)
+            up = part.add_lora("UP", m, up)
+            gate = part.add_lora("GATE", m, gate)
         z = F.silu(gate) * up
         out = F.linear(z, w.down, w.down_bias)
         for part in active:
-            part.add_lora("DOWN", z, out)
-            part.add_parallel(m, out)
+            out = part.add_lora("DOWN", z, out)
+            out = part.add_parallel(m, out)
         return out

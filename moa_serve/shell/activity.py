@@ -1,22 +1,16 @@
 """Expert activity: what an adapter's routers did with the tokens of some prompts, as numbers and as a coloured table."""
 
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rich.color import Color
-from rich.style import Style
 from rich.text import Text
 from torch import Tensor
 
-from moa_serve.adapter.manifest import KINDS
 from moa_serve.engine.routing import Routing
-
-_ABSENT = "·"  # the layer has no such expert
-_HEAT = ((0.0, (22, 26, 46)), (0.45, (30, 96, 122)), (0.75, (72, 172, 120)), (1.0, (250, 214, 72)))  # value, RGB
-_BRIGHT = 0.6  # of a value: black digits from here on
+from moa_serve.model.similarity import canonical
+from moa_serve.shell.heat import Cell, HeatTable, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +41,31 @@ class Activity:
         self._weight = self._weight + routing.weights.double().mean(1) * num_tokens  # (L, E)
         self._selected = self._selected + routing.selected.double().mean(1) * num_tokens
 
+    @classmethod
+    def from_profile(cls, profile: Mapping[str, Any], experts: Sequence[Sequence[str]]) -> "Activity | None":
+        """What a manifest's `profile` tells of the training's tokens, in the form of `to_json`; None where it has another form.
+
+        Args:
+            experts: names that each layer must have; a manifest is not to be trusted.
+        """
+        activity = cls()
+        num_tokens, layers = profile.get("num_tokens"), profile.get("layers")
+        if not isinstance(num_tokens, int) or num_tokens < 1 or not isinstance(layers, list) or len(layers) != len(experts):
+            return None
+        shape = (len(experts), max(map(len, experts)))
+        weight, selected = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+        for index, (layer, names) in enumerate(zip(layers, experts, strict=True)):
+            if not isinstance(layer, dict) or layer.keys() != set(names):
+                return None
+            for column, name in enumerate(names):
+                use = layer[name]
+                if not isinstance(use, dict) or not all(_is_number(use.get(key)) and 0 <= use[key] <= 1 for key in ("weight", "selected")):
+                    return None
+                weight[index, column], selected[index, column] = use["weight"], use["selected"]
+        activity.names, activity.num_tokens = [list(names) for names in experts], num_tokens
+        activity._weight, activity._selected = weight * activity.num_tokens, selected * activity.num_tokens
+        return activity
+
     @property
     def layers(self) -> list[dict[str, Use]]:
         """Each layer's experts in canonical order; empty where the adapter leaves the layer alone."""
@@ -57,6 +76,16 @@ class Activity:
             }
             for layer, names in enumerate(self.names)
         ]
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether some token left some expert out."""
+        return any(use.selected < 1 for layer in self.layers for use in layer.values())
+
+    @property
+    def experts_by_layer(self) -> list[float]:
+        """How many experts of each layer a token selects, in the mean."""
+        return [sum(use.selected for use in layer.values()) for layer in self.layers]
 
     @property
     def experts_per_token(self) -> tuple[float, float]:
@@ -90,26 +119,20 @@ class Activity:
         return f"{chosen}, {self.skippable:.0%} of expert evaluations can be skipped"
 
     def table(self, width: int) -> list[Text]:
-        """Layers down, experts across, at most `width` columns wide: numbers coloured by size, so that both eye and pipe can read them.
+        """Layers down, experts across, at most `width` columns wide.
 
         What does not fit is first written shorter, then continued below: nothing is left out.
         """
         layers = {index: layer for index, layer in enumerate(self.layers) if layer}
-        names = sorted({name for layer in layers.values() for name in layer}, key=_canonical)
-        is_sparse = any(use.selected < 1 for layer in layers.values() for use in layer.values())
+        names = sorted({name for layer in layers.values() for name in layer}, key=canonical)
+        is_sparse = self.is_sparse
         scale = 1.0 if is_sparse else max(use.weight for layer in layers.values() for use in layer.values())
         style = _CellStyle(is_sparse, is_short=False, scale=scale or 1.0)
-        widths = _widths(names, style)
-        if _LABEL + sum(widths) > width:
-            style = _CellStyle(is_sparse, is_short=True, scale=scale or 1.0)
-            widths = _widths(names, style)
-        lines = [Text(style.legend, style="dim")]
-        for start, end in _blocks(names, widths, width - _LABEL):
-            lines += _block(layers, names[start:end], widths[start:end], style)
-        return lines
-
-
-_LABEL = 6  # columns for "layer"
+        table = _table(layers, names, style)
+        if not table.fits(width):
+            style = replace(style, is_short=True)
+            table = _table(layers, names, style)
+        return [Text(style.legend, style="dim"), *table.lines(width)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,80 +158,18 @@ class _CellStyle:
             return f"{100 * (use.selected if self.is_sparse else use.weight):.0f}"
         return f"{100 * use.selected:3.0f} {use.weight:.2f}" if self.is_sparse else f"{use.weight:.2f}"
 
-    def heat(self, use: Use) -> Style:
-        return _heat(use.selected if self.is_sparse else use.weight / self.scale)
+    def cell(self, use: Use) -> Cell:
+        return Cell(self.text(use), use.selected if self.is_sparse else use.weight / self.scale)
 
 
-def _canonical(name: str) -> tuple[int, int]:
-    site, _, index = name.partition("/")
-    return KINDS.index(site), int(index or 0)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _widths(names: Sequence[str], style: _CellStyle) -> list[int]:
-    """Of each column. A linear's name stands once above all its experts, so it is only the first that may have to make room for it."""
-    gap = 1 if style.is_short else 2
-    widths = [style.width + gap for _ in names]
-    for site, group in itertools.groupby(range(len(names)), key=lambda index: _site(names[index])):
-        columns = list(group)
-        widths[columns[0]] += max(0, len(site) + gap - sum(widths[column] for column in columns))
-    return widths
-
-
-def _blocks(names: Sequence[str], widths: Sequence[int], width: int) -> list[tuple[int, int]]:
-    """Ranges of columns that fit; the experts of one linear stay together where they fit at all."""
-    blocks, start = [], 0
-    while start < len(names):
-        end, used = start, 0
-        while end < len(names) and (end == start or used + widths[end] <= width):
-            used += widths[end]
-            end += 1
-        cut = end
-        while end < len(names) and cut > start and _site(names[cut]) == _site(names[cut - 1]):
-            cut -= 1
-        end = cut if cut > start else end
-        blocks.append((start, end))
-        start = end
-    return blocks
-
-
-def _site(name: str) -> str:
-    return name.partition("/")[0]
-
-
-def _block(layers: dict[int, dict[str, Use]], names: Sequence[str], widths: Sequence[int], style: _CellStyle) -> list[Text]:
-    lines = _header(names, widths)
-    for index, layer in layers.items():
-        row = Text.assemble((f"{index:>{_LABEL - 1}} ", "dim"))
-        for name, width in zip(names, widths, strict=True):
-            use = layer.get(name)
-            row.append(_centred(style.text(use) if use else _ABSENT, width), style.heat(use) if use else "dim")
-        lines.append(row)
-    footer = Text.assemble(("mean".rjust(_LABEL - 1) + " ", "bold"))
-    for name, width in zip(names, widths, strict=True):
+def _table(layers: Mapping[int, Mapping[str, Use]], names: Sequence[str], style: _CellStyle) -> HeatTable:
+    rows = [Row(str(index), {name: style.cell(use) for name, use in layer.items()}) for index, layer in layers.items()]
+    footer = {}
+    for name in names:
         uses = [layer[name] for layer in layers.values() if name in layer]
-        mean = Use(sum(use.weight for use in uses) / len(uses), sum(use.selected for use in uses) / len(uses))
-        footer.append(_centred(style.text(mean), width), style.heat(mean) + Style(bold=True))
-    return [*lines, footer]
-
-
-def _header(names: Sequence[str], widths: Sequence[int]) -> list[Text]:
-    top = "layer "
-    for site, group in itertools.groupby(zip(names, widths, strict=True), key=lambda column: _site(column[0])):
-        top += _centred(site, sum(width for _, width in group))
-    numbers = " " * _LABEL + "".join(_centred(name.partition("/")[2], width) for name, width in zip(names, widths, strict=True))
-    lines = [top, numbers] if numbers.strip() else [top]
-    return [Text(line.rstrip(), style="bold") for line in lines]
-
-
-def _centred(text: str, width: int) -> str:
-    return text.rjust((width + len(text)) // 2).ljust(width)
-
-
-def _heat(value: float) -> Style:
-    """Dark for 0, yellow for 1; rich takes the nearest colour that the terminal has."""
-    value = min(max(value, 0.0), 1.0)
-    upper = next(i for i, (stop, _) in enumerate(_HEAT) if value <= stop) or 1
-    (low, cold), (high, hot) = _HEAT[upper - 1], _HEAT[upper]
-    part = (value - low) / (high - low)
-    red, green, blue = (round(a + (b - a) * part) for a, b in zip(cold, hot, strict=True))
-    return Style(color="black" if value >= _BRIGHT else "white", bgcolor=Color.from_rgb(red, green, blue))
+        footer[name] = style.cell(Use(sum(use.weight for use in uses) / len(uses), sum(use.selected for use in uses) / len(uses)))
+    return HeatTable("layer", names, [*rows, Row("mean", footer, is_summary=True)], style.width, 1 if style.is_short else 2)

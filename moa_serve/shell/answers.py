@@ -15,9 +15,10 @@ from moa_serve.engine.request import SamplingParams
 from moa_serve.errors import InvalidRequest
 from moa_serve.llm import LLM, Completion
 from moa_serve.shell.activity import Activity
+from moa_serve.shell.heat import show_lines, width_of
 from moa_serve.shell.prompts import PromptLine
 from moa_serve.shell.selection import Column
-from moa_serve.shell.terminal import PLAIN_WIDTH, is_terminal, visible
+from moa_serve.shell.terminal import is_terminal, visible
 
 _MIN_COLUMN = 30  # terminal columns that a text needs to be read beside another
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
@@ -186,8 +187,5 @@ def show_activity(console: Console, column: Column, activity: Activity | None) -
         console.print(title.append(f", {reason}"), soft_wrap=True)
         return
     console.print(title.append(f", {activity.num_tokens} tokens", style="dim"), soft_wrap=True)
-    for line in activity.table(console.width if is_terminal() else PLAIN_WIDTH):
-        if not is_terminal():
-            line.rstrip()  # these spaces only carry colour
-        console.print(line, soft_wrap=True)
+    show_lines(console, activity.table(width_of(console)))
     console.print(Text(activity.cost(), style="bold"), soft_wrap=True)

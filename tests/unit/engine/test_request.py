@@ -92,6 +92,23 @@ def test_no_tokens_are_legal_only_where_something_is_collected() -> None:
     assert Request([1], scoring, collect_routing=True).prompt_ids == (1,)
 
 
+def test_branches_stand_behind_the_prompt_without_their_last_tokens() -> None:
+    """Nothing is asked behind a last token: computing it would cost a row of a short choice its half."""
+    request = Request([1, 2], SamplingParams(max_tokens=0), branches=((3, 4, 5), (6,), (7, 8)))
+    assert request.given_ids == [1, 2, 3, 4, 7]
+    sequence = Sequence(request, request.given_ids, b"")
+    assert (sequence.num_prompt, sequence.num_generated, sequence.num_pending, sequence.is_whole) == (2, 0, 5, True)
+    assert Request([1, 2]).given_ids == [1, 2]
+
+
+@pytest.mark.parametrize("branch", [[], [-1], [1.0], ["a"], [True], "text", 5])
+def test_a_branch_that_is_no_list_of_ids_is_refused(branch: Any) -> None:
+    """An empty one has no log-probability; its sum of nothing, 0, would be the best of all."""
+    with pytest.raises(InvalidRequest) as caught:
+        Request([1], SamplingParams(max_tokens=0), branches=((1,), branch))
+    assert caught.value.param == "choices"
+
+
 def test_prefill_recomputation_and_decode_are_told_by_what_is_pending() -> None:
     """A prompt of one token is prefill although one token is pending; so is the recomputation after preemption."""
     sequence = Sequence(Request([5]), [5], b"")

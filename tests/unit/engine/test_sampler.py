@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moa_serve.engine.request import Request, SamplingParams, Sequence, TokenLogprob
-from moa_serve.engine.sampler import MIN_LOGPROB, Sampler, token_logprobs, uniform
+from moa_serve.engine.sampler import MIN_LOGPROB, Sampler, logprobs_at, token_logprobs, uniform
 
 NAN, INF = float("nan"), float("inf")
 V = 50
@@ -312,6 +312,17 @@ def test_log_probabilities_of_given_tokens_serve_an_echoed_prompt() -> None:
     assert [token for token, _ in impossible.top] == [0]
     assert (likely.token_id, likely.rank, likely.top) == (1, 1, ())
     assert [impossible.top[0][1], likely.logprob] == pytest.approx([math.log(0.5)] * 2)
+
+
+def test_logprobs_at_places_are_those_of_whole_rows() -> None:
+    """More rows than are summed at a time, one row asked about many tokens, and a token that is impossible."""
+    logits = make_logits(150)
+    logits[149, 7] = -INF
+    places = [(0, token) for token in range(V)] + [(149, 7), (63, 1), (64, 2), (149, 0), (10, 10)]
+    found = logprobs_at(logits, places)
+    expected = logits.log_softmax(-1)
+    assert found == pytest.approx([max(MIN_LOGPROB, float(expected[place])) for place in places], abs=1e-5)
+    assert found == [one.logprob for one in token_logprobs(logits[[row for row, _ in places]], [token for _, token in places], [0] * 55)]
 
 
 @pytest.mark.parametrize("bad", [[NAN], [INF], [-INF] * V, [NAN, INF, -INF]], ids=["nan", "inf", "all -inf", "mixed"])

@@ -18,6 +18,13 @@ def make_sequence(prompt: int, max_tokens: int | None = 4, adapter: str | None =
     return Sequence(request, list(request.prompt_ids), b"")
 
 
+def make_scoring(prompt: int, branches: list[int], adapter: str | None = None, *, is_pooled: bool = False) -> Sequence:
+    """A prompt and the lengths of its branches."""
+    ids = tuple((7,) * length for length in branches)
+    request = Request([7] * prompt, SamplingParams(max_tokens=0), adapter, is_pooled=is_pooled, branches=ids)
+    return Sequence(request, request.given_ids, b"")
+
+
 @dataclass
 class Engine:
     """Runs a scheduler as the real engine does, with a cache that remembers who wrote each position."""
@@ -79,8 +86,10 @@ class Engine:
             self.started.append(sequence)
         if sequence.slot is not None:
             assert self.bank[sequence.slot] == sequence.request.adapter, "the slot holds another adapter's weights"
+        if sequence.request.branches:
+            assert (sequence.num_computed, count) == (0, len(sequence.token_ids)), "branches were cut"
         if sequence.request.is_pooled and sequence.gates is None:
-            assert (sequence.num_computed, count) == (0, sequence.num_prompt), "a pooled prompt was cut"
+            assert (sequence.num_computed, count) == (0, len(sequence.request.given_ids)), "a pooled prompt was cut"
             sequence.gates = "known"
         for position in range(sequence.num_computed, sequence.num_computed + count):
             place = (sequence.block_table[position // self.block_size], position % self.block_size)
@@ -227,6 +236,42 @@ def test_a_pooled_prompt_over_the_budget_runs_alone_and_takes_turns_with_decode(
     assert plans[4] == {0: 1, 3: 3}
 
 
+def test_branches_are_never_cut_and_take_turns_with_decode() -> None:
+    """Half of them would attend to keys that the mask knows nothing of; one after another they would stop all streams."""
+    engine = Engine(max_batch_tokens=16)
+    engine.add(make_sequence(2, 30), *(make_scoring(10, [6, 1, 6]) for _ in range(2)), make_sequence(3))
+    plans = [counts(engine.step()) for _ in range(5)]
+    assert plans == [{0: 2}, {1: 20}, {0: 1}, {2: 20}, {0: 1, 3: 3}]
+    engine = Engine(max_batch_tokens=16)
+    engine.add(make_scoring(5, [4]), make_scoring(5, [2, 2]), make_scoring(2, [1]))
+    assert [counts(engine.step()) for _ in range(2)] == [{0: 8, 1: 7}, {2: 2}]
+
+
+def test_branches_that_the_pool_cannot_hold_are_refused_at_once() -> None:
+    """They would wait for ever, and everyone behind them."""
+    engine = Engine(num_blocks=5)  # 16 tokens
+    with pytest.raises(ContextLengthExceeded, match="17 tokens") as caught:
+        engine.add(make_scoring(8, [4, 4, 4]))
+    assert caught.value.param == "choices"
+    engine.add(make_scoring(8, [4, 4, 3]))
+    engine.run()
+
+
+def test_branches_whose_step_fails_for_ever_can_still_be_preempted() -> None:
+    """They hold blocks without having computed a token; rows that decode may need them, and then they start over."""
+    engine = Engine(num_blocks=8, max_batch_tokens=16)
+    row, scoring = make_sequence(2, 22), make_scoring(10, [6, 1, 6])
+    engine.add(row, scoring)
+    engine.step()
+    assert counts(engine.step(fails=True)) == {1: 20}
+    for number in range(40):
+        if not scoring.num_preemptions:
+            engine.step(fails=number % 2 == 1)
+    assert (row.num_preemptions, scoring.num_preemptions) == (0, 1)
+    engine.run()
+    assert (row.num_generated, scoring.status) == (22, SequenceStatus.FINISHED)
+
+
 def test_a_pooled_prompt_within_the_budget_joins_the_decode_rows() -> None:
     """Alone it would stop the streams for nothing."""
     engine = Engine(max_batch_tokens=16, max_mixed_prefill_tokens=4)
@@ -323,7 +368,13 @@ def traffic(draw: st.DrawFn) -> tuple[Engine, dict[int, list[Sequence]], dict[in
         max_tokens = draw(st.integers(1, engine.blocks.max_tokens - prompt))
         adapter = draw(st.sampled_from([None, None, *"abcde"]))
         is_pooled = adapter is not None and draw(st.booleans())
-        arrivals.setdefault(draw(st.integers(0, 25)), []).append(make_sequence(prompt, max_tokens, adapter, is_pooled=is_pooled))
+        sequence = make_sequence(prompt, max_tokens, adapter, is_pooled=is_pooled)
+        if draw(st.integers(0, 2)) == 0:
+            branches = draw(st.lists(st.integers(1, max_tokens), min_size=1, max_size=3))
+            sequence = make_scoring(max(1, prompt - sum(branches)), branches, adapter, is_pooled=is_pooled)
+            if len(sequence.token_ids) > engine.blocks.max_tokens:
+                sequence = make_scoring(prompt, [max_tokens], adapter, is_pooled=is_pooled)
+        arrivals.setdefault(draw(st.integers(0, 25)), []).append(sequence)
     leaving = draw(st.dictionaries(st.integers(0, 40), st.integers(0, 13), max_size=5))
     return engine, arrivals, leaving, draw(st.sets(st.integers(0, 40), max_size=5))
 
@@ -347,4 +398,5 @@ def test_whatever_happens_everything_ends_and_nothing_is_lost(
     for sequence in everyone:
         assert sequence.status is SequenceStatus.FINISHED
         wanted = sequence.request.params.max_tokens
+        assert not sequence.request.branches or sequence.finish_reason == "abort" or sequence in engine.started
         assert sequence.finish_reason == "abort" or sequence.num_generated == wanted
