@@ -4,6 +4,7 @@
 Whatever loads torch is imported inside the commands, so that `--help` and mistakes in flags answer at once.
 """
 
+import dataclasses
 import inspect
 import json
 import os
@@ -18,9 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from moa_serve.errors import AdapterCorrupt, AdapterError, InvalidRequest, MoaError, ModelError
+from moa_serve.errors import AdapterCorrupt, AdapterError, DataInvalid, InvalidRequest, MoaError, ModelError
 from moa_serve.settings import ServerSettings, load_settings
 from moa_serve.shell import terminal
+from moa_serve.shell.train_command import train
 
 if TYPE_CHECKING:
     from moa_serve.adapter.adapter import Adapter, AdapterSource
@@ -39,7 +41,7 @@ class Shell(TyperGroup):
             return super().invoke(ctx)
         except MoaError as error:
             terminal.show_error(error)
-            raise typer.Exit(USAGE if isinstance(error, ModelError | InvalidRequest) else FAILURE) from None
+            raise typer.Exit(USAGE if isinstance(error, ModelError | InvalidRequest | DataInvalid) else FAILURE) from None
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
 
@@ -251,6 +253,142 @@ def _show(llm: "LLM", found: "list[Answer]", routed: "Iterable[Column]") -> None
             answers.show_activity(console, column, activity)
 
 
+@app.command("inspect")
+def inspect_adapter(
+    adapter: Annotated[str, typer.Argument(help="A NAME in the adapters directory, or a folder in any format.", show_default=False)],
+    text: Annotated[list[str] | None, typer.Option(help="Text to read, again for each; - is standard input.", show_default=False)] = None,
+    file: Annotated[str | None, typer.Option(help="More texts, one a line; FILE.jsonl as in generate.")] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers to show token by token, as 0,15,29.", show_default="the first, the middle and the last"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="Folder to write figures and inspect.json to.")] = None,
+    file_format: Annotated[str, typer.Option("--format", help="Of the figures: png or svg.")] = "png",
+    variant: Variant = None,
+    adapters_dir: AdaptersDir = None,
+    model: Model = None,
+    backend: Backend = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output instead of the tables.")] = False,
+) -> None:
+    """Look into an adapter: expert weights by layer and token by token, and how alike its experts are.
+
+    Without a text: by layer, the profile of its training where it has one; for the rest, some sentences. --out needs matplotlib.
+    Exit code 1 where the adapter cannot be used; 2 where a text, a flag or the base is wrong.
+    """
+    from moa_serve.shell.prompts import read_prompts
+
+    lines = read_prompts(text or [], file, typer.get_binary_stream("stdin"))
+    if (text or file) and not lines:
+        raise typer.BadParameter("there is no text in it", param_hint="--text or --file")
+
+    from moa_serve.shell import inspect as inspection
+    from moa_serve.shell import selection
+
+    if file_format not in inspection.FORMATS:
+        raise typer.BadParameter(f"{file_format!r} is neither png nor svg", param_hint="--format")
+    if out is not None:
+        inspection.load_plots()  # what is missing is better told before the work than after it
+    if adapters_dir is None and Path("adapters").is_dir():
+        adapters_dir = Path("adapters")
+    wanted = selection.parse_adapter(adapter, adapters_dir)
+    if wanted.name is None or wanted.source is None:
+        raise InvalidRequest("the base alone has no experts to look into; name an adapter", param="adapter")
+    source = wanted.source if variant is None else dataclasses.replace(wanted.source, variant=variant)
+    with _loaded(model, backend, device, dtype) as llm:
+        with terminal.spinner("Loading the adapter"):
+            found = llm.load_adapter(wanted.name, source)
+        for warning in found.warnings:
+            terminal.warn(warning)
+        with terminal.spinner("Looking into it"):
+            seen = inspection.inspect_adapter(llm, wanted.name, found, lines, layers)
+        if as_json:
+            typer.echo(json.dumps(inspection.to_json(seen)))
+        else:
+            inspection.show(terminal.output(), seen)
+        if out is not None:
+            with terminal.spinner("Drawing"):
+                written = inspection.write(seen, out, file_format)
+            terminal.note(f"wrote {', '.join(map(str, written))}")
+
+
+app.command("train")(train)
+
+
+@app.command("eval")
+def evaluate(
+    data: Annotated[
+        list[Path],
+        typer.Option(help="Questions: a .json or .jsonl file, or a folder with test.json; again for more.", show_default=False),
+    ],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An adapter to score, again for each: NAME, PATH or NAME=PATH, with :VARIANT as in generate; base is the base alone. "
+            "Without --adapter: the base and every adapter in the adapters directory.",
+            show_default=False,
+        ),
+    ] = None,
+    adapters_dir: AdaptersDir = None,
+    form: Annotated[str, typer.Option(help="Of choice tasks: authors (numbered choices) or cloze (the text of the choice).")] = "authors",
+    scorer: Annotated[
+        str,
+        typer.Option(
+            help="generation, likelihood, both, or auto: numbers and texts by generation, numbered choices by both, cloze by likelihood."
+        ),
+    ] = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="Take this many questions of each file, the same ones for equal seeds.")] = None,
+    seed: Annotated[int, typer.Option(help="Which questions --limit takes.")] = 0,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens to generate for each.", show_default="200; 40 where a choice is to be named")
+    ] = None,
+    batch_rows: Annotated[int, typer.Option(min=1, help="Questions that run at the same time.")] = 64,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="Folder to write results.json and results.md to.")] = None,
+    model: Model = None,
+    backend: Backend = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output instead of the tables.")] = False,
+) -> None:
+    """Score adapters on data files, all of them in one mixed batch, beside the base and beside chance.
+
+    Exit code 1 where an adapter cannot be used or an answer ended in an error; 2 where the data, a flag or the base is wrong.
+    """
+    from moa_serve.train.scoring import WANTED, read_task
+
+    for name, value, known in (("form", form, ("authors", "cloze")), ("scorer", scorer, WANTED)):
+        if value not in known:
+            raise InvalidRequest(f"{name} is {value!r}, but must be one of {', '.join(known)}", param=name)
+    tasks = [read_task(path, "cloze" if form == "cloze" else "authors", limit=limit, seed=seed) for path in data]
+    with terminal.spinner("Loading torch"):
+        from moa_serve.shell import evaluate as view
+        from moa_serve.shell import selection
+        from moa_serve.train.evaluate import Evaluation
+    if adapters_dir is None and Path("adapters").is_dir():
+        adapters_dir = Path("adapters")
+    named = selection.parse_adapters(adapter or [], adapters_dir)
+    if out is not None:
+        view.prepare(out)
+
+    with _loaded(model, backend, device, dtype, **view.engine_options(batch_rows)) as llm:
+        with terminal.spinner("Loading the adapters"):
+            columns = selection.load(llm, named or selection.wanted_by_default(llm, adapters_dir, with_base=True))
+        evaluation = Evaluation(llm, tasks, list(columns), scorer=scorer, max_tokens=max_tokens)
+        settings = {"form": form, "scorer": scorer, "limit": limit, "seed": seed, "max_tokens": max_tokens, "batch_rows": batch_rows}
+        report = view.Report(view.describe_base(llm), settings, columns)
+        view.play(evaluation, report, is_shown=not as_json, out=out)
+    if as_json:
+        typer.echo(json.dumps(view.to_json(report)))
+    if out is not None:
+        terminal.note(f"wrote {out / view.JSON_FILE} and {out / view.MARKDOWN_FILE}")
+    failed = view.errors(report)
+    for label, errors in failed:
+        terminal.warn(f"{label}: {_count(len(errors), 'answer')} ended in an error: {errors[0]}")
+    if failed:
+        raise typer.Exit(FAILURE)
+
+
 def _serve(*, config: Path | None, **flags: Any) -> None:
     """Serve the base and its adapters over the OpenAI API.
 
@@ -284,14 +422,14 @@ app.command("serve")(_serve)
 
 
 @contextmanager
-def _loaded(model: str | None, backend: str = "auto", device: str = "auto", dtype: str = "auto") -> "Iterator[LLM]":
+def _loaded(model: str | None, backend: str = "auto", device: str = "auto", dtype: str = "auto", **engine_options: Any) -> "Iterator[LLM]":
     """An LLM for the length of a command."""
     with terminal.spinner("Loading torch"):
         from moa_serve.llm import LLM
 
     # A base that must be fetched or converted first draws a bar of its own, so only a folder gets a spinner.
     with terminal.spinner("Loading the base", shown=model is not None and Path(model).is_dir()):
-        llm = LLM(model, backend=backend, device=device, dtype=dtype)
+        llm = LLM(model, backend=backend, device=device, dtype=dtype, **engine_options)
     with llm:
         yield llm
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -17,12 +17,21 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from moa_serve.api.schemas import Message
 from moa_serve.errors import InvalidRequest
 from moa_serve.text import Tokenizer
 
 _ROLES = {"developer": "system"}  # OpenAI's newer word; templates know the older one
 _PRIVATE = (*range(0xE000, 0xF900), *range(0xF0000, 0xF0400))
+
+
+class Message(Protocol):
+    """One message of a chat, of a request or of a data file."""
+
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def text(self) -> str: ...
 
 
 class ChatTemplate:

@@ -11,6 +11,7 @@
     ├── Overloaded                     server_overloaded         too many requests are running or waiting
     │   └── Draining                   draining                  the server is about to end
     ├── ModelNotListed                 model_not_found           a request names a model that is not served
+    ├── DataInvalid                    data_invalid              a data file to train on or to evaluate with
     └── AdapterError                   an adapter cannot be used
         ├── AdapterNotFound            adapter_not_found
         ├── AdapterNameInvalid         adapter_name_invalid
@@ -92,6 +93,10 @@ class Overloaded(MoaError):
 
 class ModelNotListed(MoaError):
     code = "model_not_found"
+
+
+class DataInvalid(MoaError):
+    code = "data_invalid"
 
 
 class Draining(Overloaded):

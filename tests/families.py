@@ -182,3 +182,15 @@ def random_adapter(family: str, seed: int = 1, config: dict[str, Any] | None = N
         scale = 0.7 if name.endswith(("bias", "gate", "rows")) else shape[-1] ** -0.5
         tensors[name] = torch.randn(shape, generator=generator) * scale
     return manifest, tensors
+
+
+def write_overflowing(folder: Path, config: dict[str, Any], *, token: int) -> None:
+    """An adapter of finite weights that overflows after one token only: its A sees what no other token's embedding has."""
+    tensors = base_tensors(config)
+    embed = tensors["model.embed_tokens.weight"].double()
+    normed = embed / embed.square().mean(-1, keepdim=True).sqrt() * tensors["model.layers.0.input_layernorm.weight"].double()
+    others = torch.cat([normed[:token], normed[token + 1 :]])
+    own = normed[token] - others.T @ torch.linalg.lstsq(others.T, normed[token]).solution
+    manifest = Manifest.parse(raw_manifest("lora", config) | {"experts": [lora("Q", layers=[0])]})
+    a, b = ((name, shape) for name, shape in manifest.expected_tensors().items())
+    write_adapter(folder, manifest, {a[0]: own.float().expand(a[1]).clone(), b[0]: torch.full(b[1], 3e38)})

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from starlette.requests import HTTPConnection
 
 from moa_serve.api.adapters import AdapterRegistry
-from moa_serve.api.chat_template import ChatTemplate
 from moa_serve.api.errors import NotReady
+from moa_serve.chat_template import ChatTemplate
 from moa_serve.engine.async_engine import AsyncEngine
 from moa_serve.errors import Draining, InvalidRequest, Overloaded
 from moa_serve.metrics import Metrics

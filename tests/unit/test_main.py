@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from families import TINY, base_tensors, lora, raw_manifest, write_base, write_family, write_tokenizer
+from families import TINY, write_base, write_family, write_overflowing, write_tokenizer
 from typer.testing import CliRunner, Result
 
 from moa_serve.__main__ import app
-from moa_serve.adapter.checkpoint import write_adapter
-from moa_serve.adapter.manifest import Manifest
 
 WITH_TEXT: dict[str, Any] = TINY | {"vocab_size": 259, "eos_token_id": 2}
 Run = Callable[..., Result]
@@ -341,15 +338,3 @@ def test_a_completion_that_ends_in_an_error_is_shown_and_is_exit_1(run: Run, tmp
     plain = run(*arguments)
     assert plain.exit_code == 1
     assert "error: " in plain.stdout
-
-
-def write_overflowing(folder: Path, config: dict[str, Any], *, token: int) -> None:
-    """An adapter of finite weights that overflows after one token only: its A sees what no other token's embedding has."""
-    tensors = base_tensors(config)
-    embed = tensors["model.embed_tokens.weight"].double()
-    normed = embed / embed.square().mean(-1, keepdim=True).sqrt() * tensors["model.layers.0.input_layernorm.weight"].double()
-    others = torch.cat([normed[:token], normed[token + 1 :]])
-    own = normed[token] - others.T @ torch.linalg.lstsq(others.T, normed[token]).solution
-    manifest = Manifest.parse(raw_manifest("lora", config) | {"experts": [lora("Q", layers=[0])]})
-    a, b = ((name, shape) for name, shape in manifest.expected_tensors().items())
-    write_adapter(folder, manifest, {a[0]: own.float().expand(a[1]).clone(), b[0]: torch.full(b[1], 3e38)})

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from serving import CONFIG, TEMPLATE, Serving
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from moa_serve.api.chat_template import ChatTemplate
 from moa_serve.api.schemas import Message
+from moa_serve.chat_template import ChatTemplate
 from moa_serve.errors import InvalidRequest
 from moa_serve.text import Tokenizer
 

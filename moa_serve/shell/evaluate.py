@@ -1,0 +1,284 @@
+"""What `moa-serve eval` shows and writes: a table for each task and scorer, and the same as JSON and Markdown with every setting.
+
+The files hold no text of the data: rows by their index, predictions, and whether they are right, so that anyone can count again.
+"""
+
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from moa_serve.errors import InvalidRequest
+from moa_serve.llm import LLM
+from moa_serve.shell import terminal
+from moa_serve.shell.prompts import BASE
+from moa_serve.shell.selection import Column
+from moa_serve.shell.terminal import print_table, visible
+from moa_serve.train.evaluate import Evaluation, Round, Score
+from moa_serve.train.scoring import Estimate, Verdict
+
+FORMAT = "moa-eval/1"
+_BATCH_TOKENS = 512  # in a step
+JSON_FILE, MARKDOWN_FILE = "results.json", "results.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All rounds of a run, and what it takes to run it again."""
+
+    base: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    columns: Mapping[str | None, Column]
+    rounds: list[Round] = field(default_factory=list)
+
+
+def errors(report: Report) -> list[tuple[str, list[str]]]:
+    """(task and adapter, what its answers ended with), where there is any."""
+    return [
+        (f"{found.task.name}, {found.scorer}, {score.adapter or BASE}", score.errors)
+        for found in report.rounds
+        for score in found.scores
+        if score.errors
+    ]
+
+
+def engine_options(num_rows: int) -> dict[str, int]:
+    """Sizes for work that nobody waits for token by token: prompts are prefilled as fast as there is room."""
+    budget = max(_BATCH_TOKENS, num_rows)
+    return {"max_num_seqs": num_rows, "max_batch_tokens": budget, "max_mixed_prefill_tokens": budget}
+
+
+def describe_base(llm: LLM) -> dict[str, Any]:
+    dtype = str(llm.dtype).removeprefix("torch.")
+    return {"name": llm.name, "digest": llm.base_digest, "backend": llm.backend, "device": str(llm.device), "dtype": dtype}
+
+
+def play(evaluation: Evaluation, report: Report, *, is_shown: bool, out: Path | None) -> None:
+    """All rounds of a run: a bar on standard error where somebody watches, the table of each, and the files up to date after each."""
+    console = terminal.messages()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    hidden = not console.is_terminal
+    # What goes to standard output must not be taken to standard error by the bar.
+    with Progress(*columns, console=console, disable=hidden, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
+        task = bar.add_task("", total=evaluation.num_pairs)
+        for found in evaluation.run(lambda what, done: bar.update(task, description=visible(what), completed=done)):
+            report.rounds.append(found)
+            bar.stop()
+            if is_shown:
+                show(terminal.output(), found, report.columns)
+            if out is not None:
+                write(report, out)
+            bar.start()
+
+
+# -- one table, for a terminal and for Markdown
+
+
+def heading(found: Round) -> str:
+    task = found.task
+    of = f" of {task.num_rows:,}" if len(found.rows) < task.num_rows else ""
+    parts = [f"{task.name}, {found.scorer}, {len(found.rows):,}{of} rows"]
+    if any(example.kind == "choice" for example in found.rows):
+        parts[0] += f" in {task.form} form"
+    if found.chance is not None and found.majority is not None:
+        parts.append(f"chance {_percent(found.chance)}, always the same place {_percent(found.majority)}")
+    return "; ".join(parts)
+
+
+def cost(found: Round) -> str:
+    """The speed of the whole mixed batch."""
+    adapters = f"{len(found.scores)} adapters in one batch: " if len(found.scores) > 1 else ""
+    return f"{adapters}{found.num_tokens:,} tokens in {found.seconds:.1f} s, {found.tokens_per_second:,.0f} tokens/s"
+
+
+def table_rows(found: Round, columns: Mapping[str | None, Column]) -> tuple[list[str], list[list[str]]]:
+    """(titles, cells). A column that would be empty is left out."""
+    is_loss = found.scorer == "loss"
+    titles = ["adapter", "variant", "nats/token" if is_loss else "right", "± SE", "against base", "right per byte", "no answer", "errors"]
+    titles += ["experts/token", "not selected"]
+    rows = [[columns[score.adapter].label, _variant(columns[score.adapter]), *_cells(score, is_loss)] for score in found.scores]
+    kept = [i for i, title in enumerate(titles) if title in ("adapter", "± SE") or i == 2 or any(row[i] not in ("", "0") for row in rows)]
+    return [titles[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def _variant(column: Column) -> str:
+    return "" if column.name is None else column.detail
+
+
+def _cells(score: Score, is_loss: bool) -> list[str]:
+    show = _nats if is_loss else _percent
+    usage = score.usage
+    return [
+        "-" if score.score is None else show(score.score.value),
+        "-" if score.score is None else show(score.score.standard_error),
+        "" if score.against_base is None else _difference(score.against_base, is_loss),
+        "" if score.per_byte is None or score.per_byte == score.score else show(score.per_byte.value),
+        "" if is_loss else str(score.num_unanswered),
+        str(len(score.errors)),
+        "" if usage is None else f"{usage.experts_per_token:.2f} of {usage.num_experts:.4g}",
+        "" if usage is None else _percent(usage.not_selected),
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _nats(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _difference(found: Estimate, is_loss: bool) -> str:
+    value, error = (found.value, found.standard_error) if is_loss else (100 * found.value, 100 * found.standard_error)
+    digits = 4 if is_loss else 1
+    return f"{value:+.{digits}f} ± {error:.{digits}f}{' *' if found.is_beyond_chance else ''}"
+
+
+NOTE = "* more than two standard errors, row by row"
+
+
+def show(console: Console, found: Round, columns: Mapping[str | None, Column]) -> None:
+    titles, rows = table_rows(found, columns)
+    console.print(Text(visible(heading(found)), style="bold"), soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for title in titles:
+        table.add_column(title, justify="left" if title in ("adapter", "variant") else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(visible(cell), style="green" if cell.endswith(" *") else "") for cell in row))
+    print_table(console, table)
+    if any(cell.endswith(" *") for row in rows for cell in row):
+        console.print(Text(NOTE, style="dim"), soft_wrap=True)
+    console.print(Text(cost(found), style="dim"), soft_wrap=True)
+    console.print()
+
+
+# -- files
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    tasks = {found.task.path: found.task for found in report.rounds}
+    return {
+        "format": FORMAT,
+        "versions": {"moa_serve": version("moa_serve"), "torch": version("torch"), "python": platform.python_version()},
+        "base": dict(report.base),
+        "settings": dict(report.settings),
+        "adapters": [
+            {"name": column.label, "variant": _variant(column) or None, "revision": column.revision} for column in report.columns.values()
+        ],
+        "tasks": [
+            {"name": task.name, "path": task.path, "sha256": task.digest, "form": task.form, "num_rows": task.num_rows}
+            for task in tasks.values()
+        ],
+        "rounds": [_round_json(found) for found in report.rounds],
+    }
+
+
+def _round_json(found: Round) -> dict[str, Any]:
+    return {
+        "task": found.task.name,
+        "path": found.task.path,
+        "scorer": found.scorer,
+        "metric": "nats_per_token" if found.scorer == "loss" else "accuracy",
+        "n": len(found.rows),
+        "chance": _rounded(found.chance),
+        "majority": _rounded(found.majority),
+        "num_tokens": found.num_tokens,
+        "seconds": round(found.seconds, 3),
+        "tokens_per_second": round(found.tokens_per_second, 1),
+        "rows": [example.row for example in found.rows],
+        "scores": [_score_json(score, found) for score in found.scores],
+    }
+
+
+def _score_json(score: Score, found: Round) -> dict[str, Any]:
+    is_loss = found.scorer == "loss"
+    answers = list(zip(found.rows, score.verdicts, strict=True))
+    item: dict[str, Any] = {
+        "adapter": score.adapter or BASE,
+        "value": _rounded(score.score.value) if score.score else None,
+        "standard_error": _rounded(score.score.standard_error) if score.score else None,
+        "against_base": _estimate_json(score.against_base),
+        "num_tokens": score.num_tokens,
+        "errors": {str(example.row): verdict.error for example, verdict in answers if verdict.error is not None},
+        "routing": None,
+    }
+    if not is_loss:
+        item["correct"] = round(sum(verdict.value for verdict in score.verdicts))
+        item["unanswered"] = score.num_unanswered
+        item["accuracy_per_byte"] = _rounded(score.per_byte.value) if score.per_byte else None
+    if score.usage is not None:
+        usage = score.usage
+        item["routing"] = {
+            "experts_per_token": _rounded(usage.experts_per_token),
+            "num_experts": _rounded(usage.num_experts),
+            "not_selected": _rounded(usage.not_selected),
+        }
+    item["answers"] = [_answer_json(verdict, is_loss) for _, verdict in answers]
+    return item
+
+
+def _answer_json(verdict: Verdict, is_loss: bool) -> list[Any]:
+    """Of a loss [nats, tokens]; of an answer [what was predicted, whether it is right]."""
+    return [_rounded(verdict.value), verdict.weight] if is_loss else [verdict.prediction, bool(verdict.value)]
+
+
+def _estimate_json(found: Estimate | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {
+        "difference": _rounded(found.value),
+        "standard_error": _rounded(found.standard_error),
+        "beyond_two_standard_errors": found.is_beyond_chance,
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def to_markdown(report: Report) -> str:
+    settings = ", ".join(f"{name} {value}" for name, value in report.settings.items() if value is not None)
+    base = report.base
+    where = f"{base['backend']} backend on {base['device']}, {base['dtype']}"
+    lines = ["# Evaluation", "", f"Base {_cell(base['name'])} (`{base['digest'][:12]}`), {where}; {_cell(settings)}."]
+    for found in report.rounds:
+        titles, rows = table_rows(found, report.columns)
+        lines += ["", f"## {_cell(heading(found))}", "", _line(titles), _line(["---"] * len(titles))]
+        lines += [_line(row) for row in rows]
+        lines += ["", f"{cost(found)}. `{Path(found.task.path).name}` sha256 `{found.task.digest[:12]}`."]
+    if any(score.against_base for found in report.rounds for score in found.scores):
+        lines += ["", f"\\{NOTE}."]
+    if revisions := [f"{_cell(column.label)} `{column.revision[:12]}`" for column in report.columns.values() if column.revision]:
+        lines += ["", f"Revisions: {', '.join(revisions)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(map(_cell, cells))} |"
+
+
+def _cell(text: str) -> str:
+    """A name of a file or of an adapter must not end a cell."""
+    return " ".join(visible(text).split()).replace("|", "\\|")
+
+
+def prepare(folder: Path) -> None:
+    """Make the folder before the work, which may take hours. Raises InvalidRequest."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidRequest(f"{folder}: cannot be made ({error.strerror}); choose another --out", param="out") from None
+
+
+def write(report: Report, folder: Path) -> None:
+    (folder / JSON_FILE).write_text(json.dumps(to_json(report)) + "\n", encoding="utf-8")
+    (folder / MARKDOWN_FILE).write_text(to_markdown(report), encoding="utf-8")
