@@ -27,27 +27,30 @@ from moa_serve.train.evaluate import Evaluation
 from moa_serve.train.loop import TrainSettings
 from moa_serve.train.recipe import Recipe
 from moa_serve.train.run import TrainingRun, train
-from moa_serve.train.scoring import Task, read_task
+from moa_serve.train.scoring import read_task
+from moa_serve.train.tasks import Form
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "docs" / "results"
 RUNS = HERE / "study.training"  # adapters and states; not committed
-TEST_ROWS = 500  # fixed, by scoring.subset
 
 
 @dataclass(frozen=True, slots=True)
 class StudyTask:
-    """Training files and test files below --data. `max_tokens` to generate."""
+    """Training files below --data; test files, and how many of their rows (fixed, by scoring.subset); `max_tokens` to generate."""
 
     train: tuple[str, ...]
-    test: tuple[str, ...]
-    form: str
+    test: tuple[tuple[str, int], ...]
+    form: Form
+    scorer: str
     max_tokens: int
 
 
 TASKS = {
-    "mawps": StudyTask(("mawps/train_clean.json",), ("mawps/test.json", "AddSub/test.json"), "authors", 48),
-    "arc": StudyTask(("ARC-Easy/train.json", "ARC-Challenge/train.json", "openbookqa/train.json"), ("ARC-Easy/test.json",), "cloze", 24),
+    "mawps": StudyTask(("mawps/train_clean.json",), (("mawps/test.json", 238), ("AddSub/test.json", 262)), "authors", "generation", 40),
+    "arc": StudyTask(
+        ("ARC-Easy/train.json", "ARC-Challenge/train.json", "openbookqa/train.json"), (("ARC-Easy/test.json", 500),), "cloze", "both", 16
+    ),
 }
 
 
@@ -129,7 +132,7 @@ def run(data: Path, tokens: int, worker: int, num_workers: int, console: Console
         console.print(f"[{number}/{len(mine)}] {job.name}")
         folder = None if job.row is None else _trained(job, data, tokens)
         if llm is None:
-            llm = LLM(dtype="bfloat16", kv_cache_bytes=2**29, **engine_options(64))
+            llm = LLM(dtype="bfloat16", kv_cache_bytes=2**29, **engine_options(128))
         result = _scored(job, data, llm, folder)
         job.file.with_suffix(".new").write_text(json.dumps(result, indent=1) + "\n")
         os.replace(job.file.with_suffix(".new"), job.file)
@@ -140,10 +143,10 @@ def _trained(job: Job, data: Path, tokens: int) -> Path:
     row, task = job.row, TASKS[job.task]
     assert row is not None
     settings = TrainSettings(
-        seed=job.seed, max_train_tokens=tokens, batch_size=8, epochs=20, learning_rate=2e-3, patience=0, **row.settings
+        seed=job.seed, max_train_tokens=tokens, batch_size=8, epochs=20, learning_rate=3e-3, patience=0, **row.settings
     )
     run = TrainingRun(
-        data=tuple(data / name for name in task.train), out=RUNS / job.name, form="cloze" if task.form == "cloze" else "authors",
+        data=tuple(data / name for name in task.train), out=RUNS / job.name, form=task.form,
         resume=True, recipe=row.recipe, settings=settings,
     )  # fmt: skip
     if not (run.out / "adapter.json").exists():
@@ -156,8 +159,8 @@ def _scored(job: Job, data: Path, llm: LLM, folder: Path | None) -> dict[str, An
     if folder is not None:
         name = job.name
         llm.load_adapter(name, folder)
-    tests = [_part(data / path, task.form, TEST_ROWS // len(task.test)) for path in task.test]
-    evaluation = Evaluation(llm, tests, [name], scorer="both", max_tokens=task.max_tokens)
+    tests = [read_task(data / path, task.form, limit=count) for path, count in task.test]
+    evaluation = Evaluation(llm, tests, [name], scorer=task.scorer, max_tokens=task.max_tokens)
     start = time.perf_counter()
     found = to_json(EvalReport({}, {}, {}, list(evaluation.run())))["rounds"]
     seconds = time.perf_counter() - start
@@ -180,10 +183,6 @@ def _scored(job: Job, data: Path, llm: LLM, folder: Path | None) -> dict[str, An
     }
 
 
-def _part(path: Path, form: str, limit: int) -> Task:
-    return read_task(path, "cloze" if form == "cloze" else "authors", limit=limit)
-
-
 def _compact(score: dict[str, Any]) -> dict[str, Any]:
     """The figures, and for each answer only whether it is right: enough to compare two runs row by row."""
     answers = score.pop("answers")
@@ -203,7 +202,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run")
     runs.add_argument("--data", type=Path, required=True)
-    runs.add_argument("--tokens", type=int, default=30_000, help="training tokens of every row")
+    runs.add_argument("--tokens", type=int, default=24_000, help="training tokens of every row")
     runs.add_argument("--worker", default="1/1", help="K/N: do every Nth job from the Kth on")
     runs.add_argument("--threads", type=int, default=1)
     commands.add_parser("report")

@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 from moa_serve.errors import AdapterCorrupt, AdapterError, DataInvalid, InvalidRequest, MoaError, ModelError
 from moa_serve.settings import ServerSettings, load_settings
 from moa_serve.shell import terminal
+from moa_serve.shell.bench_command import bench
 from moa_serve.shell.train_command import train
 
 if TYPE_CHECKING:
@@ -314,6 +315,7 @@ def inspect_adapter(
 
 
 app.command("train")(train)
+app.add_typer(bench)
 
 
 @app.command("eval")

@@ -1,5 +1,6 @@
-"""How much memory a new allocation may take: of the GPU, or of the machine within the limits of its control groups."""
+"""How much memory a new allocation may take: of the GPU, or of the machine within the limits of its control groups; and giving it back."""
 
+import ctypes
 from pathlib import Path
 
 import psutil
@@ -13,6 +14,16 @@ def available_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     available: int = psutil.virtual_memory().available
     return min([available, *_cgroup_rooms(Path("/proc/self/cgroup"), _ROOT)])
+
+
+def trim_memory() -> None:
+    """Give freed memory back to the system, where the C library is glibc and keeps it.
+
+    Tensors of another size every step leave holes that no later one fits: a training of 230 steps grew from 1.9 to 3.9 GiB without this.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _cgroup_rooms(membership: Path, root: Path) -> list[int]:

@@ -27,7 +27,8 @@ from moa_serve.train.evaluate import Evaluation, Round, Score
 from moa_serve.train.scoring import Estimate, Verdict
 
 FORMAT = "moa-eval/1"
-_BATCH_TOKENS = 512  # in a step
+_BATCH_TOKENS = 1024  # in a step; 1.2 times the tokens/s of 256 and 64, the server's sizes (as in train/evaluate.py)
+_FULL_WIDTH = 96  # columns of a table with its variants; narrower terminals see it without
 JSON_FILE, MARKDOWN_FILE = "results.json", "results.md"
 
 
@@ -66,13 +67,11 @@ def play(evaluation: Evaluation, report: Report, *, is_shown: bool, out: Path | 
     """All rounds of a run: a bar on standard error where somebody watches, the table of each, and the files up to date after each."""
     console = terminal.messages()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    hidden = not console.is_terminal
-    # What goes to standard output must not be taken to standard error by the bar.
-    with Progress(*columns, console=console, disable=hidden, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("", total=evaluation.num_pairs)
         for found in evaluation.run(lambda what, done: bar.update(task, description=visible(what), completed=done)):
             report.rounds.append(found)
-            bar.stop()
+            bar.stop()  # while it runs, it takes standard output to standard error
             if is_shown:
                 show(terminal.output(), found, report.columns)
             if out is not None:
@@ -90,7 +89,7 @@ def heading(found: Round) -> str:
     if any(example.kind == "choice" for example in found.rows):
         parts[0] += f" in {task.form} form"
     if found.chance is not None and found.majority is not None:
-        parts.append(f"chance {_percent(found.chance)}, always the same place {_percent(found.majority)}")
+        parts.append(f"chance {_percent(found.chance)} %, always the same place {_percent(found.majority)} %")
     return "; ".join(parts)
 
 
@@ -103,10 +102,10 @@ def cost(found: Round) -> str:
 def table_rows(found: Round, columns: Mapping[str | None, Column]) -> tuple[list[str], list[list[str]]]:
     """(titles, cells). A column that would be empty is left out."""
     is_loss = found.scorer == "loss"
-    titles = ["adapter", "variant", "nats/token" if is_loss else "right", "± SE", "against base", "right per byte", "no answer", "errors"]
-    titles += ["experts/token", "not selected"]
+    titles = ["adapter", "variant", "nats/token" if is_loss else "right %", "against base", "per\nbyte %", "no\nanswer", "errors"]
+    titles += ["experts\na token", "not\nselected %"]
     rows = [[columns[score.adapter].label, _variant(columns[score.adapter]), *_cells(score, is_loss)] for score in found.scores]
-    kept = [i for i, title in enumerate(titles) if title in ("adapter", "± SE") or i == 2 or any(row[i] not in ("", "0") for row in rows)]
+    kept = [i for i in range(len(titles)) if i in (0, 2) or any(row[i] not in ("", "0") for row in rows)]
     return [titles[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
@@ -115,49 +114,46 @@ def _variant(column: Column) -> str:
 
 
 def _cells(score: Score, is_loss: bool) -> list[str]:
-    show = _nats if is_loss else _percent
-    usage = score.usage
+    usage, per_byte = score.usage, score.per_byte
     return [
-        "-" if score.score is None else show(score.score.value),
-        "-" if score.score is None else show(score.score.standard_error),
-        "" if score.against_base is None else _difference(score.against_base, is_loss),
-        "" if score.per_byte is None or score.per_byte == score.score else show(score.per_byte.value),
+        "-" if score.score is None else _estimate(score.score, is_loss),
+        "" if score.against_base is None else _estimate(score.against_base, is_loss, sign="+") + " *" * score.against_base.is_beyond_chance,
+        "" if per_byte is None or per_byte == score.score else _percent(per_byte.value),
         "" if is_loss else str(score.num_unanswered),
         str(len(score.errors)),
-        "" if usage is None else f"{usage.experts_per_token:.2f} of {usage.num_experts:.4g}",
+        "" if usage is None else f"{usage.experts_per_token:.2f}/{usage.num_experts:.4g}",
         "" if usage is None else _percent(usage.not_selected),
     ]
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f}"
 
 
-def _nats(value: float) -> str:
-    return f"{value:.4f}"
+def _estimate(found: Estimate, is_loss: bool, sign: str = "") -> str:
+    """With its standard error: nats with four digits, shares in percent."""
+    scale, digits = (1, 4) if is_loss else (100, 1)
+    return f"{scale * found.value:{sign}.{digits}f} ± {scale * found.standard_error:.{digits}f}"
 
 
-def _difference(found: Estimate, is_loss: bool) -> str:
-    value, error = (found.value, found.standard_error) if is_loss else (100 * found.value, 100 * found.standard_error)
-    digits = 4 if is_loss else 1
-    return f"{value:+.{digits}f} ± {error:.{digits}f}{' *' if found.is_beyond_chance else ''}"
-
-
-NOTE = "* more than two standard errors, row by row"
+NOTE = "± one standard error; * more than two of them away from the base, row by row"
 
 
 def show(console: Console, found: Round, columns: Mapping[str | None, Column]) -> None:
     titles, rows = table_rows(found, columns)
+    if terminal.is_terminal() and console.width < _FULL_WIDTH and "variant" in titles:
+        titles, rows = titles[:1] + titles[2:], [row[:1] + row[2:] for row in rows]
     console.print(Text(visible(heading(found)), style="bold"), soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for title in titles:
-        table.add_column(title, justify="left" if title in ("adapter", "variant") else "right", overflow="fold")
+    for title in titles:  # where it is narrow, names are folded and numbers are not
+        if title in ("adapter", "variant"):
+            table.add_column(title, overflow="fold", min_width=8)
+        else:
+            table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(visible(cell), style="green" if cell.endswith(" *") else "") for cell in row))
+        table.add_row(*(Text(visible(cell), style="bold" if cell.endswith(" *") else "") for cell in row))
     print_table(console, table)
-    if any(cell.endswith(" *") for row in rows for cell in row):
-        console.print(Text(NOTE, style="dim"), soft_wrap=True)
-    console.print(Text(cost(found), style="dim"), soft_wrap=True)
+    console.print(Text(f"{NOTE}\n{cost(found)}", style="dim"), soft_wrap=True)
     console.print()
 
 
@@ -255,8 +251,7 @@ def to_markdown(report: Report) -> str:
         lines += ["", f"## {_cell(heading(found))}", "", _line(titles), _line(["---"] * len(titles))]
         lines += [_line(row) for row in rows]
         lines += ["", f"{cost(found)}. `{Path(found.task.path).name}` sha256 `{found.task.digest[:12]}`."]
-    if any(score.against_base for found in report.rounds for score in found.scores):
-        lines += ["", f"\\{NOTE}."]
+    lines += ["", f"{NOTE}.".replace("*", "\\*")]
     if revisions := [f"{_cell(column.label)} `{column.revision[:12]}`" for column in report.columns.values() if column.revision]:
         lines += ["", f"Revisions: {', '.join(revisions)}."]
     return "\n".join(lines) + "\n"

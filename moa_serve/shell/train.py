@@ -34,7 +34,7 @@ class _Bar:
         if done.evaluation is None:
             return
         line = f"step {done.step}/{done.num_steps}  loss {self._loss:.4f}  {self._speed:.0f} tokens/s"
-        if done.evaluation.loss >= 0:
+        if done.evaluation.loss is not None:
             line += f"  held-out loss {done.evaluation.loss:.4f}"
         if done.health is not None:
             health = done.health
@@ -54,7 +54,7 @@ class _Scalars:
     def __call__(self, done: StepDone) -> None:
         scalars = {"train/loss": done.loss, "train/learning_rate": done.rate, "train/grad_norm": done.grad_norm}
         scalars |= {"train/tokens_per_second": done.tokens_per_second, "train/tokens": done.tokens}
-        if done.evaluation is not None and done.evaluation.loss >= 0:
+        if done.evaluation is not None and done.evaluation.loss is not None:
             scalars["held_out/loss"] = done.evaluation.loss
         if done.health is not None:
             scalars |= {f"router/{name}": getattr(done.health, name) for name in done.health.__slots__}

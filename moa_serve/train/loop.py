@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moa_serve.adapter.manifest import Manifest
+from moa_serve.engine.memory import trim_memory
 from moa_serve.engine.routing import assemble
 from moa_serve.errors import DataInvalid, InvalidRequest
 from moa_serve.model.batch import RoutingTrace
@@ -28,6 +29,7 @@ from moa_serve.train.objective import Objective, trainable
 from moa_serve.train.prompts import Encoded
 
 STATE_FILE = "state.pt"
+_TRIM_EVERY = 8  # steps
 _STATE_FORMAT = 1
 
 
@@ -59,7 +61,7 @@ class TrainSettings:
     decay: str = "cosine"
     max_grad_norm: float = 1.0
     batch_size: int = 32
-    micro_batch_tokens: int = 1024
+    micro_batch_tokens: int = 768
     epochs: int = 2
     max_train_tokens: int | None = None
     validation: float = 0.05
@@ -98,10 +100,10 @@ class TrainSettings:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Held-out loss, in nats per learned token, after `step` steps."""
+    """Held-out loss, in nats per learned token, after `step` steps; None where nothing is held out."""
 
     step: int
-    loss: float
+    loss: float | None
 
 
 @dataclass(eq=False, slots=True)
@@ -215,6 +217,8 @@ class Trainer:
             self.state.step += 1
             self.state.tokens += tokens
             self.state.seconds += (seconds := time.perf_counter() - started)
+            if self.state.step % _TRIM_EVERY == 0:
+                trim_memory()
             evaluation, health = None, None
             if self.state.step in evaluate_at:
                 evaluation, health = self._evaluate(), RouterHealth.of(self._counters.snapshot())
@@ -249,18 +253,17 @@ class Trainer:
         return total / num_targets, tokens, rate, norm
 
     def _evaluate(self) -> Evaluation:
-        """Held-out loss; where nothing is held out, the last tensors count as the best."""
+        """Keep the tensors with the lowest held-out loss; where nothing is held out, the last ones."""
         state = self.state
-        loss = self.loss_of(state.tensors) if self.data.validation else -float(state.step)
-        if loss < state.best_loss:
-            state.best_loss, state.best_step, state.num_worse = loss, state.step, 0
-            state.best = {name: tensor.detach().clone() for name, tensor in state.tensors.items()}
-        else:
+        loss = self.loss_of(state.tensors) if self.data.validation else None
+        if loss is not None and loss >= state.best_loss:
             state.num_worse += 1
-        evaluation = Evaluation(state.step, loss)
-        if self.data.validation:
-            state.history.append(evaluation)
-        return evaluation
+        else:
+            state.best_step, state.num_worse = state.step, 0
+            state.best = {name: tensor.detach().clone() for name, tensor in state.tensors.items()}
+            state.best_loss = state.best_loss if loss is None else loss
+        state.history.append(Evaluation(state.step, loss))
+        return state.history[-1]
 
     @torch.no_grad()
     def loss_of(self, tensors: Mapping[str, Tensor]) -> float:

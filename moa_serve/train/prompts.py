@@ -100,6 +100,8 @@ def _encode_chat(example: Example, tokenizer: Tokenizer) -> Encoded:
     A turn is what rendering the chat up to it adds to rendering the question before it. A message cannot make a control token, so the
     first one in there is the template's end of the turn. What follows the last turn is cut off.
     """
+    if tokenizer.chat_template is None:
+        raise DataInvalid(f"{example.where}: is a chat, but the base has no chat template; use rows with 'instruction'", param="data")
     template, messages = _template(tokenizer), example.messages
     token_ids: list[int] = []
     is_target: list[bool] = []

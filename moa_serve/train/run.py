@@ -163,7 +163,7 @@ def train(
             "seconds": round(state.seconds, 1),
             "tokens_per_second": round(state.tokens / max(state.seconds, 1e-9), 1),
             "peak_memory_bytes": peak_memory_bytes(device),
-            "held_out_loss": [[one.step, round(one.loss, 5)] for one in state.history],
+            "held_out_loss": [[one.step, round(one.loss, 5)] for one in state.history if one.loss is not None],
             "saved_loss": None if saved_loss is None else round(saved_loss, 5),
         },
         "made_with": {"moa_serve": version_of("moa_serve"), "torch": torch.__version__, "machine": platform.machine()},

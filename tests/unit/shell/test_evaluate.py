@@ -272,7 +272,7 @@ def test_a_loss_has_nats_in_place_of_right_answers() -> None:
     assert played["metric"] == "nats_per_token"
     assert played["scores"][0]["answers"] == [[1.0, 1], [0.0, 1], [0.0, 1], [0.0, 1]]
     assert "correct" not in played["scores"][0]
-    assert "| adapter | variant | nats/token | ± SE | against base |" in to_markdown(report("loss"))
+    assert "| adapter | variant | nats/token | against base |" in to_markdown(report("loss"))
     assert "+0.5000 ± 0.2000 *" in to_markdown(report("loss"))
 
 
@@ -284,14 +284,14 @@ def test_markdown_is_a_table_whatever_the_names() -> None:
         "",
         "## odd\\|name/test, likelihood, 4 of 40 rows in cloze form; chance 50.0 %, always the same place 75.0 %",
         "",
-        "| adapter | variant | right | ± SE | against base | right per byte | experts/token | not selected |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| base |  | 25.0 % | 25.0 % |  | 0.0 % |  |  |",
-        "| m\\|ine | sparse_moa | 75.0 % | 25.0 % | +50.0 ± 20.0 * | 100.0 % | 2.50 of 9 | 72.2 % |",
+        "| adapter | variant | right % | against base | per byte % | experts a token | not selected % |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| base |  | 25.0 ± 25.0 |  | 0.0 |  |  |",
+        "| m\\|ine | sparse_moa | 75.0 ± 25.0 | +50.0 ± 20.0 * | 100.0 | 2.50/9 | 72.2 |",
         "",
         "2 adapters in one batch: 200 tokens in 2.0 s, 100 tokens/s. `test.json` sha256 `121212121212`.",
         "",
-        "\\* more than two standard errors, row by row.",
+        "± one standard error; \\* more than two of them away from the base, row by row.",
         "",
         "Revisions: m\\|ine `abababababab`.",
     ]
@@ -302,26 +302,8 @@ def test_a_table_without_a_terminal_is_whole_and_has_no_escape_sequences(capsys:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("odd|name/test, likelihood, 4 of 40 rows")
     (own,) = [line for line in lines if "m|ine" in line]
-    assert own.split() == [
-        "m|ine",
-        "sparse_moa",
-        "75.0",
-        "%",
-        "25.0",
-        "%",
-        "+50.0",
-        "±",
-        "20.0",
-        "*",
-        "100.0",
-        "%",
-        "2.50",
-        "of",
-        "9",
-        "72.2",
-        "%",
-    ]
-    assert "* more than two standard errors, row by row" in lines
+    assert own.split() == ["m|ine", "sparse_moa", "75.0", "±", "25.0", "+50.0", "±", "20.0", "*", "100.0", "2.50/9", "72.2"]
+    assert "± one standard error; * more than two of them away from the base, row by row" in lines
     assert "\x1b" not in "".join(lines)
 
 

@@ -161,7 +161,7 @@ def test_a_template_without_ends_leaves_the_answer_alone() -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, "rows.json, row 1: the base has no chat template"),
+        (None, "rows.json, row 1: is a chat, but the base has no chat template; use rows with 'instruction'"),
         ("{{ raise_exception('no system') }}", "rows.json, row 1: the base's chat template refuses these messages: no system"),
         (
             "{% for m in messages %}{{ m.content if loop.last else '' }}{% endfor %}",
