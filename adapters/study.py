@@ -9,11 +9,12 @@ there is not done again, and a training that was interrupted is resumed, so the 
 
 import argparse
 import json
+import multiprocessing
 import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from rich.console import Console
 from moa_serve.llm import LLM
 from moa_serve.shell.evaluate import Report as EvalReport
 from moa_serve.shell.evaluate import engine_options, to_json
+from moa_serve.train.data import Example, read_examples
 from moa_serve.train.evaluate import Evaluation
 from moa_serve.train.loop import TrainSettings
 from moa_serve.train.recipe import Recipe
 from moa_serve.train.run import TrainingRun, train
-from moa_serve.train.scoring import read_task
+from moa_serve.train.scoring import Task, read_task, subset
 from moa_serve.train.tasks import Form
 
 HERE = Path(__file__).resolve().parent
@@ -37,7 +39,7 @@ RUNS = HERE / "study.training"  # adapters and states; not committed
 
 @dataclass(frozen=True, slots=True)
 class StudyTask:
-    """Training files below --data; test files, and how many of their rows (fixed, by scoring.subset); `max_tokens` to generate."""
+    """Training files below --data; test files and how many of their rows (see `_tests`); `max_tokens` to generate."""
 
     train: tuple[str, ...]
     test: tuple[tuple[str, int], ...]
@@ -143,15 +145,25 @@ def _trained(job: Job, data: Path, tokens: int) -> Path:
     row, task = job.row, TASKS[job.task]
     assert row is not None
     settings = TrainSettings(
-        seed=job.seed, max_train_tokens=tokens, batch_size=8, epochs=20, learning_rate=3e-3, patience=0, **row.settings
+        seed=job.seed, max_train_tokens=tokens, batch_size=8, epochs=20, learning_rate=6e-3, patience=0, **row.settings
     )
     run = TrainingRun(
-        data=tuple(data / name for name in task.train), out=RUNS / job.name, form=task.form,
+        data=tuple(data / name for name in task.train), out=RUNS / f"{tokens}" / job.name, form=task.form,
         resume=True, recipe=row.recipe, settings=settings,
     )  # fmt: skip
     if not (run.out / "adapter.json").exists():
-        train(run, begin=lambda summary: nullcontext())
+        # A process of its own, so that its peak of memory is the training's and not that of the engine that scores.
+        child = multiprocessing.get_context("spawn").Process(target=_train, args=(run, torch.get_num_threads()))
+        child.start()
+        child.join()
+        if child.exitcode:
+            raise SystemExit(f"{job.name}: the training ended with exit code {child.exitcode}")
     return run.out
+
+
+def _train(run: TrainingRun, threads: int) -> None:
+    torch.set_num_threads(threads)
+    train(run, begin=lambda summary: nullcontext())
 
 
 def _scored(job: Job, data: Path, llm: LLM, folder: Path | None) -> dict[str, Any]:
@@ -159,7 +171,7 @@ def _scored(job: Job, data: Path, llm: LLM, folder: Path | None) -> dict[str, An
     if folder is not None:
         name = job.name
         llm.load_adapter(name, folder)
-    tests = [read_task(data / path, task.form, limit=count) for path, count in task.test]
+    tests = _tests(task, data)
     evaluation = Evaluation(llm, tests, [name], scorer=task.scorer, max_tokens=task.max_tokens)
     start = time.perf_counter()
     found = to_json(EvalReport({}, {}, {}, list(evaluation.run())))["rounds"]
@@ -183,6 +195,22 @@ def _scored(job: Job, data: Path, llm: LLM, folder: Path | None) -> dict[str, An
     }
 
 
+def _tests(task: StudyTask, data: Path) -> list[Task]:
+    """Fixed rows (scoring.subset) of the test files, without questions that were trained on or that an earlier file asked already."""
+    seen = {_bare(example) for name in task.train for example in read_examples(data / name, task.form)}
+    tests = []
+    for path, count in task.test:
+        whole = read_task(data / path, task.form)
+        fresh = [example for example in whole.examples if _bare(example) not in seen]
+        seen |= {_bare(example) for example in fresh}
+        tests.append(replace(whole, examples=tuple(subset(fresh, count, seed=0))))
+    return tests
+
+
+def _bare(example: Example) -> str:
+    return "".join(char for char in example.instruction.lower() if char.isalnum())
+
+
 def _compact(score: dict[str, Any]) -> dict[str, Any]:
     """The figures, and for each answer only whether it is right: enough to compare two runs row by row."""
     answers = score.pop("answers")
@@ -202,7 +230,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run")
     runs.add_argument("--data", type=Path, required=True)
-    runs.add_argument("--tokens", type=int, default=24_000, help="training tokens of every row")
+    runs.add_argument("--tokens", type=int, default=32_000, help="training tokens of every row")
     runs.add_argument("--worker", default="1/1", help="K/N: do every Nth job from the Kth on")
     runs.add_argument("--threads", type=int, default=1)
     commands.add_parser("report")

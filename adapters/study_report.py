@@ -39,18 +39,25 @@ def write(results: Path, rows: Sequence[Any], tasks: Iterable[str], console: Con
     console.print(f"wrote {results.parent / 'results.md'} from {len(runs)} runs")
 
 
-def headline(run: Run) -> tuple[float, float, int]:
-    """(accuracy, standard error, n), a task's test files together: by likelihood where there are choices, else by generation."""
+def headline(run: Run) -> str:
+    """For each test row whether the answer is right ("1"), by likelihood where there are choices, else by generation."""
     wanted = "likelihood" if any(name.endswith("likelihood") for name in run["scores"]) else "generation"
-    return accuracy(run, wanted) or (math.nan, math.nan, 0)
+    return answers(run, wanted)
 
 
-def accuracy(run: Run, scorer: str) -> tuple[float, float, int] | None:
-    right = "".join(score["right"] for name, score in sorted(run["scores"].items()) if name.endswith(scorer) and "right" in score)
-    if not right:
-        return None
-    share = right.count("1") / len(right)
-    return share, math.sqrt(share * (1 - share) / len(right)), len(right)
+def answers(run: Run, scorer: str) -> str:
+    """The same by one scorer, a task's test files one after the other; "" where it was not scored so."""
+    return "".join(score["right"] for name, score in sorted(run["scores"].items()) if name.endswith(scorer) and "right" in score)
+
+
+def share(right: str) -> float:
+    return right.count("1") / len(right)
+
+
+def mean_and_error(runs: list[Run]) -> tuple[float, float]:
+    """Accuracy and its standard error over test rows. Seeds answer the same rows, so a row counts once, with its mean over the seeds."""
+    rows = np.array([[char == "1" for char in headline(run)] for run in runs], dtype=float).mean(0)
+    return float(rows.mean()), float(rows.std() / math.sqrt(len(rows)))
 
 
 def loss(run: Run) -> float | None:
@@ -78,14 +85,12 @@ def _task(task: str, runs: list[Run], titles: dict[str, str]) -> list[str]:
 
 
 def _has(runs: list[Run], scorer: str) -> bool:
-    return any(accuracy(run, scorer) for run in runs)
+    return any(answers(run, scorer) for run in runs)
 
 
 def _line(name: str, runs: list[Run], titles: dict[str, str]) -> list[str]:
-    scores = [headline(run) for run in runs]
-    mean = sum(score[0] for score in scores) / len(scores)
-    error = math.sqrt(sum(score[1] ** 2 for score in scores)) / len(scores)
-    spread = f" ({', '.join(f'{100 * score[0]:.1f}' for score in scores)})" if len(scores) > 1 else ""
+    mean, error = mean_and_error(runs)
+    spread = f" ({', '.join(f'{100 * share(headline(run)):.1f}' for run in runs)})" if len(runs) > 1 else ""
     other = [value for run in runs if (value := _second(run)) is not None]
     shares = [value for run in runs if (value := skipped(run)) is not None]
     training = [run["training"]["result"] for run in runs if run["training"]]
@@ -103,9 +108,8 @@ def _line(name: str, runs: list[Run], titles: dict[str, str]) -> list[str]:
 
 
 def _second(run: Run) -> float | None:
-    if accuracy(run, "likelihood"):
-        other = accuracy(run, "generation")
-        return other[0] if other else None
+    if answers(run, "likelihood"):
+        return share(other) if (other := answers(run, "generation")) else None
     return loss(run)
 
 
@@ -113,7 +117,7 @@ def _second_text(runs: list[Run], values: list[float]) -> str:
     if not values:
         return ""
     mean = sum(values) / len(values)
-    return f"{100 * mean:.1f} %" if accuracy(runs[0], "likelihood") else f"{mean:.3f}"
+    return f"{100 * mean:.1f} %" if answers(runs[0], "likelihood") else f"{mean:.3f}"
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -127,15 +131,16 @@ def _agreement(runs: list[Run], titles: dict[str, str]) -> list[str]:
         for name in ("soft", "sparse"):
             own = [run for run in runs if (run["task"], run["row"]) == (task, name) and run["profile"]]
             pairs = [(a, b) for i, a in enumerate(own) for b in own[i + 1 :]]
+            seeds = ", ".join(f"{a['seed']}-{b['seed']}" for a, b in pairs)
             if not pairs:
                 continue
             found = {kind: [_correlation(a, b, kind) for a, b in pairs] for kind in ("weight", "selected")}
             weight = ", ".join(f"{value:.2f}" for value in found["weight"])
             chosen = ", ".join(f"{value:.2f}" for value in found["selected"]) if name == "sparse" else ""
-            lines.append(_row([task, titles[name], weight, chosen]))
+            lines.append(_row([task, titles[name], seeds, weight, chosen]))
     if not lines:
         return []
-    head = [_row(["task", "", "weights of seeds 0-1, 0-2, 1-2", "shares selected"]), _row(["---", "---", "---:", "---:"])]
+    head = [_row(["task", "", "seeds", "weights", "shares selected"]), _row(["---", "---", "---", "---:", "---:"])]
     text = "Correlation between two seeds of an expert's mean weight, and of its share of tokens, over all layers and experts."
     return ["## Agreement between seeds", "", text, "", *head, *lines, ""]
 
@@ -150,22 +155,14 @@ def _picture(path: Path, runs: list[Run], titles: dict[str, str], tasks: list[st
     FigureCanvasAgg(figure)
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         names = [name for name in titles if any((run["task"], run["row"]) == (task, name) for run in runs)]
-        values = {name: [headline(run) for run in runs if (run["task"], run["row"]) == (task, name)] for name in names}
-        names.sort(key=lambda name: sum(v[0] for v in values[name]) / len(values[name]))
+        found = {name: [run for run in runs if (run["task"], run["row"]) == (task, name)] for name in names}
+        names.sort(key=lambda name: mean_and_error(found[name])[0])
         for place, name in enumerate(names):
-            mean = sum(v[0] for v in values[name]) / len(values[name])
-            error = math.sqrt(sum(v[1] ** 2 for v in values[name])) / len(values[name])
-            colour = (
-                "0.6"
-                if name == "base"
-                else "tab:orange"
-                if "soft" in name
-                else "tab:green"
-                if "sparse" in titles[name].lower()
-                else "tab:blue"
-            )
+            mean, error = mean_and_error(found[name])
+            kind = titles[name].split()[0]
+            colour = {"Base": "0.6", "Soft": "tab:orange", "Sparse": "tab:green"}.get(kind, "tab:blue")
             axes.errorbar(100 * mean, place, xerr=200 * error, fmt="o", color=colour, capsize=3)
-            axes.plot([100 * v[0] for v in values[name]], [place] * len(values[name]), "|", color=colour, markersize=9)
+            axes.plot([100 * share(headline(run)) for run in found[name]], [place] * len(found[name]), "|", color=colour, markersize=9)
         axes.set_yticks(range(len(names)), [titles[name] for name in names], fontsize=8)
         axes.set_xlabel("right, % (bars: two standard errors; ticks: seeds)")
         axes.set_title(task)

@@ -71,7 +71,7 @@ def test_the_session_with_the_server(folder: Path, address: str) -> None:
         elif line.startswith("curl "):
             answers[line] = run(["curl", "--fail-with-body", *shlex.split(line.replace(ADDRESS, address))[1:]], folder)
     shown = [json.loads(text)["choices"][0]["text"] for line, text in answers.items() if "/v1/completions" in line]
-    told = re.findall(r'^    (?:pirate|telegram|SmolLM2-135M-Instruct) +(".*")$', README, re.MULTILINE)
+    told = re.findall(r'^    (?:math-soft|math-sparse|SmolLM2-135M-Instruct) +(".*")$', README, re.MULTILINE)
     assert len(shown) == len(told) == 3
     assert shown == [json.loads(text) for text in told]
     metrics = next(text for line, text in answers.items() if line.endswith("/metrics"))
@@ -84,10 +84,25 @@ def test_the_session_with_the_server(folder: Path, address: str) -> None:
 @pytest.mark.parametrize("command", [line for line in lines() if line.startswith(("moa-serve generate", "moa-serve check"))])
 def test_a_command_runs(command: str, folder: Path) -> None:
     out = run([sys.executable, "-m", "moa_serve", *shlex.split(command)[1:]], folder)
-    for expected in ("[base]", "[pirate]", "scurvy dog", "[telegram]", "PARIS STOP") if "about the sea" in command else ("telegram",):
+    for expected in ("[base]", "[math-sparse]") if "--adapter base" in command else ("math-sparse",):
         assert expected in out
+
+
+def test_an_adapter_of_ones_own(folder: Path) -> None:
+    """Train, score and look into one, in order, on a few rows."""
+    words = ("red", "blue", "green", "black")
+    rows = [{"instruction": f"Repeat: {a} {b}", "output": f"{a} {b}", "answer": f"{a} {b}"} for a in words for b in words]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "test.json").write_text(json.dumps(rows[:2]))
+    commands = [line for line in lines() if line.startswith(("moa-serve train", "moa-serve eval", "moa-serve inspect"))]
+    assert [command.split()[1] for command in commands] == ["train", "eval", "inspect"]
+    for command in commands:
+        assert "mine" in run([sys.executable, "-m", "moa_serve", *shlex.split(command)[1:]], folder)
+    assert (folder / "adapters" / "mine" / "adapter.safetensors").is_file()
+    assert list((folder / "figures").glob("*.png"))
 
 
 @pytest.mark.parametrize("block", blocks("python"))
 def test_a_python_block_runs(block: str, folder: Path, address: str) -> None:
-    assert "STOP" in run([sys.executable, "-c", block.replace(ADDRESS, address)], folder)
+    out = run([sys.executable, "-c", block.replace(ADDRESS, address)], folder)
+    assert re.search(r"^(math-)?sparse .*\d", out, re.MULTILINE)

@@ -368,7 +368,7 @@ def write_adapter(folder: str | os.PathLike[str], manifest: Manifest, tensors: M
     config = json.dumps(manifest.model_dump(mode="json", exclude_none=True), indent=1, allow_nan=False) + "\n"
     try:
         target.mkdir(parents=True, exist_ok=True)
-        if any(target.iterdir()) and not _is_ours(target):
+        if any(target.iterdir()) and not is_own_folder(target):
             raise AdapterExists(f"{target}: is not empty and holds no {FORMAT} adapter; give a new folder")
         _replace(target / WEIGHTS_FILE, safetensors.torch.save({name: tensors[name].contiguous() for name in sorted(tensors)}))
         _replace(target / CONFIG_FILE, config.encode())  # last: a new folder is an adapter only when it is whole
@@ -376,7 +376,8 @@ def write_adapter(folder: str | os.PathLike[str], manifest: Manifest, tensors: M
         raise AdapterUnreadable(f"{target}: cannot be written ({error.strerror})") from None
 
 
-def _is_ours(folder: Path) -> bool:
+def is_own_folder(folder: Path) -> bool:
+    """Whether `write_adapter` may overwrite it."""
     try:
         raw = read_json(folder / CONFIG_FILE)
     except AdapterError:

@@ -13,6 +13,7 @@ import torch
 
 from moa_serve.adapter.manifest import BaseShape
 from moa_serve.bench.gathered import gathered
+from moa_serve.engine.memory import peak_memory_bytes, reset_peak_memory
 from moa_serve.model.moa import MoaWeights
 from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import Base
@@ -20,7 +21,6 @@ from moa_serve.train.loop import Trainer, TrainingData, TrainSettings
 from moa_serve.train.objective import Objective
 from moa_serve.train.prompts import Encoded
 from moa_serve.train.recipe import Recipe, fresh_tensors, manifest_of
-from moa_serve.train.run import peak_memory_bytes
 
 GOAL_TOKENS, GOAL_RATIO, GOAL_BYTES = 400, 1.3, 4 * 2**30
 
@@ -67,6 +67,7 @@ def examples(count: int, tokens: int, answer: int, vocab_size: int) -> list[Enco
 
 def measure(base: Base, name: str, *, pairs: int, batch_size: int = 12, tokens: int = 80, answer: int = 12) -> Timing:
     """Time `pairs` interleaved triples (ours, gathered, ours) of optimizer steps, after one of each to warm up."""
+    reset_peak_memory(base.weights.embed.device)  # else it were that of the families measured before
     manifest = manifest_of(RECIPES[name], BaseShape.of(base.config, base.digest))
     data = TrainingData(examples(batch_size, tokens, answer, base.config.vocab_size), [])
     settings = TrainSettings(batch_size=batch_size, epochs=4 * pairs + 8, validation=0, evaluations=1, patience=0)
@@ -80,7 +81,7 @@ def measure(base: Base, name: str, *, pairs: int, batch_size: int = 12, tokens: 
         return time.perf_counter() - start
 
     seconds(ours)
-    peak = peak_memory_bytes(trainer.model.device)  # before the other way has run: the process's peak never falls
+    peak = peak_memory_bytes(trainer.model.device)  # before the other way has run
     seconds(other)
     triples = [(seconds(ours), seconds(other), seconds(ours)) for _ in range(pairs)]
     per_step = sum(len(example.token_ids) - 1 for example in data.train)

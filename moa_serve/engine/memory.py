@@ -1,6 +1,8 @@
 """How much memory a new allocation may take: of the GPU, or of the machine within the limits of its control groups; and giving it back."""
 
 import ctypes
+import resource
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -24,6 +26,23 @@ def trim_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that this process has held, ever or since `reset_peak_memory`; on CUDA, of the device's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_bytes` be that of what follows, where the system can forget (Linux): a process may train more than once."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    trim_memory()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _cgroup_rooms(membership: Path, root: Path) -> list[int]:

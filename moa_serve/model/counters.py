@@ -64,7 +64,8 @@ class RouterCounters:
         return self.tokens, self._selected, self._gate_sum
 
     def restore(self, state: tuple[int, torch.Tensor, torch.Tensor]) -> None:
-        self.tokens, self._selected, self._gate_sum = state
+        device = self._selected.device
+        self.tokens, self._selected, self._gate_sum = state[0], state[1].to(device), state[2].to(device)
 
     def snapshot(self) -> RoutingTotals:
         return RoutingTotals(self.tokens, self._selected.cpu().numpy().copy(), self._gate_sum.cpu().numpy().copy(), self._experts)

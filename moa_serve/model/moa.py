@@ -176,6 +176,8 @@ class Mixture:
         outer = None if gates is None or self.column is None else gates[:, self.column : self.column + 1]
         if routed is None or outer is None:
             return outer if routed is None else routed.gates
+        if outer.requires_grad:
+            return outer * routed.gates  # as in `scaled`: an expert that is not kept has to hear of what it would have done
         return torch.where(outer != 0, outer * routed.gates, 0.0)  # a nested router that overflows is not asked where w = 0
 
     def column_weights(self, gates: Tensor | None, routed: Routed | None) -> Tensor | None:

@@ -275,5 +275,15 @@ def prepare(folder: Path) -> None:
 
 
 def write(report: Report, folder: Path) -> None:
-    (folder / JSON_FILE).write_text(json.dumps(to_json(report)) + "\n", encoding="utf-8")
-    (folder / MARKDOWN_FILE).write_text(to_markdown(report), encoding="utf-8")
+    """Each file whole or not at all, since it is written after every round, and an interrupt must not cost those before.
+
+    Raises:
+        InvalidRequest: the folder cannot be written.
+    """
+    for name, text in ((JSON_FILE, json.dumps(to_json(report)) + "\n"), (MARKDOWN_FILE, to_markdown(report))):
+        beside = folder / f".{name}.new"
+        try:
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(folder / name)
+        except OSError as error:
+            raise InvalidRequest(f"{folder / name}: cannot be written ({error.strerror}); choose another --out", param="out") from None

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moa_serve.shell.terminal import messages, note, print_table, visible, warn
-from moa_serve.train.loop import Listener
+from moa_serve.train.loop import STATE_FILE, Listener
 from moa_serve.train.loop import Progress as StepDone
 from moa_serve.train.run import Summary, Trained
 
@@ -44,12 +44,12 @@ class _Bar:
 
 
 class _Scalars:
-    """TensorBoard's event files; counts from the step on that was resumed."""
+    """TensorBoard's event files. What an earlier run left there of the steps that are still to come is hidden."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, resumed_at: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=resumed_at + 1)
 
     def __call__(self, done: StepDone) -> None:
         scalars = {"train/loss": done.loss, "train/learning_rate": done.rate, "train/grad_norm": done.grad_norm}
@@ -72,8 +72,10 @@ def watched(summary: Summary, out: Path, state_dir: Path) -> Iterator[Listener]:
     console.print(Text(_beginning(summary, out)), soft_wrap=True)
     if summary.num_too_long:
         warn(f"{summary.num_too_long} examples are longer than the maximum length and left out")
+    if summary.num_shared:
+        warn(f"{summary.num_shared} held-out examples are also among those to learn from, so the held-out loss is a little too good")
     try:
-        scalars = _Scalars(state_dir / "scalars")
+        scalars = _Scalars(state_dir / "scalars", summary.resumed_at)
     except ImportError:
         scalars = None
         warn("tensorboard is not installed, so no scalars are written; pip install 'moa_serve[train]'")
@@ -98,7 +100,12 @@ def watched(summary: Summary, out: Path, state_dir: Path) -> Iterator[Listener]:
 
             yield listen
     except KeyboardInterrupt:
-        note(f"interrupted; the state of the last evaluation is in {state_dir}, and --resume goes on from it")
+        has_state = (state_dir / STATE_FILE).exists()
+        note(
+            f"interrupted; the state of the last evaluation is in {state_dir}, and --resume goes on from it"
+            if has_state
+            else "interrupted before the first evaluation, so there is no state to go on from"
+        )
         raise
     finally:
         if scalars is not None:

@@ -24,7 +24,13 @@ def train(
     ],
     out: Annotated[Path, _option("--out", "Folder of the adapter.", _OUT, show_default=False)],
     validation_data: Annotated[
-        list[Path] | None, _option("--validation-data", "Files to hold out, in place of a share of --data.", _DATA, show_default=False)
+        list[Path] | None,
+        _option(
+            "--validation-data",
+            "Files, or folders with validation.json, to hold out in place of a share of --data.",
+            _DATA,
+            show_default=False,
+        ),
     ] = None,
     form: Annotated[
         str, _option("--form", "Of choice tasks: authors (numbered choices) or cloze (the text of the choice).", _DATA)
@@ -117,6 +123,8 @@ def train(
         raise InvalidRequest(f"form is {form!r}, but must be authors or cloze", param="form")
     if threshold_grad not in ("straight-through", "none"):
         raise InvalidRequest(f"threshold-grad is {threshold_grad!r}, but must be straight-through or none", param="threshold_grad")
+    if threshold_grad == "none" and threshold_tau != 0.1:
+        raise InvalidRequest("threshold-tau is the width of the straight-through estimator; --threshold-grad none has no use for it")
     counts = num_experts.split(",")
     if not all(count.strip().isdecimal() for count in counts):
         raise InvalidRequest(f"num-experts is {num_experts!r}, but must be a number, or several with commas", param="num_experts")

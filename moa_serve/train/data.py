@@ -131,6 +131,8 @@ def _parsed(text: str, where: str, hint: str = "") -> Any:
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}" if not hint else f"column {error.colno}"
         raise DataInvalid(f"{where}: is not valid JSON ({error.msg}, {place}){hint}", param="data") from None
+    except ValueError:  # Python's own limit
+        raise DataInvalid(f"{where}: has a number of thousands of digits", param="data") from None
     except RecursionError:
         raise DataInvalid(f"{where}: is not valid JSON (nested too deeply)", param="data") from None
 
@@ -164,7 +166,15 @@ class _Row:
             self.refuse(f"{field!r} must be text, not {_kind(value)}")
         if not value.strip() and not may_be_empty:
             self.refuse(f"{field!r} is empty")
-        return value.strip()
+        return self.unicode(value.strip(), repr(field))
+
+    def unicode(self, text: str, what: str) -> str:
+        """`text`, which JSON can fill with halves of characters that no tokenizer takes."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            self.refuse(f"{what} is not Unicode: the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}")
+        return text
 
     def _instruction(self, form: Form) -> Example:
         instruction = self.text("instruction")
@@ -196,6 +206,8 @@ class _Row:
     def _answer(self) -> str | None:
         value = self.value.get("answer")
         if isinstance(value, int | float) and not isinstance(value, bool):
+            if not _is_number(str(value)):
+                self.refuse("'answer' must be a finite number or text")
             return tasks.format_number(value)
         return None if value is None else self.text("answer")
 
@@ -205,7 +217,7 @@ class _Row:
             self.refuse("has no 'ans'")
         if isinstance(answer, bool) or not isinstance(answer, int | float | str) or not _is_number(str(answer)):
             self.refuse(f"'ans' must be a number, not {_kind(answer)}")
-        number = tasks.format_number(float(answer))
+        number = tasks.format_number(float(str(answer).replace(",", "")))
         try:
             output = f"{tasks.format_equation(equation)}\nThe answer is {number}"
         except tasks.Unparsed as error:
@@ -233,7 +245,7 @@ class _Row:
             self.refuse(f"message {number}: 'content' must be text, not {_kind(content)}")
         if role == "assistant" and not content.strip():
             self.refuse(f"message {number}: 'content' is empty")
-        return Turn(role, content)
+        return Turn(role, self.unicode(content, f"message {number}: 'content'"))
 
 
 def _is_number(text: str) -> bool:

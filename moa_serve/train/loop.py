@@ -8,7 +8,8 @@ Owned by the one thread that calls it.
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moa_serve.adapter.manifest import Manifest
-from moa_serve.engine.memory import trim_memory
+from moa_serve.engine.memory import peak_memory_bytes, trim_memory
 from moa_serve.engine.routing import assemble
 from moa_serve.errors import DataInvalid, InvalidRequest
 from moa_serve.model.batch import RoutingTrace
@@ -30,7 +31,7 @@ from moa_serve.train.prompts import Encoded
 
 STATE_FILE = "state.pt"
 _TRIM_EVERY = 8  # steps
-_STATE_FORMAT = 1
+_STATE_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,7 @@ class TrainSettings:
         for name in ("batch_size", "micro_batch_tokens", "epochs", "evaluations"):
             need(getattr(self, name) >= 1, name, "at least 1")
         need(0 < self.learning_rate <= 1, "learning_rate", "above 0 and at most 1")
-        need(self.weight_decay >= 0, "weight_decay", "0 or more")
+        need(0 <= self.weight_decay < math.inf, "weight_decay", "0 or more")
         need(0 <= self.warmup < 1, "warmup", "a share from 0 to below 1")
         need(0 <= self.validation <= 0.5, "validation", "a share from 0 to 0.5")
         need(self.decay in ("cosine", "linear", "none"), "decay", "cosine, linear or none")
@@ -87,6 +88,7 @@ class TrainSettings:
         need(self.max_train_tokens is None or self.max_train_tokens >= 1, "max_train_tokens", "at least 1")
         need(self.patience >= 0, "patience", "0 or more")
         need(self.straight_through is None or self.straight_through > 0, "straight_through", "above 0")
+        need(-(2**63) <= self.seed < 2**63, "seed", "a whole number of 64 bits")
 
     def rate_at(self, step: int, num_steps: int) -> float:
         """The learning rate of step 0, 1, ... of `num_steps`."""
@@ -118,8 +120,8 @@ class State:
     best_step: int = 0
     best_loss: float = math.inf
     num_worse: int = 0
+    peak_memory_bytes: int = 0  # of the process, or of every process that had a part in the run
     history: list[Evaluation] = field(default_factory=list)
-    optimizer: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,16 +148,29 @@ class TrainingData:
     validation: Sequence[Encoded]
 
 
-def split(examples: Sequence[Encoded], share: float, seed: int) -> TrainingData:
-    """Hold out a share of the examples, at least one where the share is above 0. Raises DataInvalid where nothing is left to learn from."""
-    count = min(len(examples), max(1, round(share * len(examples)))) if share else 0
-    if count >= len(examples):
-        raise DataInvalid(
-            f"the data has {len(examples)} usable examples, which are too few to hold {count} out; add more, or --validation 0"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(examples), generator=generator).tolist()
-    return TrainingData([examples[i] for i in sorted(order[count:])], [examples[i] for i in sorted(order[:count])])
+def split(examples: Sequence[Encoded], share: float, seed: int, *, rows: Sequence[Hashable] | None = None) -> TrainingData:
+    """Hold out a share of the examples, at least one where the share is above 0.
+
+    Args:
+        rows: the row that each was read from. A row that stands in the data several times, because its file was named again, is held out
+            with all of its copies, and counts once there; else what is learned would judge itself.
+    Raises:
+        DataInvalid: nothing is left to learn from.
+    """
+    rows = range(len(examples)) if rows is None else rows
+    first: dict[Hashable, int] = {}
+    for index, row in enumerate(rows):
+        first.setdefault(row, index)
+    unique = list(first.values())
+    count = min(len(unique), max(1, round(share * len(unique)))) if share else 0
+    if count >= len(unique):
+        raise DataInvalid(f"the data has {len(unique)} usable examples, which are too few to hold {count} out; add more, or --validation 0")
+    order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = sorted(unique[place] for place in order[:count])
+    hidden = {rows[index] for index in held_out}
+    return TrainingData(
+        [example for row, example in zip(rows, examples, strict=True) if row not in hidden], [examples[i] for i in held_out]
+    )
 
 
 class Trainer:
@@ -186,6 +201,7 @@ class Trainer:
         self.plan = plan_steps(
             self._lengths, batch_size=settings.batch_size, epochs=settings.epochs, max_tokens=settings.max_train_tokens, seed=settings.seed
         )
+        tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
         self.state = State(trainable(tensors), {name: tensor.clone() for name, tensor in tensors.items()})
         self.objective = Objective(model, manifest, self.state.tensors, straight_through=settings.straight_through)
         # note: a threshold function without its estimator has no gradient at all; AdamW leaves what has none as it is.
@@ -207,7 +223,7 @@ class Trainer:
         """Train until the plan is done, or it stops early; or for `max_steps` steps of it.
 
         Raises:
-            InvalidRequest: the loss is not finite.
+            InvalidRequest: the loss, or that of the held-out examples, is not finite; or the state cannot be written.
         """
         end = self.num_steps if max_steps is None else min(self.num_steps, self.state.step + max_steps)
         evaluate_at = {round(self.num_steps * (i + 1) / self.settings.evaluations) for i in range(self.settings.evaluations)}
@@ -217,6 +233,7 @@ class Trainer:
             self.state.step += 1
             self.state.tokens += tokens
             self.state.seconds += (seconds := time.perf_counter() - started)
+            self.state.peak_memory_bytes = max(self.state.peak_memory_bytes, peak_memory_bytes(self.model.device))
             if self.state.step % _TRIM_EVERY == 0:
                 trim_memory()
             evaluation, health = None, None
@@ -244,11 +261,7 @@ class Trainer:
             tokens += batch.num_tokens
         norm = torch.nn.utils.clip_grad_norm_(self.state.tensors.values(), self.settings.max_grad_norm).item()
         if not (math.isfinite(total) and math.isfinite(norm)):
-            raise InvalidRequest(
-                f"the loss of step {self.state.step + 1} is {total / num_targets}, its gradient's norm {norm}; lower --learning-rate, "
-                f"or train in float32",
-                param="learning_rate",
-            )
+            raise _diverged(f"the loss of step {self.state.step + 1} is {total / num_targets}, its gradient's norm {norm}")
         self._optimizer.step()
         return total / num_targets, tokens, rate, norm
 
@@ -256,6 +269,8 @@ class Trainer:
         """Keep the tensors with the lowest held-out loss; where nothing is held out, the last ones."""
         state = self.state
         loss = self.loss_of(state.tensors) if self.data.validation else None
+        if loss is not None and not math.isfinite(loss):  # neither better nor worse than another, and no number for a manifest
+            raise _diverged(f"the held-out loss after step {state.step} is {loss}")
         if loss is not None and loss >= state.best_loss:
             state.num_worse += 1
         else:
@@ -286,7 +301,6 @@ class Trainer:
         """Write the state, whole or not at all."""
         if self._work_dir is None:
             return
-        self._work_dir.mkdir(parents=True, exist_ok=True)
         state = self.state
         content = {
             "format": _STATE_FORMAT,
@@ -299,8 +313,21 @@ class Trainer:
             "counters": self._counters.state(),
         }
         path = self._work_dir / STATE_FILE
-        torch.save(content, path.with_suffix(".new"))
-        os.replace(path.with_suffix(".new"), path)
+        beside = path.with_suffix(".new")
+        try:
+            self._work_dir.mkdir(parents=True, exist_ok=True)
+            with beside.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())  # else a machine that stops may leave an empty file under the name
+            os.replace(beside, path)
+        except (OSError, RuntimeError) as error:  # the latter is what torch makes of a full disk
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
+            reason = error.strerror if isinstance(error, OSError) else "no room left?"
+            raise InvalidRequest(
+                f"{path}: the state cannot be written ({reason}); make room, or choose another --work-dir", param="work_dir"
+            ) from None
 
     def resume(self) -> bool:
         """Go on from the saved state, where there is one.
@@ -312,7 +339,7 @@ class Trainer:
         if path is None or not path.exists():
             return False
         try:
-            content = torch.load(path, weights_only=True)
+            content = torch.load(path, weights_only=True, map_location="cpu")  # another machine may have made it
             is_known = content["format"] == _STATE_FORMAT
         except Exception as error:  # whatever the unpickler says of a damaged file
             raise InvalidRequest(f"{path}: is no state of a training run ({type(error).__name__}); remove it to begin anew") from None
@@ -327,7 +354,7 @@ class Trainer:
         with torch.no_grad():
             for name, tensor in state.tensors.items():
                 tensor.copy_(content["tensors"][name])
-        state.best = content["best"]
+        state.best = {name: tensor.to(self.model.device) for name, tensor in content["best"].items()}
         self._optimizer.load_state_dict(content["optimizer"])
         for name, value in content["numbers"].items():
             setattr(state, name, value)
@@ -369,7 +396,11 @@ class Trainer:
         return {"num_tokens": count, "layers": layers}
 
 
-_NUMBERS = ("step", "tokens", "seconds", "best_step", "best_loss", "num_worse")
+_NUMBERS = ("step", "tokens", "seconds", "best_step", "best_loss", "num_worse", "peak_memory_bytes")
+
+
+def _diverged(what: str) -> InvalidRequest:
+    return InvalidRequest(f"{what}; lower --learning-rate, or train in float32", param="learning_rate")
 
 
 def _differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:

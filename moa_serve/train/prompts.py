@@ -120,6 +120,8 @@ def _encode_chat(example: Example, tokenizer: Tokenizer) -> Encoded:
             turn = after[len(before) :]
             ends = [place for place, token_id in enumerate(turn) if token_id in tokenizer.special_ids]
             turn = turn[: ends[0] + 1] if ends else turn
+            if not turn:
+                raise DataInvalid(f"{example.where}: the base's chat template writes nothing for turn {index + 1}", param="data")
             is_target += [False] * (len(before) - len(token_ids)) + [True] * len(turn)
             token_ids = before + turn
     except InvalidRequest as error:

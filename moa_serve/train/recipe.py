@@ -6,7 +6,7 @@ router of 4 hidden units for each expert, thresholds up to 0.5. A fresh adapter 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -104,14 +104,24 @@ class Recipe:
         }
         return uses[field]
 
+    def used(self) -> dict[str, Any]:
+        """What the family has a use for and is not left to its default of None; as JSON."""
+        known = {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name, value in known.items() if name in _COMMON or self._uses(name)}
+
     @property
     def is_per_linear(self) -> bool:
         return VARIANTS[self.variant].site == "linear"
 
 
 def manifest_of(recipe: Recipe, base: BaseShape) -> Manifest:
-    """The manifest of a recipe on a base. Raises AdapterConfigInvalid where sizes are out of range."""
+    """The manifest of a recipe on a base. Raises AdapterConfigInvalid or InvalidRequest where sizes are out of range."""
     layers = list(range(base.num_layers))
+    if len(recipe.num_experts) > len(layers):
+        raise InvalidRequest(
+            f"num-experts has {len(recipe.num_experts)} numbers, but the base has {len(layers)} layers to share out among them",
+            param="num_experts",
+        )
     experts = _lora_experts(recipe, layers) if recipe.variant in _HAS_LORA else []
     for name, kind, field, size in (
         ("PROMPT", "prompt", "length", _size(recipe.prompt_length, 10, recipe.variant in _HAS_PROMPT)),

@@ -16,8 +16,9 @@ from tokenizers import decoders, models, pre_tokenizers
 from typer.testing import CliRunner, Result
 
 from moa_serve.__main__ import app
+from moa_serve.errors import InvalidRequest
 from moa_serve.shell import terminal
-from moa_serve.shell.evaluate import Report, play, show, to_json, to_markdown
+from moa_serve.shell.evaluate import Report, play, show, to_json, to_markdown, write
 from moa_serve.shell.selection import Column
 from moa_serve.train.data import Example
 from moa_serve.train.evaluate import Round, Score, Usage
@@ -316,6 +317,16 @@ class _Played:
         for done in (4, 8):
             progress("a \x1b task", done)
             yield report().rounds[0]
+
+
+def test_a_round_that_cannot_be_written_leaves_the_rounds_before(tmp_path: Path) -> None:
+    """The files are written after every round of hours."""
+    write(report(), tmp_path)
+    before = (tmp_path / "results.json").read_text()
+    (tmp_path / ".results.json.new").symlink_to("/dev/full")
+    with pytest.raises(InvalidRequest, match="cannot be written"):
+        write(report("loss"), tmp_path)
+    assert (tmp_path / "results.json").read_text() == before
 
 
 @pytest.mark.parametrize("is_watched", [True, False])

@@ -95,6 +95,10 @@ def test_mawps_is_an_equation_and_a_number(tmp_path: Path, ans: Any) -> None:
     assert example.output == "x = 4 - 1\nThe answer is 3"
 
 
+def test_a_number_of_thousands_may_have_a_comma(tmp_path: Path) -> None:
+    assert one(tmp_path, MAWPS | {"ans": "1,003"}).answer == "1003"
+
+
 def test_a_chat_keeps_its_messages_as_they_are(tmp_path: Path) -> None:
     example = one(tmp_path, CHAT)
     assert (example.kind, example.messages) == ("chat", (Turn("user", "Hi"), Turn("assistant", "Hello. ")))
@@ -147,6 +151,9 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ([MAWPS | {"ans": "many"}], "row 1: 'ans' must be a number, not text"),
     ([MAWPS | {"ans": [3]}], "row 1: 'ans' must be a number, not a list"),
     ([MAWPS | {"ans": "nan"}], "row 1: 'ans' must be a number, not text"),
+    ([PLAIN | {"answer": 10**400}], "row 1: 'answer' must be a finite number or text"),
+    ([PLAIN | {"output": "a\ud800"}], "row 1: 'output' is not Unicode: the lone surrogate U+D800 at character 1"),
+    ([{"messages": [{"role": "user", "content": "\udfff"}]}], "row 1: message 1: 'content' is not Unicode: the lone surrogate U+DFFF"),
     ([MAWPS | {"equation": "x=?"}], "row 1: the equation 'x=?' cannot be read"),
     ([{"messages": []}], "row 1: 'messages' must be a list of messages, not an empty list"),
     ([{"messages": "hi"}], "row 1: 'messages' must be a list of messages, not text"),
@@ -184,6 +191,7 @@ BAD_FILES = [
         "{path}:1: is not valid JSON (Expecting property name enclosed in double quotes, column 2)",
     ),
     ('{"instruction": "a", "output": "b"}\n\n5\n', "{path}:3: must be an object, not a number"),
+    ('[{"answer": ' + "1" * 5000 + "}]", "{path}: has a number of thousands of digits"),
     ("instruction,output\na,b\n", "{path}:1: is not valid JSON (Expecting value, column 1); each line must be one object"),
 ]
 

@@ -8,7 +8,7 @@ import torch
 from training import RECIPES, examples, tiny_base, trainer_for
 
 from moa_serve.errors import InvalidRequest
-from moa_serve.model.weights import Base
+from moa_serve.model.weights import Base, load_base
 from moa_serve.train.loop import STATE_FILE, Progress, Trainer, TrainSettings, split
 from moa_serve.train.objective import thresholds
 
@@ -40,20 +40,65 @@ def test_the_loss_falls(name: str, base: Base) -> None:
     assert trainer.state.best_loss < before
 
 
-@pytest.mark.parametrize("name", ["soft", "sparse", "adamole", "lora"])
-def test_a_resumed_run_ends_with_the_same_bits(name: str, base: Base, tmp_path: Path) -> None:
-    """Interrupted twice, by a new process each time as far as the trainer can tell."""
-    whole = trainer_for(base, RECIPES[name], evaluations=6)
-    run(whole)
-    for stop in (4, 4, 99):
-        part = trainer_for(base, RECIPES[name], evaluations=6, work_dir=tmp_path)
-        assert part.resume() == (part.state.step > 0)
-        run(part, max_steps=stop)
-    assert part.state.step == whole.num_steps
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("soft", {}),
+        ("sparse", {}),
+        ("adamole", {}),
+        ("lora", {}),
+        ("instance", {"checkpointing": True}),
+        ("sparse", {"checkpointing": True, "straight_through": None, "weight_decay": 0.1}),
+        ("lora", {"learning_rate": 0.5, "decay": "none", "warmup": 0.0, "patience": 1}),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_ends_with_the_same_bits(name: str, settings: dict[str, Any], base: Base, tmp_path: Path) -> None:
+    """Interrupted twice, by a new process each time as far as the trainer can tell; also where the end is an early one."""
+    whole = trainer_for(base, RECIPES[name], evaluations=6, **settings)
+    seen = run(whole)
+    again: list[Progress] = []
+    for number, stop in enumerate((4, 4, 99)):
+        part = trainer_for(base, RECIPES[name], evaluations=6, work_dir=tmp_path, **settings)
+        assert part.resume() == (number > 0)
+        again = again[: part.state.step] + run(part, max_steps=stop)
+    assert (whole.state.step < whole.num_steps) == ("patience" in settings)
+    assert part.state.step == whole.state.step
+    assert [step.health for step in again] == [step.health for step in seen]
+    assert [step.loss for step in again] == [step.loss for step in seen]
     assert same(part.state.tensors, whole.state.tensors)
     assert same(part.state.best, whole.state.best)
     assert part.state.history == whole.state.history
     assert part.state.tokens == whole.state.tokens
+
+
+def test_a_run_that_is_done_has_nothing_left_to_do(base: Base, tmp_path: Path) -> None:
+    whole = trainer_for(base, RECIPES["lora"], work_dir=tmp_path)
+    run(whole)
+    again = trainer_for(base, RECIPES["lora"], work_dir=tmp_path)
+    assert again.resume()
+    assert run(again) == []
+    assert same(again.state.best, whole.state.best)
+
+
+@pytest.mark.parametrize("name", ["sparse", "instance", "adamole"])
+def test_a_run_learns_and_goes_on_on_any_device(name: str, device: str, tmp_path: Path) -> None:
+    """Masters, batches and counters stand where the base does; a state made there can be read without that device."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    tiny_base(folder)
+    base = load_base(folder, device=torch.device(device), dtype=torch.float32)
+    first = trainer_for(base, RECIPES[name], evaluations=3, work_dir=tmp_path, learning_rate=1e-2)
+    seen = run(first, max_steps=8)
+    assert seen[-1].loss < seen[0].loss
+    assert {tensor.device.type for tensor in first.state.tensors.values()} == {device}
+    second = trainer_for(base, RECIPES[name], evaluations=3, work_dir=tmp_path, learning_rate=1e-2)
+    assert second.resume()
+    assert second.state.step == 8
+    assert same(second.state.tensors, first.state.tensors)
+    done = run(second)
+    assert done[-1].step == second.num_steps
+    assert second.profile(second.state.best) is not None
 
 
 def test_what_was_done_after_the_last_evaluation_is_done_again(base: Base, tmp_path: Path) -> None:
@@ -82,6 +127,17 @@ def test_a_damaged_state_is_told(base: Base, tmp_path: Path) -> None:
     (tmp_path / STATE_FILE).write_bytes(b"not a state")
     with pytest.raises(InvalidRequest, match="is no state of a training run"):
         trainer_for(base, RECIPES["lora"], work_dir=tmp_path).resume()
+
+
+def test_a_state_that_cannot_be_written_is_one_line_and_leaves_the_last_one(base: Base, tmp_path: Path) -> None:
+    first = trainer_for(base, RECIPES["lora"], evaluations=3, work_dir=tmp_path)
+    run(first, max_steps=4)
+    (tmp_path / "state.new").symlink_to("/dev/full")
+    with pytest.raises(InvalidRequest, match="the state cannot be written"):
+        run(first)
+    again = trainer_for(base, RECIPES["lora"], evaluations=3, work_dir=tmp_path)
+    assert again.resume()
+    assert again.state.step == 4
 
 
 def test_without_a_state_a_run_begins(base: Base, tmp_path: Path) -> None:
@@ -142,6 +198,18 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_advice(base: Base) -> None:
         run(trainer)
 
 
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_held_out_loss_that_is_not_finite_is_never_the_best(loss: float, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN is not greater than any number, and no manifest can hold it."""
+    trainer = trainer_for(base, RECIPES["lora"])
+    run(trainer, max_steps=2)
+    best = trainer.state.best
+    monkeypatch.setattr(trainer, "loss_of", lambda tensors: loss)
+    with pytest.raises(InvalidRequest, match=r"held-out loss after step 4 is .*; lower --learning-rate"):
+        run(trainer)
+    assert trainer.state.best is best
+
+
 @pytest.mark.parametrize("decay", ["cosine", "linear", "none"])
 def test_the_rate_rises_then_falls(decay: str) -> None:
     settings = TrainSettings(learning_rate=1e-2, warmup=0.1, decay=decay)
@@ -159,6 +227,19 @@ def test_some_examples_are_held_out() -> None:
     assert {id(row) for row in (*data.train, *data.validation)} == {id(row) for row in rows}
     assert [id(r) for r in split(rows, 0.1, seed=0).validation] == [id(r) for r in data.validation]
     assert [id(r) for r in split(rows, 0.1, seed=1).validation] != [id(r) for r in data.validation]
+
+
+def test_a_row_that_is_read_twice_is_not_on_both_sides() -> None:
+    """Else what is learned would judge itself. Rows that are read once are held out as if nobody had asked."""
+    once = examples(40)
+    names = [f"row {index}" for index in range(40)]
+    data = split([*once, *once], 0.2, seed=0, rows=names * 2)
+    held_out, learned = {id(row) for row in data.validation}, [id(row) for row in data.train]
+    assert len(data.validation) == len(held_out) == 8
+    assert sorted(learned) == sorted([id(row) for row in once if id(row) not in held_out] * 2)
+    plain, named = split(once, 0.2, seed=3), split(once, 0.2, seed=3, rows=names)
+    assert [id(row) for row in plain.validation] == [id(row) for row in named.validation]
+    assert [id(row) for row in plain.train] == [id(row) for row in named.train]
 
 
 def test_a_profile_says_what_the_routers_do(base: Base) -> None:
@@ -188,6 +269,7 @@ def test_the_routers_health_comes_with_every_evaluation(base: Base) -> None:
     [
         {"batch_size": 0}, {"learning_rate": 0}, {"learning_rate": 2}, {"warmup": 1}, {"validation": 0.9}, {"decay": "step"},
         {"max_grad_norm": 0}, {"patience": -1}, {"straight_through": 0}, {"epochs": 0}, {"weight_decay": -1}, {"max_train_tokens": 0},
+        {"weight_decay": float("inf")}, {"seed": 2**63},
     ],
     ids=str,
 )  # fmt: skip

@@ -15,7 +15,7 @@ from moa_serve.config import ModelConfig
 from moa_serve.model.attention import CausalAttention, PaddedCausalAttention
 from moa_serve.model.batch import ForwardBatch, Segment
 from moa_serve.model.counters import RouterCounters
-from moa_serve.model.moa import Affine, LinearNet, Router, scaled
+from moa_serve.model.moa import Affine, LinearNet, Mixture, Routed, Router, scaled
 from moa_serve.model.ops import _rms_norm, rms_norm
 from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import Base
@@ -200,6 +200,19 @@ def test_the_authors_gradient_leaves_thresholds_alone() -> None:
     assert weight.grad is not None
     assert weight.grad[0, 0] != 0
     assert weight.grad[1, 0] == 0
+
+
+def test_a_nested_expert_that_is_not_kept_is_heard_in_training_and_not_asked_in_serving() -> None:
+    """Its router would else learn from the tokens that kept it alone, and its threshold could never fall again."""
+    mixture, inner = Mixture(column=0), torch.tensor([[0.25, 0.75]])
+    outer = torch.tensor([[0.0]]).requires_grad_()
+    weights = mixture.expert_weights(outer, Routed(inner, None, inner > 0, inner))
+    assert weights is not None
+    assert weights.tolist() == [[0.0, 0.0]]
+    (grad,) = torch.autograd.grad((weights * torch.tensor([[4.0, 8.0]])).sum(), outer)
+    assert grad.tolist() == [[7.0]]
+    broken = torch.full((1, 2), torch.inf)
+    assert mixture.expert_weights(outer.detach(), Routed(broken, None, inner > 0, broken)).tolist() == [[0.0, 0.0]]  # type: ignore[union-attr]
 
 
 def test_serving_does_not_know_the_estimator() -> None:

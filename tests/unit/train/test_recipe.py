@@ -63,6 +63,12 @@ def test_layerwise_mola_has_more_experts_in_higher_layers(tmp_path: Path) -> Non
     assert [len(manifest.layer(layer).at("Q")) for layer in range(3)] == [2, 3, 4]
 
 
+def test_more_numbers_of_experts_than_layers_are_refused(tmp_path: Path) -> None:
+    """Some of them would stand nowhere."""
+    with pytest.raises(InvalidRequest, match="4 numbers, but the base has 3 layers"):
+        manifest_for(tiny_base(tmp_path / "base"), Recipe(variant="mola", num_experts=(2, 2, 4, 4)))
+
+
 def test_unipeft_has_a_gate_for_each_kind(tmp_path: Path) -> None:
     manifest = manifest_for(tiny_base(tmp_path / "base"), RECIPES["unipeft"])
     columns = dict(zip((expert.name for expert in manifest.layer(0).experts), manifest.layer(0).columns, strict=True))

@@ -1,16 +1,20 @@
 """`moa-serve train` from files to a folder that serves; and what it says where it cannot."""
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from training import copy_rows, tiny_base, write_rows
 from typer.testing import CliRunner
 
 from moa_serve import LLM, SamplingParams
 from moa_serve.__main__ import app
 from moa_serve.adapter.manifest import Manifest
+from moa_serve.engine.memory import peak_memory_bytes, reset_peak_memory
 from moa_serve.errors import AdapterExists, DataInvalid, InvalidRequest
 from moa_serve.train.loop import TrainSettings
 from moa_serve.train.recipe import Recipe
@@ -146,6 +150,92 @@ def test_too_long_examples_are_counted(base: Path, tmp_path: Path) -> None:
     assert summaries[0].num_too_long == 1
 
 
+def test_a_file_that_is_named_twice_counts_twice_and_never_judges_itself(base: Path, tmp_path: Path) -> None:
+    summaries: list[Any] = []
+
+    def begin(summary: Any) -> Any:
+        summaries.append(summary)
+        return nullcontext()
+
+    rows = [{"instruction": f"word {i}", "output": f"w{i}"} for i in range(20)]
+    once = run_for(base, tmp_path, rows, recipe=Recipe(variant="lora"), settings={"epochs": 1})
+    train(replace(once, data=once.data * 2), begin=begin)
+    assert (summaries[0].num_examples, summaries[0].num_held_out, summaries[0].num_shared) == (32, 4, 0)
+
+
+def test_held_out_files_are_told_and_belong_to_the_state(base: Path, tmp_path: Path) -> None:
+    """Best tensors and patience hang on them. What is also learned from is counted, what is too long as well."""
+    summaries: list[Any] = []
+
+    def begin(summary: Any) -> Any:
+        summaries.append(summary)
+        return nullcontext()
+
+    (tmp_path / "held").mkdir()
+    rows = [{"instruction": f"word {i}", "output": f"w{i}"} for i in range(12)]
+    (tmp_path / "held" / "test.json").write_text("not to be chosen by")
+    held = write_rows(
+        tmp_path / "held" / "validation.json", [*rows[:2], {"instruction": "new", "output": "n"}, {"instruction": "x" * 300, "output": "n"}]
+    )
+    run = run_for(base, tmp_path, rows, recipe=Recipe(variant="lora"), validation_data=(held.parent,), settings={"epochs": 1})
+    trained = train(run, begin=begin)
+    assert (summaries[0].num_examples, summaries[0].num_held_out, summaries[0].num_shared, summaries[0].num_too_long) == (12, 3, 2, 1)
+    assert trained.manifest.training is not None
+    data = trained.manifest.training["data"]
+    assert data["held_out_files"] == ["held/validation.json"]
+    assert (len(data["held_out_sha256"]), data["also_learned"]) == (64, 2)
+    write_rows(held, [{"instruction": "other", "output": "o"}])
+    with pytest.raises(InvalidRequest, match="other validation_data"):
+        train(replace(run, resume=True))
+
+
+def test_a_length_beyond_the_context_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"the context of .+ ends at [0-9]+ tokens"):
+        train(run_for(base, tmp_path, max_length=1_000_000))
+
+
+def test_the_threshold_gradient_is_of_sparse_moa(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="lora has no use for it"):
+        run_for(base, tmp_path, recipe=Recipe(variant="lora"), settings={"straight_through": None})
+
+
+def test_a_folder_of_another_format_is_not_overwritten(base: Path, tmp_path: Path) -> None:
+    """It was refused after the training, for an adapter.json of any kind let it pass before."""
+    run = run_for(base, tmp_path)
+    run.out.mkdir()
+    (run.out / "adapter.json").write_text('{"format": "other/1"}')
+    with pytest.raises(AdapterExists, match="no adapter folder of ours"):
+        train(run)
+
+
+@pytest.mark.parametrize("option", ["out", "work_dir"])
+def test_a_folder_that_cannot_be_made_is_told_before_the_training(option: str, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    run, path = run_for(base, tmp_path), tmp_path / "file" / "x"
+    run = replace(run, out=path) if option == "out" else replace(run, work_dir=path)
+    with pytest.raises(InvalidRequest, match="cannot be made"):
+        train(run, begin=lambda summary: pytest.fail("it began"))
+
+
+def test_the_current_folder_has_a_work_folder_beside_it(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert replace(run_for(base, tmp_path), out=Path(".")).state_dir == tmp_path / "here.training"
+
+
+def test_a_peak_is_that_of_its_own_run() -> None:
+    """A process may train more than once, and a peak that never falls would be that of the largest before."""
+    device = torch.device("cpu")
+    large = torch.ones(2**27)  # 512 MiB
+    assert large.sum() == 2**27
+    before = peak_memory_bytes(device)
+    del large
+    reset_peak_memory(device)
+    if peak_memory_bytes(device) == before:
+        pytest.skip("this system's peaks never fall")
+    assert peak_memory_bytes(device) < before - 2**28
+
+
 def test_a_folder_of_something_else_is_not_overwritten(base: Path, tmp_path: Path) -> None:
     run = run_for(base, tmp_path)
     run.out.mkdir()
@@ -185,6 +275,8 @@ def test_the_command_makes_an_adapter(base: Path, tmp_path: Path) -> None:
         (("--variant", "dora"), "variant is 'dora'"),
         (("--variant", "lora", "--max-threshold", "0.3"), "lora has no use for it"),
         (("--threshold-grad", "ste"), "straight-through or none"),
+        (("--variant", "sparse_moa", "--threshold-grad", "none", "--threshold-tau", "0.3"), "has no use for it"),
+        (("--variant", "adamole", "--threshold-tau", "0.3"), "adamole has no use for it"),
         (("--num-experts", "many"), "must be a number"),
         (("--form", "open"), "authors or cloze"),
         (("--warmup", "1.5"), "share from 0"),
