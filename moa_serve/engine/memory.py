@@ -18,16 +18,6 @@ def available_bytes(device: torch.device) -> int:
     return min([available, *_cgroup_rooms(Path("/proc/self/cgroup"), _ROOT)])
 
 
-def trim_memory() -> None:
-    """Give freed memory back to the system, where the C library is glibc and keeps it.
-
-    Tensors of another size every step leave holes that no later one fits: a training of 230 steps grew from 1.9 to 3.9 GiB without this.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
 def peak_memory_bytes(device: torch.device) -> int:
     """The most that this process has held, ever or since `reset_peak_memory`; on CUDA, of the device's memory."""
     if device.type == "cuda":
@@ -40,7 +30,8 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    trim_memory()
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)  # glibc keeps what was freed
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -4,6 +4,7 @@ The whole plan of a run follows from lengths and a seed before its first step: s
 was interrupted goes on with exactly the batches that it would have had.
 """
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,18 +14,21 @@ from torch import Tensor
 
 from moa_serve.train.prompts import Encoded
 
+IGNORED = -100  # torch's own
 _BUCKET = 16  # batches whose examples are sorted by length together
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenBatch:
-    """Examples side by side. T tokens in all; an example's last token is never an input.
+    """Examples side by side. T tokens in all, filling included; an example's last token is never an input.
 
     Args:
         token_ids, positions: (T,) int64.
-        lengths: tokens of each example.
-        prompts: how many tokens of each stand before the first that is learned.
-        rows: (N,) int64, the tokens whose next one is learned; `targets` (N,) int64 are those.
+        lengths: tokens of each example, and of each piece of filling behind them.
+        prompts: how many tokens of each stand before the first that is learned; all of a piece of filling.
+        rows: (N,) int64, the tokens whose next one is learned; `targets` (N,) int64 are those, IGNORED for filling.
+        num_tokens: those of the examples alone.
+        num_targets: the same.
     """
 
     token_ids: Tensor
@@ -33,13 +37,12 @@ class TokenBatch:
     prompts: tuple[int, ...]
     rows: Tensor
     targets: Tensor
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.token_ids)
+    num_tokens: int
+    num_targets: int
 
     @classmethod
-    def of(cls, examples: Sequence[Encoded], device: torch.device) -> "TokenBatch":
+    def of(cls, examples: Sequence[Encoded], device: torch.device, *, fill: int = 1) -> "TokenBatch":
+        """Args: fill: T and N are filled up to a multiple of this, with beginnings of the same examples that are not learned."""
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
@@ -50,10 +53,22 @@ class TokenBatch:
             targets += [example.token_ids[place + 1] for place in range(count) if example.is_target[place + 1]]
             ids += example.token_ids[:-1]
             positions += range(count)
-        lengths = tuple(map(num_inputs, examples))
-        prompts = tuple(example.is_target.index(True) for example in examples)
+        lengths = list(map(num_inputs, examples))
+        prompts = [example.is_target.index(True) for example in examples]
+        num_tokens, num_targets = len(ids), len(targets)
+        for example in itertools.cycle(examples):
+            if not (missing := -len(ids) % fill):
+                break
+            count = min(missing, num_inputs(example))
+            ids += example.token_ids[:count]
+            positions += range(count)
+            lengths.append(count)
+            prompts.append(count)
+        missing = -len(rows) % fill
+        rows += rows[:1] * missing
+        targets += [IGNORED] * missing
         ids_at, places, wanted, learned = (torch.tensor(values, device=device) for values in (ids, positions, rows, targets))
-        return cls(ids_at, places, lengths, prompts, wanted, learned)
+        return cls(ids_at, places, tuple(lengths), tuple(prompts), wanted, learned, num_tokens, num_targets)
 
 
 def num_inputs(example: Encoded) -> int:

@@ -19,7 +19,7 @@ from moa_serve.model.counters import RouterCounters
 from moa_serve.model.moa import MoaWeights, Router
 from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import LayerWeights
-from moa_serve.train.batches import TokenBatch
+from moa_serve.train.batches import IGNORED, TokenBatch
 
 
 class CheckpointedTransformer(Transformer):
@@ -66,12 +66,12 @@ class Objective:
         """Sum over the learned tokens, in nats; () float32."""
         adapter = self.adapter()
         pooled = self._pooled(batch, adapter) if self.manifest.is_pooled else None
-        segment = Segment(0, batch.num_tokens, adapter, pooled, counters)
+        segment = Segment(0, len(batch.token_ids), adapter, pooled, counters)
         if counters is not None:
-            counters.tokens += batch.num_tokens
+            counters.tokens += len(batch.token_ids)
         forward = ForwardBatch(batch.token_ids, batch.positions, (segment,), batch.rows, trace)
         logits = self.model.forward(forward, PaddedCausalAttention(batch.lengths, self.model.device))
-        return F.cross_entropy(logits, batch.targets, reduction="sum")
+        return F.cross_entropy(logits, batch.targets, ignore_index=IGNORED, reduction="sum")
 
     def _pooled(self, batch: TokenBatch, adapter: MoaWeights) -> PooledRows:
         """Instance level: the mean over the prompt alone, as when serving; the authors' includes answer and padding in training."""

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moa_serve.train.batches import TokenBatch, plan_steps, split_by_tokens
+from moa_serve.train.batches import IGNORED, TokenBatch, plan_steps, split_by_tokens
 from moa_serve.train.prompts import Encoded
 
 
@@ -59,6 +59,21 @@ def test_a_batch_learns_the_response_and_nothing_else() -> None:
     assert batch.targets.tolist() == [7, 8, 10, 11]
     assert batch.lengths == (3, 2)
     assert batch.prompts == (2, 1)
+
+
+def test_filling_teaches_nothing_and_makes_the_sizes_round() -> None:
+    """Beginnings of the same examples, whose next tokens do not count."""
+    rows = [Encoded([5, 6, 7, 8], [False, False, True, True]), Encoded([9, 10, 11], [False, True, True])]
+    batch = TokenBatch.of(rows, torch.device("cpu"), fill=8)
+    assert batch.token_ids.tolist() == [5, 6, 7, 9, 10, 5, 6, 7]
+    assert batch.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
+    assert (batch.lengths, batch.prompts) == ((3, 2, 3), (2, 1, 3))
+    assert batch.targets.tolist() == [7, 8, 10, 11, *[IGNORED] * 4]
+    assert (batch.num_tokens, batch.num_targets) == (5, 4)
+    large = TokenBatch.of(rows, torch.device("cpu"), fill=64)
+    assert len(large.token_ids) == len(large.rows) == 64
+    assert sum(large.lengths) == 64
+    assert max(large.lengths) == 3
 
 
 def test_turns_of_a_chat_are_learned_apart() -> None:

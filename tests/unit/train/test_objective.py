@@ -119,6 +119,20 @@ def test_checkpointing_changes_no_gradient(name: str, base: Base) -> None:
     assert (counters[0].snapshot().selected == counters[1].snapshot().selected).all()  # the second forward is not counted
 
 
+@pytest.mark.parametrize("name", ["soft", "sparse", "instance", "molora"])
+def test_filling_changes_neither_loss_nor_gradient(name: str, base: Base) -> None:
+    tensors, rows = noisy(base, name), examples(5)
+    plain, filled = trainable(tensors), trainable(tensors)
+    losses = []
+    for leaves, fill in ((plain, 1), (filled, 64)):
+        loss = objective_for(base, name, leaves).loss(TokenBatch.of(rows, torch.device("cpu"), fill=fill))
+        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for key in tensors:
+        torch.testing.assert_close(plain[key].grad, filled[key].grad, rtol=1e-3, atol=1e-4)
+
+
 def test_padded_attention_is_causal_attention_with_its_gradient() -> None:
     lengths = (5, 1, 9)
     generator = torch.Generator().manual_seed(0)
