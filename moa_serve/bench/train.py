@@ -65,7 +65,7 @@ def examples(count: int, tokens: int, answer: int, vocab_size: int) -> list[Enco
     return made
 
 
-def measure(base: Base, name: str, *, pairs: int, batch_size: int = 12, tokens: int = 80, answer: int = 12) -> Timing:
+def measure(base: Base, name: str, *, pairs: int, batch_size: int = 32, tokens: int = 80, answer: int = 12) -> Timing:
     """Time `pairs` interleaved triples (ours, gathered, ours) of optimizer steps, after one of each to warm up."""
     reset_peak_memory(base.weights.embed.device)  # else it were that of the families measured before
     manifest = manifest_of(RECIPES[name], BaseShape.of(base.config, base.digest))
