@@ -26,8 +26,8 @@ def bench_train(
 ) -> None:
     """Tokens/s of training steps, against the same adapter computed expert by expert with gather and scatter.
 
-    Forward, backward and optimizer of the real trainer on made-up examples of 80 tokens, 32 a step. Nothing else should run meanwhile; the control,
-    ours against ours, tells how much the machine wavers.
+    Forward, backward and optimizer of the real trainer on made-up examples of 80 tokens, 32 a step. Nothing else should run meanwhile;
+    the control, ours against ours, tells how much the machine wavers.
     """
     from moa_serve.errors import InvalidRequest
     from moa_serve.shell import terminal
