@@ -29,11 +29,11 @@ def test_it_is_small_and_tells_where_it_comes_from(folder: Path) -> None:
     assert manifest.training is not None
     assert manifest.license
     assert manifest.description
-    card = (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text().lower()
     for needed in (
-        "## Data",
-        "## Scores",
-        "## Made with",
+        "## data",
+        "## scores",
+        "## made with",
         manifest.training["data"]["sha256"][:12],
         "licen",
         "moa-serve train",

@@ -12,7 +12,7 @@ from soak import Result, soak
 from traffic import Outcome
 
 FAMILIES = ("instance", "mola_layerwise", "sparse_fn")
-SECONDS, STREAMS, SEED = 5.0, 8, 7
+SECONDS, STREAMS, SEED = 10.0, 8, 7
 
 
 @pytest.fixture(scope="module")
