@@ -243,7 +243,7 @@ def main() -> None:
     else:
         from study_report import write  # beside this file
 
-        write(RESULTS, ROWS, TASKS, console)
+        write(RESULTS, ROWS, TASKS, len(list(jobs())), console)
 
 
 if __name__ == "__main__":

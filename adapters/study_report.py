@@ -24,16 +24,18 @@ TABLES = (
 )
 
 
-def write(results: Path, rows: Sequence[Any], tasks: Iterable[str], console: Console) -> None:
+def write(results: Path, rows: Sequence[Any], tasks: Iterable[str], num_jobs: int, console: Console) -> None:
     titles = {row.name: row.title for row in rows} | {"base": "Base"}
     runs = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
     page = [(results / "notes.md").read_text().rstrip() if (results / "notes.md").exists() else "# First results", ""]
+    if len(runs) < num_jobs:
+        page += [f"**Not finished:** {len(runs)} of {num_jobs} runs are there. Rows that are missing below have not been run.", ""]
     for task in tasks:
         own = [run for run in runs if run["task"] == task]
         if own:
             page += _task(task, own, titles)
     page += _agreement(runs, titles)
-    _picture(results / "accuracy.png", runs, titles, list(tasks))
+    _picture(results / "accuracy.png", runs, titles, [task for task in tasks if any(run["task"] == task for run in runs)])
     page += ["## Accuracy at one glance", "", "![accuracy of every row on both tasks](results/accuracy.png)", ""]
     (results.parent / "results.md").write_text("\n".join(page).rstrip() + "\n")
     console.print(f"wrote {results.parent / 'results.md'} from {len(runs)} runs")
@@ -151,7 +153,8 @@ def _correlation(a: Run, b: Run, kind: str) -> float:
 
 
 def _picture(path: Path, runs: list[Run], titles: dict[str, str], tasks: list[str]) -> None:
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    most = max(sum(1 for name in titles if any((run["task"], run["row"]) == (task, name) for run in runs)) for task in tasks)
+    figure = Figure(figsize=(6 * len(tasks), 1.5 + 0.35 * most), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         names = [name for name in titles if any((run["task"], run["row"]) == (task, name) for run in runs)]
