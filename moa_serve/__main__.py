@@ -209,8 +209,7 @@ def generate(
     from moa_serve.shell import answers, selection
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=tuple(stop or ()))
-    if adapters_dir is None and Path("adapters").is_dir():
-        adapters_dir = Path("adapters")
+    adapters_dir = adapters_dir or _usual_adapters_dir()
     named = selection.parse_adapters(adapter or [], adapters_dir)
     if no_base and selection.THE_BASE in named:
         raise InvalidRequest("--adapter base and --no-base contradict each other; leave one out", param="no_base")
@@ -224,7 +223,7 @@ def generate(
         with terminal.spinner("Loading the adapters"):
             columns = selection.load(llm, wanted.values())
         pairs = answers.pair(lines, columns, [columns[one.name] for one in default if one.name in columns])
-        with terminal.spinner(f"Generating {_count(len(pairs), 'completion')} in one batch"):
+        with terminal.spinner(f"Generating {terminal.counted(len(pairs), 'completion')} in one batch"):
             start = time.perf_counter()
             found = answers.run(llm, pairs, params)
             seconds = time.perf_counter() - start
@@ -235,7 +234,7 @@ def generate(
             _show(llm, found, columns.values() if show_routing else ())
         tokens = sum(len(answer.completion.token_ids) for answer in found)
         terminal.note(
-            f"{_count(len(found), 'completion')}, {_count(tokens, 'token')}, {tokens / seconds:.1f} tokens/s; "
+            f"{terminal.counted(len(found), 'completion')}, {terminal.counted(tokens, 'token')}, {tokens / seconds:.1f} tokens/s; "
             f"{llm.name}, {llm.backend} backend on {llm.device}, {_dtype_of(llm)}"
         )
     if any(answer.completion.error is not None for answer in found):
@@ -291,8 +290,7 @@ def inspect_adapter(
         raise typer.BadParameter(f"{file_format!r} is neither png nor svg", param_hint="--format")
     if out is not None:
         inspection.load_plots()  # what is missing is better told before the work than after it
-    if adapters_dir is None and Path("adapters").is_dir():
-        adapters_dir = Path("adapters")
+    adapters_dir = adapters_dir or _usual_adapters_dir()
     wanted = selection.parse_adapter(adapter, adapters_dir)
     if wanted.name is None or wanted.source is None:
         raise InvalidRequest("the base alone has no experts to look into; name an adapter", param="adapter")
@@ -367,8 +365,7 @@ def evaluate(
         from moa_serve.shell import evaluate as view
         from moa_serve.shell import selection
         from moa_serve.train.evaluate import Evaluation
-    if adapters_dir is None and Path("adapters").is_dir():
-        adapters_dir = Path("adapters")
+    adapters_dir = adapters_dir or _usual_adapters_dir()
     named = selection.parse_adapters(adapter or [], adapters_dir)
     if out is not None:
         view.prepare(out)
@@ -386,7 +383,7 @@ def evaluate(
         terminal.note(f"wrote {out / view.JSON_FILE} and {out / view.MARKDOWN_FILE}")
     failed = view.errors(report)
     for label, errors in failed:
-        terminal.warn(f"{label}: {_count(len(errors), 'answer')} ended in an error: {errors[0]}")
+        terminal.warn(f"{label}: {terminal.counted(len(errors), 'answer')} ended in an error: {errors[0]}")
     if failed:
         raise typer.Exit(FAILURE)
 
@@ -459,8 +456,9 @@ def _dtype_of(llm: "LLM") -> str:
     return str(llm.dtype).removeprefix("torch.")
 
 
-def _count(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
+def _usual_adapters_dir() -> Path | None:
+    folder = Path("adapters")
+    return folder if folder.is_dir() else None
 
 
 def main() -> None:

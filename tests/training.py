@@ -1,6 +1,8 @@
 """What tests of training share: a tiny base with a tokenizer, a recipe for each family, made-up data and a trainer on them."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,11 @@ def trainer_for(base: Base, recipe: Recipe, *, num_examples: int = 24, work_dir:
     data = TrainingData(examples(num_examples), examples(6, seed=1))
     model = Transformer(base.config, base.weights)
     return Trainer(model, manifest, fresh_tensors(manifest, chosen.seed), data, chosen, work_dir=work_dir)
+
+
+def full_disk(_: int) -> None:
+    """In place of `os.fsync`: what a disk without room says when it is asked to keep what was written."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -370,8 +370,8 @@ def write_adapter(folder: str | os.PathLike[str], manifest: Manifest, tensors: M
         target.mkdir(parents=True, exist_ok=True)
         if any(target.iterdir()) and not is_own_folder(target):
             raise AdapterExists(f"{target}: is not empty and holds no {FORMAT} adapter; give a new folder")
-        _replace(target / WEIGHTS_FILE, safetensors.torch.save({name: tensors[name].contiguous() for name in sorted(tensors)}))
-        _replace(target / CONFIG_FILE, config.encode())  # last: a new folder is an adapter only when it is whole
+        replace_file(target / WEIGHTS_FILE, safetensors.torch.save({name: tensors[name].contiguous() for name in sorted(tensors)}))
+        replace_file(target / CONFIG_FILE, config.encode())  # last: a new folder is an adapter only when it is whole
     except OSError as error:
         raise AdapterUnreadable(f"{target}: cannot be written ({error.strerror})") from None
 
@@ -385,8 +385,8 @@ def is_own_folder(folder: Path) -> bool:
     return isinstance(raw, dict) and raw.get("format") == FORMAT
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Write beside, sync, rename over, sync the folder: after a crash there is the old file or the new one."""
+def replace_file(path: Path, data: bytes) -> None:
+    """Write beside, sync, rename over, sync the folder: after a crash there is the old file or the new one. Raises OSError."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with beside.open("xb") as file:

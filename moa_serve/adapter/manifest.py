@@ -18,6 +18,7 @@ from moa_serve.errors import AdapterConfigInvalid, AdapterMismatch
 
 FORMAT = "moa-adapter/1"
 KINDS = ("Q", "K", "V", "PROMPT", "O", "UP", "GATE", "DOWN", "P_ADAPTER")  # canonical order of experts, everywhere
+OUTPUT_FACTORS = ("lora_B", "up.weight", "up.bias", "PROMPT.gate")  # endings of the tensors without which an expert adds nothing
 TARGETS = ("Q", "K", "V", "O", "UP", "GATE", "DOWN")  # base linears that a LoRA expert can stand beside
 MAX_EXPERTS, MAX_RANK, MAX_WIDTH, MAX_ALPHA, MAX_LAYERS = 64, 512, 65536, 1e4, 1024
 

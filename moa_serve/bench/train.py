@@ -17,6 +17,7 @@ from moa_serve.engine.memory import peak_memory_bytes, reset_peak_memory
 from moa_serve.model.moa import MoaWeights
 from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import Base
+from moa_serve.train.batches import num_inputs
 from moa_serve.train.loop import Trainer, TrainingData, TrainSettings
 from moa_serve.train.objective import Objective
 from moa_serve.train.prompts import Encoded
@@ -84,7 +85,7 @@ def measure(base: Base, name: str, *, pairs: int, batch_size: int = 32, tokens: 
     peak = peak_memory_bytes(trainer.model.device)  # before the other way has run
     seconds(other)
     triples = [(seconds(ours), seconds(other), seconds(ours)) for _ in range(pairs)]
-    per_step = sum(len(example.token_ids) - 1 for example in data.train)
+    per_step = sum(map(num_inputs, data.train))
     return Timing(
         name,
         manifest.num_parameters,

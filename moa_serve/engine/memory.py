@@ -1,4 +1,4 @@
-"""How much memory a new allocation may take: of the GPU, or of the machine within the limits of its control groups; and giving it back."""
+"""How much memory a new allocation may take, of the GPU or of the machine within the limits of its control groups; how much was held."""
 
 import ctypes
 import resource

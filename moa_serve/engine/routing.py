@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moa_serve.adapter.manifest import KINDS, ExpertSpec, Manifest
+from moa_serve.adapter.manifest import KINDS, OUTPUT_FACTORS, ExpertSpec, Manifest
 from moa_serve.model.moa import Routed
 
-_OUTPUT_FACTORS = ("lora_B", "up.weight", "up.bias", "PROMPT.gate")
 RoutedLayers = Mapping[int, Mapping[str, Routed]]  # layer -> site -> what its router said of some tokens
 
 
@@ -99,7 +98,7 @@ def _inner_widths(manifest: Manifest) -> dict[str, list[int]]:
 
 def unchanged_reason(manifest: Manifest, tensors: Mapping[str, Tensor], routing: Routing | None) -> str | None:
     """Why an adapter may honestly leave logits as they are: all that it adds is zero, or its routers kept nothing. None: no such reason."""
-    outputs = [tensor for name, tensor in tensors.items() if name.endswith(_OUTPUT_FACTORS)]
+    outputs = [tensor for name, tensor in tensors.items() if name.endswith(OUTPUT_FACTORS)]
     if not any(bool(tensor.any()) for tensor in outputs) or all(expert.alpha == 0 for expert in manifest.experts):
         return "every output factor is zero, as in a fresh adapter"
     if routing is not None and not bool(routing.selected.any()):

@@ -4,9 +4,11 @@ Built by the engine's runner (or by a test, or by the trainer) and passed down a
 describe the layout, so that a forward never asks a tensor for a number.
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from moa_serve.model.counters import RouterCounters
@@ -26,6 +28,15 @@ class PooledRows:
     row_of_token: Tensor
     spans: tuple[tuple[int, int] | None, ...]
     gates: Tensor
+
+    @classmethod
+    def of_whole(cls, lengths: Sequence[int], prompts: Sequence[int], adapter: MoaWeights, device: torch.device) -> "PooledRows":
+        """Sequences of `lengths` tokens side by side, each with its prompt, the first `prompts` tokens of it: none is known yet."""
+        sizes = torch.tensor(lengths, device=device)
+        owner = torch.arange(len(lengths), device=device).repeat_interleave(sizes)
+        starts = itertools.accumulate(lengths, initial=0)
+        spans = tuple((start, start + prompt) for start, prompt in zip(starts, prompts, strict=False))
+        return cls(owner, spans, torch.zeros(len(lengths), len(adapter.layers), adapter.max_outputs, device=device))
 
 
 @dataclass(eq=False, slots=True)

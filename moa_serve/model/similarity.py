@@ -181,10 +181,8 @@ def expert_similarity(model: Transformer, weights: MoaWeights, prompts: Sequence
     device = model.device
     positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(device)
     token_ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-    pooled = None
-    if weights.manifest.is_pooled:
-        row_of_token = torch.arange(len(spans)).repeat_interleave(torch.tensor([end - start for start, end in spans])).to(device)
-        pooled = PooledRows(row_of_token, tuple(spans), torch.zeros(len(spans), len(weights.layers), weights.max_outputs, device=device))
+    lengths = [len(prompt) for prompt in prompts]
+    pooled = PooledRows.of_whole(lengths, lengths, weights, device) if weights.manifest.is_pooled else None
     segment = Segment(0, len(token_ids), weights, pooled)
     with torch.inference_mode():
         model.hidden(ForwardBatch(token_ids, positions, (segment,), observer=observer), CausalAttention(spans))

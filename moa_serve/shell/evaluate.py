@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from moa_serve.adapter.checkpoint import replace_file
 from moa_serve.errors import InvalidRequest
 from moa_serve.llm import LLM
 from moa_serve.shell import terminal
@@ -281,9 +282,7 @@ def write(report: Report, folder: Path) -> None:
         InvalidRequest: the folder cannot be written.
     """
     for name, text in ((JSON_FILE, json.dumps(to_json(report)) + "\n"), (MARKDOWN_FILE, to_markdown(report))):
-        beside = folder / f".{name}.new"
         try:
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(folder / name)
+            replace_file(folder / name, text.encode())
         except OSError as error:
             raise InvalidRequest(f"{folder / name}: cannot be written ({error.strerror}); choose another --out", param="out") from None

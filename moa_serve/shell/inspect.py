@@ -27,7 +27,7 @@ from moa_serve.model.similarity import ACROSS, GOOD_TOKENS, MIN_TOKENS, Collapse
 from moa_serve.shell.activity import Activity
 from moa_serve.shell.heat import Cell, HeatTable, Row, show_lines, width_of
 from moa_serve.shell.prompts import PromptLine
-from moa_serve.shell.terminal import one_line, visible, warn
+from moa_serve.shell.terminal import counted, one_line, visible, warn
 
 FORMATS = ("png", "svg")
 JSON_NAME = "inspect.json"
@@ -250,7 +250,7 @@ def _mean(values: Any) -> float:
 
 
 def show(console: Console, inspection: Inspection) -> None:
-    facts = f", {_count(len(inspection.texts), 'text')}, {_count(inspection.num_tokens, 'token')}"
+    facts = f", {counted(len(inspection.texts), 'text')}, {counted(inspection.num_tokens, 'token')}"
     console.print(Text.assemble((inspection.title, "bold"), (facts, "dim")), soft_wrap=True)
     if inspection.activity is None:
         console.print(Text("no router: its experts always count fully, so there are no weights to show", style="dim"), soft_wrap=True)
@@ -268,7 +268,7 @@ def _heading(console: Console, title: str, facts: str) -> None:
 
 def _show_activity(console: Console, activity: Activity, is_profile: bool) -> None:
     source = "training's profile, " if is_profile else ""
-    _heading(console, "Expert weight and activation by layer", f"{source}{_count(activity.num_tokens, 'token')}")
+    _heading(console, "Expert weight and activation by layer", f"{source}{counted(activity.num_tokens, 'token')}")
     width = width_of(console)
     show_lines(console, activity.table(width))
     if activity.is_sparse:
@@ -281,7 +281,7 @@ def _show_activity(console: Console, activity: Activity, is_profile: bool) -> No
 
 def _show_tokens(console: Console, tokens: TokenRouting) -> None:
     count, shown = len(tokens.labels), tokens.labels[:_MOST_ROWS]
-    _heading(console, "Router weights token by token", f"the first text, {_count(count, 'token')}")
+    _heading(console, "Router weights token by token", f"the first text, {counted(count, 'token')}")
     is_sparse = not all(bool(tokens.routing.selected[layer, :, : len(tokens.routing.experts[layer])].all()) for layer in tokens.layers)
     console.print(Text(f"weight before selection, %{'; in brackets: not selected' if is_sparse else ''}", style="dim"), soft_wrap=True)
     for layer in tokens.layers:
@@ -307,7 +307,7 @@ def _shortened(label: str) -> str:
 
 
 def _show_similarity(console: Console, inspection: Inspection) -> None:
-    facts = f"{_count(inspection.num_compared, 'token')}, before the router's weight"
+    facts = f"{counted(inspection.num_compared, 'token')}, before the router's weight"
     _heading(console, "Similarity of the experts' outputs", facts)
     if not inspection.collapse:
         console.print(Text("no two experts in any layer: nothing to compare", style="dim"), soft_wrap=True)
@@ -355,10 +355,6 @@ def _collapse_table(collapse: Mapping[str, Sequence[Collapse | None]]) -> HeatTa
     }
     width = max(len(cell.text) for row in rows for cell in row.cells.values())
     return HeatTable("layer", list(collapse), [*rows, Row("mean", means, is_summary=True)], width, 2)
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
 # -- as files

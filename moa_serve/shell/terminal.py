@@ -39,6 +39,11 @@ def one_line(text: str) -> str:
     return " ".join(visible(text).split())
 
 
+def counted(number: int, word: str) -> str:
+    """1 token, 2 tokens."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
 def is_terminal() -> bool:
     """Whether a person reads standard output."""
     return sys.stdout is not None and sys.stdout.isatty()

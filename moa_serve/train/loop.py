@@ -5,11 +5,10 @@ and nothing is drawn on the way. So a run that was interrupted and resumed ends 
 Owned by the one thread that calls it.
 """
 
+import io
 import math
-import os
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moa_serve.adapter.checkpoint import replace_file
 from moa_serve.adapter.manifest import Manifest
 from moa_serve.engine.memory import peak_memory_bytes
 from moa_serve.engine.routing import assemble
@@ -195,10 +195,8 @@ class Trainer:
         identity: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.manifest, self.data, self.settings = model, manifest, data, settings
-        self._work_dir, self._identity = (
-            work_dir,
-            dict(identity or {}) | {"settings": asdict(settings), "manifest": manifest.model_dump_json()},
-        )
+        self._work_dir = work_dir
+        self._identity = dict(identity or {}) | {"settings": asdict(settings), "manifest": manifest.model_dump_json()}
         self._lengths = [num_inputs(example) for example in data.train]
         self.plan = plan_steps(
             self._lengths, batch_size=settings.batch_size, epochs=settings.epochs, max_tokens=settings.max_train_tokens, seed=settings.seed
@@ -251,7 +249,7 @@ class Trainer:
             group["lr"] = rate
         self._optimizer.zero_grad()
         pieces = list(split_by_tokens(indices, self._lengths, self.settings.micro_batch_tokens))
-        num_targets = sum(sum(self.data.train[index].is_target) for index in indices)
+        num_targets = sum(self.data.train[index].num_targets for index in indices)
         total, tokens = 0.0, 0
         for piece in pieces:
             batch = TokenBatch.of([self.data.train[index] for index in piece], self.model.device, fill=_FILL)
@@ -312,21 +310,14 @@ class Trainer:
             "history": [(one.step, one.loss) for one in state.history],
             "counters": self._counters.state(),
         }
-        path = self._work_dir / STATE_FILE
-        beside = path.with_suffix(".new")
+        path, data = self._work_dir / STATE_FILE, io.BytesIO()
+        torch.save(content, data)
         try:
             self._work_dir.mkdir(parents=True, exist_ok=True)
-            with beside.open("wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())  # else a machine that stops may leave an empty file under the name
-            os.replace(beside, path)
-        except (OSError, RuntimeError) as error:  # the latter is what torch makes of a full disk
-            with suppress(OSError):
-                beside.unlink(missing_ok=True)
-            reason = error.strerror if isinstance(error, OSError) else "no room left?"
+            replace_file(path, data.getvalue())
+        except OSError as error:
             raise InvalidRequest(
-                f"{path}: the state cannot be written ({reason}); make room, or choose another --work-dir", param="work_dir"
+                f"{path}: the state cannot be written ({error.strerror}); make room, or choose another --work-dir", param="work_dir"
             ) from None
 
     def resume(self) -> bool:

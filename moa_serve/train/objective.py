@@ -3,8 +3,7 @@
 Nothing here computes an adapter of its own. Owned by the thread that trains.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +64,8 @@ class Objective:
     def loss(self, batch: TokenBatch, *, counters: RouterCounters | None = None, trace: RoutingTrace | None = None) -> Tensor:
         """Sum over the learned tokens, in nats; () float32."""
         adapter = self.adapter()
-        pooled = self._pooled(batch, adapter) if self.manifest.is_pooled else None
+        # Instance level: the mean over the prompt alone, as when serving; the authors' includes answer and padding in training.
+        pooled = PooledRows.of_whole(batch.lengths, batch.prompts, adapter, self.model.device) if self.manifest.is_pooled else None
         segment = Segment(0, len(batch.token_ids), adapter, pooled, counters)
         if counters is not None:
             counters.tokens += len(batch.token_ids)
@@ -73,22 +73,7 @@ class Objective:
         logits = self.model.forward(forward, PaddedCausalAttention(batch.lengths, self.model.device))
         return F.cross_entropy(logits, batch.targets, ignore_index=IGNORED, reduction="sum")
 
-    def _pooled(self, batch: TokenBatch, adapter: MoaWeights) -> PooledRows:
-        """Instance level: the mean over the prompt alone, as when serving; the authors' includes answer and padding in training."""
-        device = self.model.device
-        lengths = torch.tensor(batch.lengths, device=device)
-        owner = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
-        starts = (lengths.cumsum(0) - lengths).tolist()
-        spans = tuple((start, start + prompt) for start, prompt in zip(starts, batch.prompts, strict=True))
-        gates = torch.zeros(len(lengths), len(adapter.layers), adapter.max_outputs, device=device)
-        return PooledRows(owner, spans, gates)
 
-
-def trainable(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def trainable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Leaves that get gradients, by name."""
     return {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
-
-
-def thresholds(tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """The weights and biases of threshold functions."""
-    return (tensor for name, tensor in tensors.items() if ".threshold." in name)

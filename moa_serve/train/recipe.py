@@ -5,18 +5,16 @@ router of 4 hidden units for each expert, thresholds up to 0.5. A fresh adapter 
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moa_serve.adapter.manifest import FORMAT, TARGETS, VARIANTS, BaseShape, Manifest
+from moa_serve.adapter.manifest import FORMAT, OUTPUT_FACTORS, TARGETS, VARIANTS, BaseShape, Manifest
 from moa_serve.errors import InvalidRequest
 
 PAPER_TARGETS = ("Q", "K", "V", "O", "DOWN")
-_OUTPUT_FACTORS = ("lora_B", "up.weight", "up.bias", "PROMPT.gate")
 _HAS_LORA = {name for name, rule in VARIANTS.items() if "lora" in rule.kinds}
 _HAS_PARALLEL = {name for name, rule in VARIANTS.items() if "parallel_adapter" in rule.kinds}
 _HAS_PROMPT = {name for name, rule in VARIANTS.items() if "prompt" in rule.kinds} - {
@@ -192,7 +190,7 @@ def fresh_tensors(manifest: Manifest, seed: int) -> dict[str, Tensor]:
     tensors = {}
     inputs = 1
     for name, shape in manifest.expected_tensors().items():
-        if name.endswith(_OUTPUT_FACTORS):
+        if name.endswith(OUTPUT_FACTORS):
             tensors[name] = torch.zeros(shape)
         elif name.endswith("PROMPT.rows"):
             tensors[name] = torch.randn(shape, generator=generator)
@@ -200,8 +198,3 @@ def fresh_tensors(manifest: Manifest, seed: int) -> dict[str, Tensor]:
             inputs = inputs if name.endswith("bias") else shape[-1]
             tensors[name] = (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(inputs)
     return tensors
-
-
-def is_identity(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether every output factor is zero."""
-    return not any(bool(tensor.any()) for name, tensor in tensors.items() if name.endswith(_OUTPUT_FACTORS))

@@ -22,6 +22,7 @@ from moa_serve.llm import resolve_device
 from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import Base, load_base
 from moa_serve.text import Tokenizer
+from moa_serve.train.batches import num_inputs
 from moa_serve.train.data import Example, data_digest, find_file, read_examples
 from moa_serve.train.loop import Listener, Trainer, TrainingData, TrainSettings, split
 from moa_serve.train.objective import CheckpointedTransformer
@@ -150,7 +151,7 @@ def train(
     state = trainer.state
     if run.resume:
         trainer.resume()
-    planned = sum(len(data.train[index].token_ids) - 1 for step in trainer.plan for index in step)
+    planned = sum(num_inputs(data.train[index]) for step in trainer.plan for index in step)
     num_shared = _num_shared(data)
     made_with = {"moa_serve": version_of("moa_serve"), "torch": torch.__version__, "machine": platform.machine()}  # fails before, if at all
     summary = Summary(

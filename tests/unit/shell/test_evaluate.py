@@ -13,6 +13,7 @@ from families import TINY, write_base, write_family, write_overflowing, write_to
 from goldens import DATA
 from rich.console import Console
 from tokenizers import decoders, models, pre_tokenizers
+from training import full_disk
 from typer.testing import CliRunner, Result
 
 from moa_serve.__main__ import app
@@ -319,11 +320,11 @@ class _Played:
             yield report().rounds[0]
 
 
-def test_a_round_that_cannot_be_written_leaves_the_rounds_before(tmp_path: Path) -> None:
+def test_a_round_that_cannot_be_written_leaves_the_rounds_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files are written after every round of hours."""
     write(report(), tmp_path)
     before = (tmp_path / "results.json").read_text()
-    (tmp_path / ".results.json.new").symlink_to("/dev/full")
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(InvalidRequest, match="cannot be written"):
         write(report("loss"), tmp_path)
     assert (tmp_path / "results.json").read_text() == before

@@ -1,16 +1,16 @@
 """A run: it learns, it stops when it should, and an interrupted one ends with the same bits as one that was not."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training import RECIPES, examples, tiny_base, trainer_for
+from training import RECIPES, examples, full_disk, tiny_base, trainer_for
 
 from moa_serve.errors import InvalidRequest
 from moa_serve.model.weights import Base, load_base
 from moa_serve.train.loop import STATE_FILE, Progress, Trainer, TrainSettings, split
-from moa_serve.train.objective import thresholds
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +22,11 @@ def run(trainer: Trainer, **options: int) -> list[Progress]:
     seen: list[Progress] = []
     trainer.run(seen.append, **options)
     return seen
+
+
+def thresholds(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The weights and biases of threshold functions."""
+    return [tensor for name, tensor in tensors.items() if ".threshold." in name]
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -129,10 +134,12 @@ def test_a_damaged_state_is_told(base: Base, tmp_path: Path) -> None:
         trainer_for(base, RECIPES["lora"], work_dir=tmp_path).resume()
 
 
-def test_a_state_that_cannot_be_written_is_one_line_and_leaves_the_last_one(base: Base, tmp_path: Path) -> None:
+def test_a_state_that_cannot_be_written_is_one_line_and_leaves_the_last_one(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = trainer_for(base, RECIPES["lora"], evaluations=3, work_dir=tmp_path)
     run(first, max_steps=4)
-    (tmp_path / "state.new").symlink_to("/dev/full")
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(InvalidRequest, match="the state cannot be written"):
         run(first)
     again = trainer_for(base, RECIPES["lora"], evaluations=3, work_dir=tmp_path)
@@ -158,7 +165,7 @@ def test_thresholds_move_with_the_estimator_only(tau: float | None, moves: bool,
     trainer = trainer_for(base, RECIPES["sparse"], straight_through=tau)
     before = [tensor.detach().clone() for tensor in thresholds(trainer.state.tensors)]
     run(trainer, max_steps=6)
-    after = list(thresholds(trainer.state.tensors))
+    after = thresholds(trainer.state.tensors)
     assert len(before) == 6
     assert all(torch.equal(a, b) != moves for a, b in zip(before, after, strict=True))
 
