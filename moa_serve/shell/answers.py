@@ -11,10 +11,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from moa_serve.engine.activity import Activity
 from moa_serve.engine.request import SamplingParams
 from moa_serve.errors import InvalidRequest
 from moa_serve.llm import LLM, Completion
-from moa_serve.shell.activity import Activity
+from moa_serve.shell.activity import activity_table, cost
 from moa_serve.shell.heat import show_lines, width_of
 from moa_serve.shell.prompts import PromptLine
 from moa_serve.shell.selection import Column
@@ -187,5 +188,5 @@ def show_activity(console: Console, column: Column, activity: Activity | None) -
         console.print(title.append(f", {reason}"), soft_wrap=True)
         return
     console.print(title.append(f", {activity.num_tokens} tokens", style="dim"), soft_wrap=True)
-    show_lines(console, activity.table(width_of(console)))
-    console.print(Text(activity.cost(), style="bold"), soft_wrap=True)
+    show_lines(console, activity_table(activity, width_of(console)))
+    console.print(Text(cost(activity), style="bold"), soft_wrap=True)

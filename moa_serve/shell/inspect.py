@@ -20,11 +20,12 @@ from torch import Tensor
 
 from moa_serve.adapter.adapter import Adapter
 from moa_serve.adapter.manifest import Manifest
+from moa_serve.engine.activity import Activity
 from moa_serve.engine.routing import Routing, expert_names
 from moa_serve.errors import InvalidRequest
 from moa_serve.llm import LLM
 from moa_serve.model.similarity import ACROSS, GOOD_TOKENS, MIN_TOKENS, Collapse, Similarity, mean_over_layers
-from moa_serve.shell.activity import Activity
+from moa_serve.shell.activity import activity_table, cost
 from moa_serve.shell.heat import Cell, HeatTable, Row, show_lines, width_of
 from moa_serve.shell.prompts import PromptLine
 from moa_serve.shell.terminal import counted, one_line, visible, warn
@@ -270,13 +271,13 @@ def _show_activity(console: Console, activity: Activity, is_profile: bool) -> No
     source = "training's profile, " if is_profile else ""
     _heading(console, "Expert weight and activation by layer", f"{source}{counted(activity.num_tokens, 'token')}")
     width = width_of(console)
-    show_lines(console, activity.table(width))
+    show_lines(console, activity_table(activity, width))
     if activity.is_sparse:
         most = max(map(len, activity.layers)) or 1
         counts = {str(layer): Cell(f"{count:.2f}", count / most) for layer, count in enumerate(activity.experts_by_layer)}
         console.print(Text("experts selected by a token, in each layer", style="dim"), soft_wrap=True)
         show_lines(console, HeatTable("layer", list(counts), [Row("experts", counts)], 4).lines(width))
-    console.print(Text(activity.cost(), style="bold"), soft_wrap=True)
+    console.print(Text(cost(activity), style="bold"), soft_wrap=True)
 
 
 def _show_tokens(console: Console, tokens: TokenRouting) -> None:

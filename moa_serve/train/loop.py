@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moa_serve.adapter.checkpoint import replace_file
 from moa_serve.adapter.manifest import Manifest
+from moa_serve.engine.activity import Activity
 from moa_serve.engine.memory import peak_memory_bytes
 from moa_serve.engine.routing import assemble
 from moa_serve.errors import DataInvalid, InvalidRequest
@@ -365,26 +366,15 @@ class Trainer:
         if self.manifest.router.site == "none":
             return None
         objective = Objective(self.model, self.manifest, tensors, straight_through=None)
-        weights = selected = torch.zeros(1, 1, dtype=torch.float64)
-        count = 0
+        activity = Activity()
         for batch in self._batches(self.data.validation or self.data.train):
             trace = RoutingTrace()
             objective.loss(batch, trace=trace)
-            routing = assemble(self.manifest, [trace.records[0]], batch.num_tokens)
-            weights, selected = weights + routing.weights.double().sum(1), selected + routing.selected.double().sum(1)  # (L, E)
-            count += batch.num_tokens
-            if count >= max_tokens:
+            activity.add(assemble(self.manifest, [trace.records[0]], batch.num_tokens), batch.num_tokens)
+            if activity.num_tokens >= max_tokens:
                 break
-        layers = []
-        for layer, names in enumerate(routing.experts):
-            uses = {}
-            for column, name in enumerate(names):
-                uses[name] = {
-                    "weight": round(float(weights[layer, column]) / count, 4),
-                    "selected": round(float(selected[layer, column]) / count, 4),
-                }
-            layers.append(uses)
-        return {"num_tokens": count, "layers": layers}
+        found = activity.to_json()
+        return {name: found[name] for name in ("num_tokens", "layers")}
 
 
 _NUMBERS = ("step", "tokens", "seconds", "best_step", "best_loss", "num_worse", "peak_memory_bytes")

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from moa_serve.engine.activity import Activity
 from moa_serve.engine.routing import Routing
-from moa_serve.shell.activity import Activity
+from moa_serve.shell.activity import activity_table
 
 
 def routing(weights: list[list[list[float]]], selected: list[list[list[bool]]], experts: list[list[str]]) -> Routing:
@@ -40,7 +41,7 @@ def test_layers_without_experts_are_no_part_of_the_mean() -> None:
     )
     assert activity.experts_per_token == (1.5, 1.5)
     assert activity.skippable == 0
-    text = "\n".join(line.plain for line in activity.table(80))
+    text = "\n".join(line.plain for line in activity_table(activity, 80))
     assert [line.split() for line in text.splitlines()[1:]] == [
         ["layer", "Q", "V"],
         ["0", "0.50", "0.50"],
@@ -52,7 +53,7 @@ def test_layers_without_experts_are_no_part_of_the_mean() -> None:
 @pytest.mark.parametrize("width", [30, 40, 80, 120, 1000])
 @pytest.mark.parametrize("per_linear", [1, 2, 4, 8, 20])
 def test_every_expert_is_in_the_table_and_the_table_in_the_terminal(width: int, per_linear: int) -> None:
-    lines = [line.plain for line in wide(per_linear).table(width)[1:]]
+    lines = [line.plain for line in activity_table(wide(per_linear), width)[1:]]
     assert max(map(len, lines)) <= width
     first = [cell for line in lines if line.startswith("    0 ") for cell in line.split()[1:]]
     shares = [cell for cell in first if cell in ("0", "100")]
@@ -62,5 +63,5 @@ def test_every_expert_is_in_the_table_and_the_table_in_the_terminal(width: int, 
 
 
 def test_experts_of_one_linear_stay_together_where_they_fit() -> None:
-    headers = [line.plain.split() for line in wide(4).table(40) if line.plain.startswith("layer")]
+    headers = [line.plain.split() for line in activity_table(wide(4), 40) if line.plain.startswith("layer")]
     assert headers == [["layer", "Q", "GATE"], ["layer", "DOWN"]]

@@ -20,9 +20,9 @@ from moa_serve import LLM
 from moa_serve.__main__ import app
 from moa_serve.adapter.checkpoint import write_adapter
 from moa_serve.adapter.manifest import Manifest
+from moa_serve.engine.activity import Activity
 from moa_serve.engine.routing import expert_names
 from moa_serve.shell import inspect as inspection
-from moa_serve.shell.activity import Activity
 from moa_serve.shell.prompts import PromptLine
 
 WITH_TEXT: dict[str, Any] = TINY | {"vocab_size": 259, "eos_token_id": 2}
