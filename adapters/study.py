@@ -95,6 +95,7 @@ ROWS = (
         Recipe(**SPARSE, max_threshold=1.0),
         settings={"straight_through": None},
     ),
+    Row("lora-slow", "LoRA r16 at 1.5e-3", Recipe(variant="lora", rank=16), settings={"learning_rate": 1.5e-3}),
 )
 
 
@@ -144,9 +145,8 @@ def run(data: Path, tokens: int, worker: int, num_workers: int, console: Console
 def _trained(job: Job, data: Path, tokens: int) -> Path:
     row, task = job.row, TASKS[job.task]
     assert row is not None
-    settings = TrainSettings(
-        seed=job.seed, max_train_tokens=tokens, batch_size=8, epochs=20, learning_rate=6e-3, patience=0, **row.settings
-    )
+    of_row = {"learning_rate": 6e-3} | row.settings
+    settings = TrainSettings(seed=job.seed, max_train_tokens=tokens, batch_size=8, epochs=20, patience=0, **of_row)
     run = TrainingRun(
         data=tuple(data / name for name in task.train), out=RUNS / f"{tokens}" / job.name, form=task.form,
         resume=True, recipe=row.recipe, settings=settings,

@@ -14,7 +14,7 @@ from rich.console import Console
 
 Run = dict[str, Any]
 TABLES = (
-    ("Families (the paper's tables 1 and 2)", ("base", "lora", "molora", "hydralora", "adamole", "soft", "sparse")),
+    ("Families (the paper's tables 1 and 2)", ("base", "lora", "lora-slow", "molora", "hydralora", "adamole", "soft", "sparse")),
     ("Parts of Soft MoA (table 3)", ("prompt", "parallel", "composition", "lora-sigmoid", "soft")),
     ("What routes, and what is weighed (table 5)", ("soft", "softmax", "instance", "unipeft")),
     (
