@@ -39,19 +39,30 @@ RUNS = HERE / "study.training"  # adapters and states; not committed
 
 @dataclass(frozen=True, slots=True)
 class StudyTask:
-    """Training files below --data; test files and how many of their rows (see `_tests`); `max_tokens` to generate."""
+    """Training files below --data; test files and how many of their rows (see `_tests`); `max_tokens` to generate.
+
+    `validation` is the share that chooses the best tensors: about 40 examples, so that choosing does not cost more than training.
+    """
 
     train: tuple[str, ...]
     test: tuple[tuple[str, int], ...]
     form: Form
     scorer: str
     max_tokens: int
+    validation: float
 
 
 TASKS = {
-    "mawps": StudyTask(("mawps/train_clean.json",), (("mawps/test.json", 238), ("AddSub/test.json", 262)), "authors", "generation", 40),
+    "mawps": StudyTask(
+        ("mawps/train_clean.json",), (("mawps/test.json", 238), ("AddSub/test.json", 262)), "authors", "generation", 40, 0.05
+    ),
     "arc": StudyTask(
-        ("ARC-Easy/train.json", "ARC-Challenge/train.json", "openbookqa/train.json"), (("ARC-Easy/test.json", 500),), "cloze", "both", 16
+        ("ARC-Easy/train.json", "ARC-Challenge/train.json", "openbookqa/train.json"),
+        (("ARC-Easy/test.json", 500),),
+        "cloze",
+        "both",
+        16,
+        0.005,
     ),
 }
 
@@ -146,7 +157,9 @@ def _trained(job: Job, data: Path, tokens: int) -> Path:
     row, task = job.row, TASKS[job.task]
     assert row is not None
     of_row = {"learning_rate": 6e-3} | row.settings
-    settings = TrainSettings(seed=job.seed, max_train_tokens=tokens, batch_size=8, epochs=20, patience=0, **of_row)
+    settings = TrainSettings(
+        seed=job.seed, max_train_tokens=tokens, batch_size=8, epochs=20, patience=0, validation=task.validation, **of_row
+    )
     run = TrainingRun(
         data=tuple(data / name for name in task.train), out=RUNS / f"{tokens}" / job.name, form=task.form,
         resume=True, recipe=row.recipe, settings=settings,
