@@ -5,12 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
+from moa_serve.shell.bench_serve import bench_serve
+
 bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure on this machine, as ratios of two things in one interleaved run.")
-
-
-@bench.callback()
-def group() -> None:
-    """Only so that `bench` stays a group while it has one command."""
+bench.command("serve")(bench_serve)
 
 
 @bench.command("train")

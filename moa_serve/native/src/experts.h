@@ -1,0 +1,115 @@
+// What an expert adds: c = w * scale * (A u), y += B c, in tiles of tokens that share the expert and need it. A token whose weight is 0
+// touches neither A nor B. A token's numbers do not depend on which others are in its tile: every output is one chain of additions.
+#pragma once
+#include "abi.h"
+#include "numbers.h"
+
+namespace {
+
+constexpr int kTileTokens = 4;
+constexpr int kTileRanks = 4;   // rows of A beside each other with four tokens: 16 sums
+constexpr int kLoneRanks = 8;   // with one token
+
+template <class N, int kTokens, int kRows>
+inline void dot_tile(const typename N::Element* const* x, const typename N::Element* a, int64_t size, float* const* out) {
+  F16 sum[kTokens][kRows];
+  for (int token = 0; token < kTokens; token++)
+    for (int row = 0; row < kRows; row++) sum[token][row] = f_zero();
+  for (int64_t k = 0; k < size; k += kLanes * N::kPerLane) {
+    typename N::Vector weights[kRows];
+    for (int row = 0; row < kRows; row++) weights[row] = N::load(a + row * size + k);
+    for (int token = 0; token < kTokens; token++) {
+      const typename N::Vector input = N::load(x[token] + k);
+      for (int row = 0; row < kRows; row++) sum[token][row] = N::dot(sum[token][row], input, weights[row]);
+    }
+  }
+  for (int token = 0; token < kTokens; token++)
+    for (int row = 0; row < kRows; row++) out[token][row] = f_sum(sum[token][row]);
+}
+
+template <class N, int kTokens, int kRows>
+inline void dot_rows(const typename N::Element* const* x, const typename N::Element* a, int64_t size, int rows, float* const* out) {
+  float* place[kTokens];
+  int row = 0;
+  for (; row + kRows <= rows; row += kRows) {
+    for (int token = 0; token < kTokens; token++) place[token] = out[token] + row;
+    dot_tile<N, kTokens, kRows>(x, a + row * size, size, place);
+  }
+  for (; row < rows; row++) {
+    for (int token = 0; token < kTokens; token++) place[token] = out[token] + row;
+    dot_tile<N, kTokens, 1>(x, a + row * size, size, place);
+  }
+}
+
+// out[token][row] = a[row] . x[token] for up to four tokens; `size` is a multiple of 32.
+template <class N>
+inline void dots(int tokens, const typename N::Element* const* x, const typename N::Element* a, int64_t size, int rows,
+                 float* const* out) {
+  if (tokens == kTileTokens) return dot_rows<N, kTileTokens, kTileRanks>(x, a, size, rows, out);
+  for (int token = 0; token < tokens; token++) dot_rows<N, 1, kLoneRanks>(x + token, a, size, rows, out + token);
+}
+
+// One panel of y += B c for kTokens tokens; b is [rank / kPerLane][32][kPerLane].
+template <class N, int kTokens>
+inline void expand_panel(const typename N::Element* const* c, const typename N::Element* b, int rank, float* const* y) {
+  F16 sum[kTokens][2];
+  for (int token = 0; token < kTokens; token++) sum[token][0] = f_load(y[token]), sum[token][1] = f_load(y[token] + kLanes);
+  for (int r = 0; r < rank; r += N::kPerLane) {
+    const typename N::Vector left = N::load(b + r * kPanel), right = N::load(b + r * kPanel + kLanes * N::kPerLane);
+    for (int token = 0; token < kTokens; token++) {
+      const typename N::Vector coefficient = N::spread(c[token] + r);
+      sum[token][0] = N::dot(sum[token][0], left, coefficient);
+      sum[token][1] = N::dot(sum[token][1], right, coefficient);
+    }
+  }
+  for (int token = 0; token < kTokens; token++) f_store(y[token], sum[token][0]), f_store(y[token] + kLanes, sum[token][1]);
+}
+
+// Where a section of a fused output stands: its i-th panel is the fused one first + i * stride.
+struct Section {
+  float* out;
+  int64_t row_stride;
+  int first, stride, panels;
+};
+
+// Panels of the section that lie in the fused range [begin, end).
+inline int section_place(const Section& section, int64_t fused) {
+  if (fused <= section.first) return 0;
+  const int64_t place = (fused - section.first + section.stride - 1) / section.stride;
+  return place < section.panels ? (int)place : section.panels;
+}
+
+template <class N, int kTokens>
+inline void expand_tile(const int32_t* tokens, const typename N::Element* coefficients, int64_t coefficient_stride,
+                        const typename N::Element* b, int rank, const Section& section, int begin, int end) {
+  const typename N::Element* c[kTokens];
+  float* y[kTokens];
+  for (int token = 0; token < kTokens; token++) c[token] = coefficients + tokens[token] * coefficient_stride;
+  for (int panel = begin; panel < end; panel++) {
+    for (int token = 0; token < kTokens; token++)
+      y[token] = section.out + tokens[token] * section.row_stride + (section.first + (int64_t)panel * section.stride) * kPanel;
+    expand_panel<N, kTokens>(c, b + (int64_t)panel * kPanel * rank, rank, y);
+  }
+}
+
+// y += B c for the listed tokens, in the panels [begin, end) of the section.
+template <class N>
+inline void expand(const int32_t* tokens, int count, const typename N::Element* coefficients, int64_t coefficient_stride,
+                   const typename N::Element* b, int rank, const Section& section, int begin, int end) {
+  int token = 0;
+  for (; token + kTileTokens <= count; token += kTileTokens)
+    expand_tile<N, kTileTokens>(tokens + token, coefficients, coefficient_stride, b, rank, section, begin, end);
+  for (; token < count; token++) expand_tile<N, 1>(tokens + token, coefficients, coefficient_stride, b, rank, section, begin, end);
+}
+
+// y += w * bias for the listed tokens.
+inline void add_bias(const int32_t* tokens, int count, const float* weights, const float* bias, const Section& section, int begin, int end) {
+  for (int token = 0; token < count; token++)
+    for (int panel = begin; panel < end; panel++) {
+      float* y = section.out + tokens[token] * section.row_stride + (section.first + (int64_t)panel * section.stride) * kPanel;
+      for (int lane = 0; lane < kPanel; lane += kLanes)
+        f_store(y + lane, f_fma(f_set(weights[token]), f_load(bias + (int64_t)panel * kPanel + lane), f_load(y + lane)));
+    }
+}
+
+}  // namespace

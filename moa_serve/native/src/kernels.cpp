@@ -1,0 +1,100 @@
+// Compiled once for each instruction set, with MOA_TABLE naming the table that it fills.
+#include "kernels.h"
+
+#include "step.h"
+
+namespace {
+
+template <class N>
+void run_step(void* argument, int thread, int num_threads) {
+  Step<N>(*(MoaStep*)argument, thread, num_threads).run();
+}
+
+float read_all(const float* data, int64_t count) {
+  constexpr int kSums = 8;  // so that no addition waits for the one before
+  F16 sums[kSums];
+  for (F16& sum : sums) sum = f_zero();
+  for (int64_t i = 0; i + kSums * kLanes <= count; i += kSums * kLanes)
+    for (int n = 0; n < kSums; n++) sums[n] = f_add(sums[n], f_load(data + i + n * kLanes));
+  for (int n = 1; n < kSums; n++) sums[0] = f_add(sums[0], sums[n]);
+  return f_sum(sums[0]);
+}
+
+void exp_all(const float* x, float* y, int64_t count) {
+  for (int64_t i = 0; i + kLanes <= count; i += kLanes) f_store(y + i, f_exp(f_load(x + i)));
+}
+
+template <class N>
+void product(const void* x, int32_t rows, int64_t size, const void* weights, const float* bias, int64_t out, float* y) {
+  using Element = typename N::Element;
+  gemm<N>((const Element*)x, size, rows, (const Element*)weights, size, bias, 0, out / kPanel, y, out);
+  end_products();
+}
+
+template <class N>
+void norm(const float* x, const float* weight, int32_t rows, int64_t size, float eps, void* y) {
+  const int64_t width = padded(size);
+  for (int64_t row = 0; row < rows; row++) rms_norm<N>(x + row * width, weight, size, eps, (typename N::Element*)y + row * width);
+}
+
+constexpr int kMostTestRows = 64, kMostTestRank = 256;
+
+void route(const uint8_t* blob, int64_t router_at, const float* x, int32_t rows, int64_t size, float* gates, float* trace) {
+  const MoaRouter& router = *(const MoaRouter*)(blob + router_at);
+  const int64_t room = padded(router.num_rows, kLanes) + kLanes;
+  static thread_local float products[kTileTokens * (kMostTestRank + 2 * kLanes)], rest[2 * kMostTestRank];
+  for (int row = 0; row < rows; row += kTileTokens) {
+    const int count = rows - row < kTileTokens ? rows - row : kTileTokens;
+    const float* inputs[kTileTokens];
+    float* out[kTileTokens];
+    for (int member = 0; member < count; member++) inputs[member] = x + (row + member) * size, out[member] = products + member * room;
+    if (router.rows_are_float32)
+      router_dots<float>(count, inputs, (const float*)(blob + router.rows_at), size, router.num_rows, out);
+    else
+      router_dots<uint16_t>(count, inputs, (const uint16_t*)(blob + router.rows_at), size, router.num_rows, out);
+    for (int member = 0; member < count; member++)
+      finish_route(router, blob, out[member], rest, gates + (int64_t)(row + member) * router.outputs,
+                   trace + (int64_t)(row + member) * (3 * router.outputs + 1) - router.trace_at);
+  }
+}
+
+template <class N>
+void expert(const uint8_t* blob, int64_t expert_at, const void* x, int32_t rows, int64_t size, const float* weights, int64_t out, float* y) {
+  using Element = typename N::Element;
+  const MoaExpert& expert = *(const MoaExpert*)(blob + expert_at);
+  static thread_local float low[kTileTokens][kMostTestRank];
+  static thread_local Element coefficients[kMostTestRows * kMostTestRank];
+  const int64_t room = padded(expert.rank, kLanes);
+  int32_t active[kMostTestRows];
+  int count = 0;
+  for (int row = 0; row < rows; row++)
+    if (weights[row] != 0) active[count++] = row;
+  for (int first = 0; first < count; first += kTileTokens) {
+    const int members = count - first < kTileTokens ? count - first : kTileTokens;
+    const Element* inputs[kTileTokens];
+    float* sums[kTileTokens];
+    memset(low, 0, sizeof(low));
+    for (int member = 0; member < members; member++) inputs[member] = (const Element*)x + active[first + member] * size, sums[member] = low[member];
+    dots<N>(members, inputs, (const Element*)(blob + expert.a_at), size, expert.rank, sums);
+    for (int member = 0; member < members; member++) {
+      const F16 scale = f_set(weights[active[first + member]] * expert.scale);
+      for (int64_t r = 0; r < room; r += kLanes)
+        N::store(coefficients + active[first + member] * room + r, f_mul(f_load(low[member] + r), scale));
+    }
+  }
+  const Section section = {y, out, 0, 1, (int)(out / kPanel)};
+  expand<N>(active, count, coefficients, room, (const Element*)(blob + expert.b_at), expert.rank, section, 0, section.panels);
+}
+
+}  // namespace
+
+extern const MoaKernels MOA_TABLE;
+const MoaKernels MOA_TABLE = {
+    {run_step<Bfloat16>, run_step<Float32>},
+    read_all,
+    exp_all,
+    {product<Bfloat16>, product<Float32>},
+    {norm<Bfloat16>, norm<Float32>},
+    route,
+    {expert<Bfloat16>, expert<Float32>},
+};

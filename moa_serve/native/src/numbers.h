@@ -1,0 +1,52 @@
+// The two number formats a model can be computed in. `Bfloat16` keeps weights, activations and the cache in bfloat16 and adds up in
+// float32, two products a lane; `Float32` is the same code on float32 throughout. Both round an activation once, when it is stored.
+#pragma once
+#include "isa.h"
+
+namespace {
+
+constexpr int kPanel = 32;  // columns of a packed weight that one tile computes: two vectors
+constexpr int kPage = 16;   // tokens of a KV page: the lanes of a vector
+
+inline int64_t padded(int64_t size, int64_t to = kPanel) { return (size + to - 1) / to * to; }
+
+inline float widen(uint16_t x) {
+  const uint32_t bits = (uint32_t)x << 16;
+  float out;
+  memcpy(&out, &bits, 4);
+  return out;
+}
+inline float widen(float x) { return x; }
+
+struct Bfloat16 {
+  using Element = uint16_t;
+  using Vector = Pairs;
+  static constexpr int kPerLane = 2;  // elements of the reduced dimension that share a lane
+  static Vector load(const Element* p) { return pairs_load(p); }
+  static Vector spread(const Element* p) {  // kPerLane neighbours into every lane
+    uint32_t pair;
+    memcpy(&pair, p, 4);
+    return pairs_set(pair);
+  }
+  static F16 dot(F16 sum, Vector a, Vector b) { return pairs_dot(sum, a, b); }
+  static void store(Element* p, F16 a) { f_store_bfloat16(p, a); }
+  static F16 load_float(const Element* p) { return f_load_bfloat16(p); }
+};
+
+struct Float32 {
+  using Element = float;
+  using Vector = F16;
+  static constexpr int kPerLane = 1;
+  static Vector load(const Element* p) { return f_load(p); }
+  static Vector spread(const Element* p) { return f_set(*p); }
+  static F16 dot(F16 sum, Vector a, Vector b) { return f_fma(a, b, sum); }
+  static void store(Element* p, F16 a) { f_store(p, a); }
+  static F16 load_float(const Element* p) { return f_load(p); }
+};
+
+// Round n (a multiple of 16) floats to the model's format.
+template <class N> inline void narrow(const float* from, typename N::Element* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes) N::store(to + i, f_load(from + i));
+}
+
+}  // namespace

@@ -1,0 +1,576 @@
+// One step of the model: every layer of every token in one call. All threads of the team run `Step::run`; each takes a share of the
+// output columns (products), rows (norms) or tiles (experts, attention), and they meet between phases. No share depends on what is computed, only
+// on the batch, so the result does not depend on the number of threads.
+//
+// What an adapter adds is a list compiled from its manifest (abi.h): routers, shrinks and expands by stage. The loop knows no family.
+#pragma once
+#include <stddef.h>
+
+#include "attention.h"
+#include "gemm.h"
+#include "router.h"
+#include "step_types.h"
+
+namespace {
+
+struct Share {
+  int64_t begin, end;
+};
+
+inline Share share_of(int64_t size, int thread, int threads) { return {size * thread / threads, size * (thread + 1) / threads}; }
+
+template <class N>
+struct Step {
+  using Element = typename N::Element;
+
+  MoaStep& step;
+  const MoaModel& model;
+  const MoaBatch& batch;
+  const MoaBuffers& at;
+  const int thread, threads;
+  const int tokens;
+  const PageShape page;
+  const int64_t hidden, inner, query, key;  // padded widths
+  const int64_t fused;                      // of Q, K and V together
+  float* const scratch;
+  int32_t* const list;
+  uint64_t last_tick = 0;
+
+  Step(MoaStep& given, int thread_, int threads_)
+      : step(given),
+        model(*given.model),
+        batch(*given.batch),
+        at(given.buffers),
+        thread(thread_),
+        threads(threads_),
+        tokens(given.batch->num_tokens),
+        page{given.model->head_dim},
+        hidden(padded(given.model->hidden)),
+        inner(padded(given.model->inner)),
+        query(padded((int64_t)given.model->heads * given.model->head_dim)),
+        key(padded((int64_t)given.model->kv_heads * given.model->head_dim)),
+        fused(query + 2 * key),
+        scratch(given.buffers.scratch + thread_ * given.buffers.scratch_stride),
+        list(given.buffers.lists + (int64_t)thread_ * given.batch->num_tokens) {}
+
+  void run() {
+    last_tick = __rdtsc();
+    embed();
+    meet();
+    for (int layer = 0; layer < model.num_layers; layer++) run_layer(layer);
+    run_head();
+    end_products();
+  }
+
+  void meet() {
+    if (threads > 1) team_meet(step.team);
+  }
+
+  void count(MoaPart part) {
+    if (thread != 0) return;
+    const uint64_t now = __rdtsc();
+    step.ticks[part] += now - last_tick;
+    last_tick = now;
+  }
+
+  Share rows() const { return share_of(tokens, thread, threads); }
+
+  // -- base
+
+  void embed() {
+    const int half = model.head_dim / 2;
+    for (int64_t row = rows().begin; row < rows().end; row++) {
+      float* x = at.x + row * hidden;
+      const int64_t id = batch.token_ids[row];
+      const Element* table = (const Element*)model.embed;
+      if (model.embed_is_head) {
+        const Element* panel = table + id / kPanel * kPanel * hidden + id % kPanel * N::kPerLane;
+        for (int64_t k = 0; k < hidden; k++) x[k] = widen(panel[k / N::kPerLane * kPanel * N::kPerLane + k % N::kPerLane]);
+      } else {
+        for (int64_t k = 0; k < hidden; k += kLanes) f_store(x + k, N::load_float(table + id * hidden + k));
+      }
+      for (int j = 0; j < half; j++) {
+        const float angle = (float)batch.positions[row] * model.inverse_frequencies[j];
+        at.cosines[row * half + j] = cosf(angle);
+        at.sines[row * half + j] = sinf(angle);
+      }
+      at.gates[row * at.gate_stride] = 1.0f;
+    }
+  }
+
+  void run_layer(int index) {
+    const MoaLayer& layer = model.layers[index];
+    norm_rows(layer.attention_norm);
+    meet();
+    count(MOA_PART_BASE);
+    route(index, MOA_STAGE_ATTENTION);
+    const Share columns = share_of(fused / kPanel, thread, threads);
+    product(at.normed, hidden, layer.qkv, layer.qkv_bias, columns, at.qkv, fused);
+    shrink(index, MOA_STAGE_ATTENTION);
+    expand(index, MOA_STAGE_ATTENTION, columns);
+    meet();
+    fill_cache(index, layer);
+    meet();
+    count(MOA_PART_BASE);
+    attention(index);
+    meet();
+    count(MOA_PART_ATTENTION);
+    const Share narrow_columns = share_of(hidden / kPanel, thread, threads);
+    route(index, MOA_STAGE_OUTPUT);
+    product(at.mixed, query, layer.o, layer.o_bias, narrow_columns, at.out, hidden);
+    shrink(index, MOA_STAGE_OUTPUT);
+    expand(index, MOA_STAGE_OUTPUT, narrow_columns);
+    add_to_residual(narrow_columns);
+    meet();
+    norm_rows(layer.ffn_norm);
+    meet();
+    count(MOA_PART_BASE);
+    route(index, MOA_STAGE_FFN);
+    const Share pairs = share_of(inner / kPanel, thread, threads);  // a gate panel and the up panel beside it
+    const Share wide_columns = {2 * pairs.begin, 2 * pairs.end};
+    product(at.normed, hidden, layer.gate_up, layer.gate_up_bias, wide_columns, at.gate_up, 2 * inner);
+    shrink(index, MOA_STAGE_FFN);
+    expand(index, MOA_STAGE_FFN, wide_columns);
+    multiply_gates(pairs);
+    meet();
+    count(MOA_PART_BASE);
+    route(index, MOA_STAGE_DOWN);
+    product(at.inner, inner, layer.down, layer.down_bias, narrow_columns, at.out, hidden);
+    shrink(index, MOA_STAGE_DOWN);
+    expand(index, MOA_STAGE_DOWN, narrow_columns);
+    add_to_residual(narrow_columns);
+    meet();
+    count(MOA_PART_BASE);
+    count_routing(index);
+  }
+
+  void run_head() {
+    Element* rows = (Element*)at.logit_rows;
+    const Share mine = share_of(batch.num_logits, thread, threads);
+    for (int64_t row = mine.begin; row < mine.end; row++)
+      rms_norm<N>(at.x + batch.logit_rows[row] * hidden, model.norm, model.hidden, model.eps, rows + row * hidden);
+    meet();
+    const int64_t width = padded(model.vocab);
+    const Share columns = share_of(width / kPanel, thread, threads);
+    gemm<N>(rows, hidden, batch.num_logits, (const Element*)model.head, hidden, nullptr, columns.begin, columns.end, batch.logits, width);
+    count(MOA_PART_HEAD);
+  }
+
+  void norm_rows(const float* weight) {
+    for (int64_t row = rows().begin; row < rows().end; row++)
+      rms_norm<N>(at.x + row * hidden, weight, model.hidden, model.eps, (Element*)at.normed + row * hidden);
+  }
+
+  void product(const void* x, int64_t size, const void* weights, const float* bias, Share columns, float* out, int64_t width) {
+    gemm<N>((const Element*)x, size, tokens, (const Element*)weights, size, bias, columns.begin, columns.end, out, width);
+    count(MOA_PART_BASE);
+  }
+
+  void add_to_residual(Share columns) {
+    for (int64_t row = 0; row < tokens; row++)
+      for (int64_t k = columns.begin * kPanel; k < columns.end * kPanel; k += kLanes) {
+        float* x = at.x + row * hidden + k;
+        f_store(x, f_add(f_load(x), f_load(at.out + row * hidden + k)));
+      }
+  }
+
+  void multiply_gates(Share pairs) {
+    for (int64_t row = 0; row < tokens; row++)
+      for (int64_t pair = pairs.begin; pair < pairs.end; pair++) {
+        const float* gate = at.gate_up + row * 2 * inner + pair * 2 * kPanel;
+        for (int lane = 0; lane < kPanel; lane += kLanes)
+          N::store((Element*)at.inner + row * inner + pair * kPanel + lane,
+                   f_mul(f_silu(f_load(gate + lane)), f_load(gate + kPanel + lane)));
+      }
+  }
+
+  // -- attention
+
+  int64_t key_page_stride() const { return model.kv_heads * page.keys<N>(); }
+  int64_t value_page_stride() const { return model.kv_heads * page.values(); }
+
+  void fill_cache(int index, const MoaLayer& layer) {
+    const int size = model.head_dim, half = size / 2;
+    Element* keys = (Element*)step.cache.keys + index * step.cache.num_pages * key_page_stride();
+    Element* values = (Element*)step.cache.values + index * step.cache.num_pages * value_page_stride();
+    // Pages are filled by one thread each: a page's first token clears it.
+    for (int64_t row = 0; row < tokens; row++) {
+      const int64_t own_page = batch.spans[at.token_span[row]].pages[at.token_index[row] / kPage];
+      if (own_page % threads != thread) continue;
+      float* q = at.qkv + row * fused;
+      const float *cosines = at.cosines + row * half, *sines = at.sines + row * half;
+      for (int head = 0; head < model.heads; head++) {
+        if (layer.q_norm != nullptr) head_norm(q + head * size, layer.q_norm, size, model.eps);
+        rotate(q + head * size, cosines, sines, half);
+      }
+      for (int head = 0; head < model.kv_heads; head++) {
+        float* k = q + query + head * size;
+        const float* v = q + query + key + head * size;
+        if (layer.k_norm != nullptr) head_norm(k, layer.k_norm, size, model.eps);
+        rotate(k, cosines, sines, half);
+        Element *narrow_key = (Element*)scratch, *narrow_value = narrow_key + padded(size, kLanes);
+        narrow<N>(k, narrow_key, padded(size, kLanes));
+        narrow<N>(v, narrow_value, padded(size, kLanes));
+        append<N>(narrow_key, narrow_value, page, at.token_index[row] % kPage, keys + own_page * key_page_stride() + head * page.keys<N>(),
+                  values + own_page * value_page_stride() + head * page.values());
+      }
+    }
+  }
+
+  void attention(int index) {
+    const Element* keys = (const Element*)step.cache.keys + index * step.cache.num_pages * key_page_stride();
+    const Element* values = (const Element*)step.cache.values + index * step.cache.num_pages * value_page_stride();
+    const int group = model.heads / model.kv_heads;
+    const int64_t width = page.value_width(), q_stride = padded(model.head_dim, kLanes);
+    const int64_t heads_width = model.heads * width;
+    Element* q = (Element*)scratch;
+    float* scores = scratch + group * q_stride;
+    for (int64_t row = rows().begin; row < rows().end; row++) {
+      const int32_t* pages = batch.spans[at.token_span[row]].pages;
+      const Sight sight = {batch.seen_until[row], batch.seen_from[row], at.token_index[row]};
+      for (int head = 0; head < model.kv_heads; head++) {
+        for (int member = 0; member < group; member++)
+          narrow_head(at.qkv + row * fused + (head * group + member) * model.head_dim, q + member * q_stride);
+        attend_group<N>(
+            group, q, q_stride, keys + head * page.keys<N>(), values + head * page.values(), key_page_stride(), value_page_stride(),
+            [pages](int place) { return (int64_t)pages[place]; }, sight, page, nullptr, scores, at.heads + row * heads_width + head * group * width);
+      }
+    }
+    add_prompts(index);
+    for (int64_t row = rows().begin; row < rows().end; row++) join_heads(at.heads + row * heads_width, (Element*)at.mixed + row * query);
+  }
+
+  // A head's queries in the model's format; what stands behind them in the row is another head's and meets nothing.
+  void narrow_head(const float* from, Element* to) const {
+    float padded_head[kLanes];
+    int d = 0;
+    for (; d + kLanes <= model.head_dim; d += kLanes) N::store(to + d, f_load(from + d));
+    if (d == model.head_dim) return;
+    memset(padded_head, 0, sizeof(padded_head));
+    memcpy(padded_head, from + d, (size_t)(model.head_dim - d) * sizeof(float));
+    N::store(to + d, f_load(padded_head));
+  }
+
+  // Heads of padded width, one after the other without the padding.
+  void join_heads(float* heads, Element* out) const {
+    const int64_t width = page.value_width();
+    const int size = model.head_dim;
+    if (width != size)
+      for (int head = 1; head < model.heads; head++) memmove(heads + head * size, heads + head * width, (size_t)size * sizeof(float));
+    const int64_t end = (int64_t)model.heads * size;
+    if (end != query) {
+      float tail[kPanel] = {};
+      const int64_t whole = end / kLanes * kLanes;
+      narrow<N>(heads, out, whole);
+      memcpy(tail, heads + whole, (size_t)(end - whole) * sizeof(float));
+      narrow<N>(tail, out + whole, query - whole);
+    } else {
+      narrow<N>(heads, out, query);
+    }
+  }
+
+  void add_prompts(int index) {
+    const int group = model.heads / model.kv_heads;
+    const int64_t width = page.value_width(), q_stride = padded(model.head_dim, kLanes), heads_width = model.heads * width;
+    bool is_any = false;
+    for (int number = 0; number < batch.num_segments; number++) {
+      const MoaSegment& segment = batch.segments[number];
+      const MoaPrompt& prompt = adapter_layer(segment, index).prompt;
+      if (prompt.num_rows == 0) continue;
+      if (!is_any) count(MOA_PART_ATTENTION);
+      is_any = true;
+      const uint8_t* blob = segment.adapter;
+      const float *keys = (const float*)(blob + prompt.keys_at), *values = (const float*)(blob + prompt.values_at);
+      const float* head_gate = (const float*)(blob + prompt.head_gate_at);
+      const int32_t* row_gates = (const int32_t*)(blob + prompt.row_gates_at);
+      const int num_pages = (prompt.num_rows + kPage - 1) / kPage;
+      float *q = scratch, *weights = q + group * q_stride, *out = weights + num_pages * kPage, *scores = out + group * width;
+      for (int64_t row = segment.start > rows().begin ? segment.start : rows().begin; row < segment.end && row < rows().end; row++) {
+        const float* gates = at.gates + row * at.gate_stride;
+        if (gates[prompt.outer] == 0) continue;
+        for (int place = 0; place < num_pages * kPage; place++)
+          weights[place] = place < prompt.num_rows ? gates[prompt.outer] * gates[row_gates[place]] : 0.0f;
+        for (int head = 0; head < model.kv_heads; head++) {
+          for (int member = 0; member < group; member++) {
+            float* own = q + member * q_stride;
+            memset(own, 0, (size_t)q_stride * sizeof(float));
+            memcpy(own, at.qkv + row * fused + (head * group + member) * model.head_dim, (size_t)model.head_dim * sizeof(float));
+          }
+          attend_group<Float32>(
+              group, q, q_stride, keys + head * num_pages * page.keys<Float32>(), values + head * num_pages * page.values(),
+              page.keys<Float32>(), page.values(), [](int place) { return (int64_t)place; }, Sight{0, 0, prompt.num_rows - 1}, page,
+              weights, scores, out);
+          for (int member = 0; member < group; member++) {
+            const F16 gate = f_set(head_gate[head * group + member]);
+            float* place = at.heads + row * heads_width + (head * group + member) * width;
+            for (int64_t d = 0; d < width; d += kLanes) f_store(place + d, f_fma(f_load(out + member * width + d), gate, f_load(place + d)));
+          }
+        }
+      }
+    }
+    if (is_any) count(MOA_PART_EXPERTS);
+  }
+
+  // -- adapters
+
+  const MoaAdapterLayer& adapter_layer(const MoaSegment& segment, int index) const {
+    const MoaAdapter* adapter = (const MoaAdapter*)segment.adapter;
+    return ((const MoaAdapterLayer*)(segment.adapter + adapter->layers_at))[index];
+  }
+
+  // The input of a stage: rows in the model's format, and their width.
+  const Element* stage_input(int stage, int64_t& width) const {
+    const void* const inputs[MOA_NUM_STAGES] = {at.normed, at.mixed, at.normed, at.inner};
+    const int64_t widths[MOA_NUM_STAGES] = {hidden, query, hidden, inner};
+    width = widths[stage];
+    return (const Element*)inputs[stage];
+  }
+
+  Section section(int target) const {
+    const int q = (int)(query / kPanel), k = (int)(key / kPanel), d = (int)(hidden / kPanel), f = (int)(inner / kPanel);
+    const Section sections[] = {
+        {at.qkv, fused, 0, 1, q},         {at.qkv, fused, q, 1, k},     {at.qkv, fused, q + k, 1, k},
+        {at.out, hidden, 0, 1, d},        {at.gate_up, 2 * inner, 0, 2, f}, {at.gate_up, 2 * inner, 1, 2, f},
+        {at.out, hidden, 0, 1, d},
+    };
+    return sections[target];
+  }
+
+  bool has_any(int index, int stage, const int32_t (MoaAdapterLayer::*ends)[MOA_NUM_STAGES]) const {
+    for (int number = 0; number < batch.num_segments; number++) {
+      const MoaAdapterLayer& layer = adapter_layer(batch.segments[number], index);
+      if ((layer.*ends)[stage] > (stage > 0 ? (layer.*ends)[stage - 1] : 0)) return true;
+    }
+    return false;
+  }
+
+  float weight(int64_t token, const MoaExpert& expert) const {
+    const float* gates = at.gates + token * at.gate_stride;
+    return gates[expert.outer] != 0 ? gates[expert.outer] * gates[expert.inner] : 0.0f;
+  }
+
+  void route(int index, int stage) {
+    if (!has_any(index, stage, &MoaAdapterLayer::router_end)) return;
+    int tile = 0;
+    for (int number = 0; number < batch.num_segments; number++) {
+      const MoaSegment& segment = batch.segments[number];
+      const MoaAdapterLayer& layer = adapter_layer(segment, index);
+      const MoaRouter* routers = (const MoaRouter*)(segment.adapter + layer.routers_at);
+      for (int router = stage > 0 ? layer.router_end[stage - 1] : 0; router < layer.router_end[stage]; router++) {
+        if (routers[router].source == MOA_READS_POOLED) {
+          if (tile++ % threads == thread) route_pooled(segment, routers[router], index);
+          continue;
+        }
+        for (int token = segment.start; token < segment.end; token += kTileTokens)
+          if (tile++ % threads == thread) route_tile(segment, routers[router], stage, token, segment.end);
+      }
+    }
+    meet();
+    count(MOA_PART_ROUTER);
+  }
+
+  void route_rows(const MoaSegment& segment, const MoaRouter& router, int count, const float* const* x, float* const* out, int64_t width) {
+    const uint8_t* rows = segment.adapter + router.rows_at;
+    if (router.rows_are_float32)
+      router_dots<float>(count, x, (const float*)rows, width, router.num_rows, out);
+    else
+      router_dots<uint16_t>(count, x, (const uint16_t*)rows, width, router.num_rows, out);
+  }
+
+  void route_tile(const MoaSegment& segment, const MoaRouter& router, int stage, int token, int end) {
+    const int count = end - token < kTileTokens ? end - token : kTileTokens;
+    const int64_t room = padded(router.num_rows, kLanes) + kLanes;
+    int64_t width;
+    const Element* input = stage_input(stage, width);
+    const float* x[kTileTokens];
+    float* out[kTileTokens];
+    float* wide = scratch + kTileTokens * room;
+    for (int member = 0; member < count; member++) {
+      out[member] = scratch + member * room;
+      if (router.source == MOA_READS_RESIDUAL) {
+        x[member] = at.x + (int64_t)(token + member) * hidden;
+        continue;
+      }
+      const Element* own = input + (int64_t)(token + member) * width;
+      for (int64_t k = 0; k < width; k += kLanes) f_store(wide + member * width + k, N::load_float(own + k));
+      x[member] = wide + member * width;
+    }
+    route_rows(segment, router, count, x, out, width);
+    float* rest = wide + kTileTokens * width;
+    const MoaAdapter* adapter = (const MoaAdapter*)segment.adapter;
+    for (int member = 0; member < count; member++) {
+      float* trace = segment.trace == nullptr ? nullptr : segment.trace + (int64_t)(token + member - segment.start) * adapter->trace_width;
+      finish_route(router, segment.adapter, out[member], rest, at.gates + (int64_t)(token + member) * at.gate_stride + router.first_gate, trace);
+    }
+  }
+
+  // Instance level: a sequence's gates come from the mean of its prompt, once, and stay with it.
+  void route_pooled(const MoaSegment& segment, const MoaRouter& router, int index) {
+    const int64_t room = padded(router.num_rows, kLanes) + kLanes;
+    float *mean = scratch + room, *rest = mean + hidden;
+    for (int row = 0; row < segment.num_pooled; row++) {
+      const int32_t *span = segment.pooled_spans + 2 * row;
+      if (span[0] < 0) continue;
+      for (int64_t k = 0; k < hidden; k += kLanes) {
+        F16 sum = f_zero();
+        for (int token = span[0]; token < span[1]; token++) sum = f_add(sum, f_load(at.x + (int64_t)(segment.start + token) * hidden + k));
+        f_store(mean + k, f_div(sum, f_set((float)(span[1] - span[0]))));
+      }
+      const float* x[1] = {mean};
+      float* out[1] = {scratch};
+      route_rows(segment, router, 1, x, out, hidden);
+      float* gates = segment.pooled_gates + ((int64_t)row * model.num_layers + index) * segment.pooled_width;
+      finish_route(router, segment.adapter, scratch, rest, gates, nullptr);
+    }
+    const MoaAdapter* adapter = (const MoaAdapter*)segment.adapter;
+    for (int token = segment.start; token < segment.end; token++) {
+      const int row = segment.pooled_row[token - segment.start];
+      const float* gates = segment.pooled_gates + ((int64_t)row * model.num_layers + index) * segment.pooled_width;
+      memcpy(at.gates + (int64_t)token * at.gate_stride + router.first_gate, gates, (size_t)router.outputs * sizeof(float));
+      if (segment.trace == nullptr) continue;
+      float* place = segment.trace + (int64_t)(token - segment.start) * adapter->trace_width + router.trace_at;
+      for (int e = 0; e < router.outputs; e++) {
+        place[e] = place[2 * router.outputs + 1 + e] = gates[e];
+        place[router.outputs + 1 + e] = 1.0f;
+      }
+      place[router.outputs] = 0.0f;
+    }
+  }
+
+  using ShrinkTile = void (Step::*)(const MoaSegment&, const MoaGroup&, const Element*, int64_t, int&);
+
+  void shrink(int index, int stage) {
+    if (!has_any(index, stage, &MoaAdapterLayer::shrink_end)) return;
+    static constexpr ShrinkTile kShrinks[MOA_NUM_SHRINKS] = {&Step::shrink_each<false>, &Step::shrink_shared<false>, &Step::shrink_each<true>,
+                                                             &Step::shrink_shared<true>};
+    int64_t width;
+    const Element* input = stage_input(stage, width);
+    int tile = 0;
+    for (int number = 0; number < batch.num_segments; number++) {
+      const MoaSegment& segment = batch.segments[number];
+      const MoaAdapterLayer& layer = adapter_layer(segment, index);
+      const MoaGroup* groups = (const MoaGroup*)(segment.adapter + layer.groups_at);
+      for (int group = stage > 0 ? layer.shrink_end[stage - 1] : 0; group < layer.shrink_end[stage]; group++)
+        (this->*kShrinks[groups[group].shrink])(segment, groups[group], input, width, tile);
+    }
+    meet();
+    count(MOA_PART_EXPERTS);
+  }
+
+  // A tile's products with A, in `low`; silu(A u + bias) for a parallel adapter.
+  template <bool kSilu>
+  void low_rank(const MoaSegment& segment, const MoaExpert& expert, const int32_t* members, int count, const Element* input, int64_t width,
+                float* low, int64_t room) const {
+    const Element* x[kTileTokens];
+    float* out[kTileTokens];
+    for (int member = 0; member < count; member++) {
+      x[member] = input + members[member] * width;
+      out[member] = low + member * room;
+      memset(out[member], 0, (size_t)room * sizeof(float));
+    }
+    dots<N>(count, x, (const Element*)(segment.adapter + expert.a_at), width, expert.rank, out);
+    if constexpr (kSilu) {
+      const float* bias = (const float*)(segment.adapter + expert.a_bias_at);
+      for (int member = 0; member < count; member++)
+        for (int64_t r = 0; r < room; r += kLanes) {
+          const F16 sum = f_add(f_load(out[member] + r), f_keep_lanes(f_load(bias + r), 0, expert.rank - (int)r, 0.0f));
+          f_store(out[member] + r, f_silu(sum));
+        }
+    }
+  }
+
+  void store_coefficients(const MoaExpert& expert, int32_t token, const float* low, int64_t room) const {
+    Element* place = (Element*)at.coefficients + token * at.coefficient_stride + expert.coefficients_at;
+    const F16 scale = f_set(weight(token, expert) * expert.scale);
+    for (int64_t r = 0; r < room; r += kLanes) N::store(place + r, f_mul(f_load(low + r), scale));
+  }
+
+  int active(const MoaSegment& segment, const MoaExpert& expert) const {
+    int count = 0;
+    for (int token = segment.start; token < segment.end; token++)
+      if (weight(token, expert) != 0) list[count++] = token;
+    return count;
+  }
+
+  template <bool kSilu>
+  void shrink_each(const MoaSegment& segment, const MoaGroup& group, const Element* input, int64_t width, int& tile) {
+    const MoaExpert* experts = (const MoaExpert*)(segment.adapter + group.experts_at);
+    for (int e = 0; e < group.num_experts; e++) {
+      const int64_t room = padded(experts[e].rank, kLanes);
+      const int count = active(segment, experts[e]);
+      for (int first = 0; first < count; first += kTileTokens) {
+        if (tile++ % threads != thread) continue;
+        const int members = count - first < kTileTokens ? count - first : kTileTokens;
+        low_rank<kSilu>(segment, experts[e], list + first, members, input, width, scratch, room);
+        for (int member = 0; member < members; member++)
+          store_coefficients(experts[e], list[first + member], scratch + member * room, room);
+      }
+    }
+  }
+
+  template <bool kSilu>
+  void shrink_shared(const MoaSegment& segment, const MoaGroup& group, const Element* input, int64_t width, int& tile) {
+    const MoaExpert* experts = (const MoaExpert*)(segment.adapter + group.experts_at);
+    const int64_t room = padded(experts[0].rank, kLanes);
+    for (int first = segment.start; first < segment.end; first += kTileTokens) {
+      if (tile++ % threads != thread) continue;
+      const int members = segment.end - first < kTileTokens ? segment.end - first : kTileTokens;
+      const int32_t own[kTileTokens] = {first, first + 1, first + 2, first + 3};
+      low_rank<kSilu>(segment, experts[0], own, members, input, width, scratch, room);
+      for (int e = 0; e < group.num_experts; e++)
+        for (int member = 0; member < members; member++)
+          if (weight(own[member], experts[e]) != 0) store_coefficients(experts[e], own[member], scratch + member * room, room);
+    }
+  }
+
+  void expand(int index, int stage, Share columns) {
+    if (!has_any(index, stage, &MoaAdapterLayer::expand_end)) return;
+    for (int number = 0; number < batch.num_segments; number++) {
+      const MoaSegment& segment = batch.segments[number];
+      const MoaAdapterLayer& layer = adapter_layer(segment, index);
+      const MoaGroup* groups = (const MoaGroup*)(segment.adapter + layer.groups_at);
+      for (int group = stage > 0 ? layer.expand_end[stage - 1] : 0; group < layer.expand_end[stage]; group++)
+        expand_group(segment, groups[group], columns);
+    }
+    count(MOA_PART_EXPERTS);
+  }
+
+  void expand_group(const MoaSegment& segment, const MoaGroup& group, Share columns) {
+    const Section own = section(group.target);
+    const int begin = section_place(own, columns.begin), end = section_place(own, columns.end);
+    const MoaExpert* experts = (const MoaExpert*)(segment.adapter + group.experts_at);
+    for (int e = 0; e < group.num_experts && begin < end; e++) {
+      const int count = active(segment, experts[e]);
+      const Element* c = (const Element*)at.coefficients + experts[e].coefficients_at;
+      ::expand<N>(list, count, c, at.coefficient_stride, (const Element*)(segment.adapter + experts[e].b_at), experts[e].rank, own, begin, end);
+      if (experts[e].out_bias_at == 0) continue;
+      for (int place = 0; place < count; place++) scratch[place] = weight(list[place], experts[e]);
+      add_bias(list, count, scratch, (const float*)(segment.adapter + experts[e].out_bias_at), own, begin, end);
+    }
+  }
+
+  // Totals for metrics. One thread adds them up in the order of the tokens; a row that overflows must not turn them into NaN for good.
+  void count_routing(int index) {
+    for (int number = 0; number < batch.num_segments; number++) {
+      const MoaSegment& segment = batch.segments[number];
+      if (segment.selected == nullptr || number % threads != thread) continue;
+      const MoaAdapterLayer& layer = adapter_layer(segment, index);
+      const MoaRouter* routers = (const MoaRouter*)(segment.adapter + layer.routers_at);
+      for (int router = 0; router < layer.router_end[MOA_NUM_STAGES - 1]; router++) {
+        if (routers[router].counters_at == 0) continue;
+        const int32_t* columns = (const int32_t*)(segment.adapter + routers[router].counters_at);
+        for (int token = segment.start; token < segment.end; token++)
+          for (int place = 0; place < routers[router].num_counters; place++) {
+            const float gate = at.gates[(int64_t)token * at.gate_stride + routers[router].first_gate + columns[place]];
+            if (gate == 0 || !(gate - gate == 0)) continue;
+            const int64_t cell = (int64_t)index * segment.counters_width + routers[router].first_counter + place;
+            segment.selected[cell] += 1;
+            segment.gate_sum[cell] += gate;
+          }
+      }
+    }
+    if (batch.num_segments > 0) meet();  // before the next layer's gates
+  }
+};
+
+}  // namespace

@@ -1,0 +1,35 @@
+// What a step works on: the model, the batch, the cache and the buffers. No vector types, so that library.cpp may include it.
+#pragma once
+#include "abi.h"
+#include "team.h"
+
+struct MoaCache {
+  void *keys, *values;
+  int64_t num_pages;
+};
+
+// What a part of a step costs, in ticks of the time stamp counter of the first thread.
+enum MoaPart { MOA_PART_BASE, MOA_PART_ROUTER, MOA_PART_EXPERTS, MOA_PART_ATTENTION, MOA_PART_HEAD, MOA_NUM_PARTS };
+
+// Buffers of a step, sized for its tokens by `Workspace` in library.cpp; the contents are only meaningful within a step.
+struct MoaBuffers {
+  float *x, *qkv, *heads, *gate_up, *out;  // (T, width)
+  void *normed, *mixed, *inner, *logit_rows;  // (T, width) in the model's format
+  float *cosines, *sines;                   // (T, head_dim / 2)
+  float* gates;                             // (T, gate_stride), column 0 is 1
+  void* coefficients;                       // (T, coefficient_stride) in the model's format
+  float* scratch;                           // (threads, scratch_stride)
+  int32_t* lists;                           // (threads, T)
+  int32_t* token_span;                      // (T,) which span a token belongs to
+  int32_t* token_index;                     // (T,) its place in its sequence
+  int64_t gate_stride, coefficient_stride, scratch_stride;
+};
+
+struct MoaStep {
+  const MoaModel* model;
+  const MoaBatch* batch;
+  MoaCache cache;
+  MoaBuffers buffers;
+  Team* team;
+  uint64_t ticks[MOA_NUM_PARTS];
+};
