@@ -11,13 +11,13 @@ constexpr int kTileRanks = 4;   // rows of A beside each other with four tokens:
 constexpr int kLoneRanks = 8;   // with one token
 
 template <class N, int kTokens, int kRows>
-inline void dot_tile(const typename N::Element* const* x, const typename N::Element* a, int64_t size, float* const* out) {
+inline void dot_tile(const typename N::Element* const* x, const typename N::Weight* a, int64_t size, float* const* out) {
   F16 sum[kTokens][kRows];
   for (int token = 0; token < kTokens; token++)
     for (int row = 0; row < kRows; row++) sum[token][row] = f_zero();
   for (int64_t k = 0; k < size; k += kLanes * N::kPerLane) {
     typename N::Vector weights[kRows];
-    for (int row = 0; row < kRows; row++) weights[row] = N::load(a + row * size + k);
+    for (int row = 0; row < kRows; row++) weights[row] = N::load_weight(a + row * size + k);
     for (int token = 0; token < kTokens; token++) {
       const typename N::Vector input = N::load(x[token] + k);
       for (int row = 0; row < kRows; row++) sum[token][row] = N::dot(sum[token][row], input, weights[row]);
@@ -28,7 +28,7 @@ inline void dot_tile(const typename N::Element* const* x, const typename N::Elem
 }
 
 template <class N, int kTokens, int kRows>
-inline void dot_rows(const typename N::Element* const* x, const typename N::Element* a, int64_t size, int rows, float* const* out) {
+inline void dot_rows(const typename N::Element* const* x, const typename N::Weight* a, int64_t size, int rows, float* const* out) {
   float* place[kTokens];
   int row = 0;
   for (; row + kRows <= rows; row += kRows) {
@@ -43,7 +43,7 @@ inline void dot_rows(const typename N::Element* const* x, const typename N::Elem
 
 // out[token][row] = a[row] . x[token] for up to four tokens; `size` is a multiple of 32.
 template <class N>
-inline void dots(int tokens, const typename N::Element* const* x, const typename N::Element* a, int64_t size, int rows,
+inline void dots(int tokens, const typename N::Element* const* x, const typename N::Weight* a, int64_t size, int rows,
                  float* const* out) {
   if (tokens == kTileTokens) return dot_rows<N, kTileTokens, kTileRanks>(x, a, size, rows, out);
   for (int token = 0; token < tokens; token++) dot_rows<N, 1, kLoneRanks>(x + token, a, size, rows, out + token);

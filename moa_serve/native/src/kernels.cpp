@@ -49,9 +49,9 @@ void route(const uint8_t* blob, int64_t router_at, const float* x, int32_t rows,
     float* out[kTileTokens];
     for (int member = 0; member < count; member++) inputs[member] = x + (row + member) * size, out[member] = products + member * room;
     if (router.rows_are_float32)
-      router_dots<float>(count, inputs, (const float*)(blob + router.rows_at), size, router.num_rows, out);
+      dots<Float32>(count, inputs, (const float*)(blob + router.rows_at), size, router.num_rows, out);
     else
-      router_dots<uint16_t>(count, inputs, (const uint16_t*)(blob + router.rows_at), size, router.num_rows, out);
+      dots<Widened>(count, inputs, (const uint16_t*)(blob + router.rows_at), size, router.num_rows, out);
     for (int member = 0; member < count; member++)
       finish_route(router, blob, out[member], rest, gates + (int64_t)(row + member) * router.outputs,
                    trace + (int64_t)(row + member) * (3 * router.outputs + 1) - router.trace_at);

@@ -20,9 +20,11 @@ inline float widen(float x) { return x; }
 
 struct Bfloat16 {
   using Element = uint16_t;
+  using Weight = uint16_t;
   using Vector = Pairs;
   static constexpr int kPerLane = 2;  // elements of the reduced dimension that share a lane
   static Vector load(const Element* p) { return pairs_load(p); }
+  static Vector load_weight(const Weight* p) { return pairs_load(p); }
   static Vector spread(const Element* p) {  // kPerLane neighbours into every lane
     uint32_t pair;
     memcpy(&pair, p, 4);
@@ -35,13 +37,21 @@ struct Bfloat16 {
 
 struct Float32 {
   using Element = float;
+  using Weight = float;
   using Vector = F16;
   static constexpr int kPerLane = 1;
   static Vector load(const Element* p) { return f_load(p); }
+  static Vector load_weight(const Weight* p) { return f_load(p); }
   static Vector spread(const Element* p) { return f_set(*p); }
   static F16 dot(F16 sum, Vector a, Vector b) { return f_fma(a, b, sum); }
   static void store(Element* p, F16 a) { f_store(p, a); }
   static F16 load_float(const Element* p) { return f_load(p); }
+};
+
+// float32 arithmetic on weights that stand in bfloat16, where that holds them exactly: routers.
+struct Widened : Float32 {
+  using Weight = uint16_t;
+  static Vector load_weight(const Weight* p) { return f_load_bfloat16(p); }
 };
 
 // Round n (a multiple of 16) floats to the model's format.

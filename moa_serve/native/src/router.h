@@ -8,50 +8,6 @@
 
 namespace {
 
-
-// out[token][row] = rows[row] . x[token] + bias[row]; x float32, rows float32 or exact bfloat16.
-template <class Weight, int kTokens, int kRows>
-inline void router_tile(const float* const* x, const Weight* rows, int64_t size, float* const* out) {
-  F16 sum[kTokens][kRows];
-  for (int token = 0; token < kTokens; token++)
-    for (int row = 0; row < kRows; row++) sum[token][row] = f_zero();
-  for (int64_t k = 0; k < size; k += kLanes) {
-    F16 weights[kRows];
-    for (int row = 0; row < kRows; row++) {
-      if constexpr (sizeof(Weight) == 2)
-        weights[row] = f_load_bfloat16(rows + row * size + k);
-      else
-        weights[row] = f_load(rows + row * size + k);
-    }
-    for (int token = 0; token < kTokens; token++) {
-      const F16 input = f_load(x[token] + k);
-      for (int row = 0; row < kRows; row++) sum[token][row] = f_fma(input, weights[row], sum[token][row]);
-    }
-  }
-  for (int token = 0; token < kTokens; token++)
-    for (int row = 0; row < kRows; row++) out[token][row] = f_sum(sum[token][row]);
-}
-
-template <class Weight, int kTokens>
-inline void router_rows(const float* const* x, const Weight* rows, int64_t size, int num_rows, float* const* out) {
-  float* place[kTokens];
-  int row = 0;
-  for (; row + kTileRanks <= num_rows; row += kTileRanks) {
-    for (int token = 0; token < kTokens; token++) place[token] = out[token] + row;
-    router_tile<Weight, kTokens, kTileRanks>(x, rows + row * size, size, place);
-  }
-  for (; row < num_rows; row++) {
-    for (int token = 0; token < kTokens; token++) place[token] = out[token] + row;
-    router_tile<Weight, kTokens, 1>(x, rows + row * size, size, place);
-  }
-}
-
-template <class Weight>
-inline void router_dots(int tokens, const float* const* x, const Weight* rows, int64_t size, int num_rows, float* const* out) {
-  if (tokens == kTileTokens) return router_rows<Weight, kTileTokens>(x, rows, size, num_rows, out);
-  for (int token = 0; token < tokens; token++) router_rows<Weight, 1>(x + token, rows, size, num_rows, out + token);
-}
-
 // scores -> gates of `outputs` experts. `threshold` is what a score had to reach.
 using Select = void (*)(const MoaRouter& router, const float* scores, float threshold, float* gates);
 

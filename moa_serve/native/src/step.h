@@ -103,11 +103,7 @@ struct Step {
     norm_rows(layer.attention_norm);
     meet();
     count(MOA_PART_BASE);
-    route(index, MOA_STAGE_ATTENTION);
-    const Share columns = share_of(fused / kPanel, thread, threads);
-    product(at.normed, hidden, layer.qkv, layer.qkv_bias, columns, at.qkv, fused);
-    shrink(index, MOA_STAGE_ATTENTION);
-    expand(index, MOA_STAGE_ATTENTION, columns);
+    adapted_product(index, MOA_STAGE_ATTENTION, layer.qkv, layer.qkv_bias, share_of(fused / kPanel, thread, threads), at.qkv, fused);
     meet();
     fill_cache(index, layer);
     meet();
@@ -115,31 +111,16 @@ struct Step {
     attention(index);
     meet();
     count(MOA_PART_ATTENTION);
-    const Share narrow_columns = share_of(hidden / kPanel, thread, threads);
-    route(index, MOA_STAGE_OUTPUT);
-    product(at.mixed, query, layer.o, layer.o_bias, narrow_columns, at.out, hidden);
-    shrink(index, MOA_STAGE_OUTPUT);
-    expand(index, MOA_STAGE_OUTPUT, narrow_columns);
-    add_to_residual(narrow_columns);
-    meet();
+    add_product_to_residual(index, MOA_STAGE_OUTPUT, layer.o, layer.o_bias);
     norm_rows(layer.ffn_norm);
     meet();
     count(MOA_PART_BASE);
-    route(index, MOA_STAGE_FFN);
     const Share pairs = share_of(inner / kPanel, thread, threads);  // a gate panel and the up panel beside it
-    const Share wide_columns = {2 * pairs.begin, 2 * pairs.end};
-    product(at.normed, hidden, layer.gate_up, layer.gate_up_bias, wide_columns, at.gate_up, 2 * inner);
-    shrink(index, MOA_STAGE_FFN);
-    expand(index, MOA_STAGE_FFN, wide_columns);
+    adapted_product(index, MOA_STAGE_FFN, layer.gate_up, layer.gate_up_bias, {2 * pairs.begin, 2 * pairs.end}, at.gate_up, 2 * inner);
     multiply_gates(pairs);
     meet();
     count(MOA_PART_BASE);
-    route(index, MOA_STAGE_DOWN);
-    product(at.inner, inner, layer.down, layer.down_bias, narrow_columns, at.out, hidden);
-    shrink(index, MOA_STAGE_DOWN);
-    expand(index, MOA_STAGE_DOWN, narrow_columns);
-    add_to_residual(narrow_columns);
-    meet();
+    add_product_to_residual(index, MOA_STAGE_DOWN, layer.down, layer.down_bias);
     count(MOA_PART_BASE);
     count_routing(index);
   }
@@ -161,9 +142,22 @@ struct Step {
       rms_norm<N>(at.x + row * hidden, weight, model.hidden, model.eps, (Element*)at.normed + row * hidden);
   }
 
-  void product(const void* x, int64_t size, const void* weights, const float* bias, Share columns, float* out, int64_t width) {
-    gemm<N>((const Element*)x, size, tokens, (const Element*)weights, size, bias, columns.begin, columns.end, out, width);
+  // A stage's base product and what its experts add, in this thread's columns.
+  void adapted_product(int index, int stage, const void* weights, const float* bias, Share columns, float* out, int64_t width) {
+    route(index, stage);
+    int64_t size;
+    const Element* x = stage_input(stage, size);
+    gemm<N>(x, size, tokens, (const Element*)weights, size, bias, columns.begin, columns.end, out, width);
     count(MOA_PART_BASE);
+    shrink(index, stage);
+    expand(index, stage, columns);
+  }
+
+  void add_product_to_residual(int index, int stage, const void* weights, const float* bias) {
+    const Share columns = share_of(hidden / kPanel, thread, threads);
+    adapted_product(index, stage, weights, bias, columns, at.out, hidden);
+    add_to_residual(columns);
+    meet();
   }
 
   void add_to_residual(Share columns) {
@@ -372,9 +366,9 @@ struct Step {
   void route_rows(const MoaSegment& segment, const MoaRouter& router, int count, const float* const* x, float* const* out, int64_t width) {
     const uint8_t* rows = segment.adapter + router.rows_at;
     if (router.rows_are_float32)
-      router_dots<float>(count, x, (const float*)rows, width, router.num_rows, out);
+      dots<Float32>(count, x, (const float*)rows, width, router.num_rows, out);
     else
-      router_dots<uint16_t>(count, x, (const uint16_t*)rows, width, router.num_rows, out);
+      dots<Widened>(count, x, (const uint16_t*)rows, width, router.num_rows, out);
   }
 
   void route_tile(const MoaSegment& segment, const MoaRouter& router, int stage, int token, int end) {
@@ -550,6 +544,7 @@ struct Step {
   }
 
   // Totals for metrics. One thread adds them up in the order of the tokens; a row that overflows must not turn them into NaN for good.
+  // Gates change only after the next layer's norms, where all threads meet.
   void count_routing(int index) {
     for (int number = 0; number < batch.num_segments; number++) {
       const MoaSegment& segment = batch.segments[number];
@@ -569,7 +564,6 @@ struct Step {
           }
       }
     }
-    if (batch.num_segments > 0) meet();  // before the next layer's gates
   }
 };
 
