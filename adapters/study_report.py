@@ -152,12 +152,18 @@ def _correlation(a: Run, b: Run, kind: str) -> float:
     return float(np.corrcoef(one, other)[0, 1]) if one.std() and other.std() else math.nan
 
 
+def _names(runs: list[Run], titles: dict[str, str], task: str) -> list[str]:
+    """The rows of which the task has runs, in the order of the titles."""
+    found = {run["row"] for run in runs if run["task"] == task}
+    return [name for name in titles if name in found]
+
+
 def _picture(path: Path, runs: list[Run], titles: dict[str, str], tasks: list[str]) -> None:
-    most = max(sum(1 for name in titles if any((run["task"], run["row"]) == (task, name) for run in runs)) for task in tasks)
+    most = max(len(_names(runs, titles, task)) for task in tasks)
     figure = Figure(figsize=(6 * len(tasks), 1.5 + 0.35 * most), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        names = [name for name in titles if any((run["task"], run["row"]) == (task, name) for run in runs)]
+        names = _names(runs, titles, task)
         found = {name: [run for run in runs if (run["task"], run["row"]) == (task, name)] for name in names}
         names.sort(key=lambda name: mean_and_error(found[name])[0])
         for place, name in enumerate(names):

@@ -9,6 +9,7 @@ import typer
 
 from moa_serve.errors import InvalidRequest
 from moa_serve.shell import terminal
+from moa_serve.shell.drawing import drawing_module
 
 if TYPE_CHECKING:
     from moa_serve.bench.serve import Measured, Report
@@ -79,15 +80,7 @@ def _load_plot(file: Path) -> ModuleType:
         raise InvalidRequest(f"--plot {file}: only PNG is drawn; name it FILE.png", param="plot")
     if not file.absolute().parent.is_dir():
         raise InvalidRequest(f"--plot {file}: there is no folder {file.parent}; make it first", param="plot")
-    try:
-        from moa_serve.shell import bench_serve_plot
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
-            raise
-        raise InvalidRequest(
-            "--plot draws with matplotlib, which is not installed: pip install 'moa_serve[train]'; the table needs none", param="plot"
-        ) from None
-    return bench_serve_plot
+    return drawing_module("bench_serve_plot", option="--plot", without="the table needs none")
 
 
 def show(report: "Report") -> None:

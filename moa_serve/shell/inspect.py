@@ -26,6 +26,7 @@ from moa_serve.errors import InvalidRequest
 from moa_serve.llm import LLM
 from moa_serve.model.similarity import ACROSS, GOOD_TOKENS, MIN_TOKENS, Collapse, Similarity, mean_over_layers
 from moa_serve.shell.activity import activity_table, cost
+from moa_serve.shell.drawing import drawing_module
 from moa_serve.shell.heat import Cell, HeatTable, Row, show_lines, width_of
 from moa_serve.shell.prompts import PromptLine
 from moa_serve.shell.terminal import counted, one_line, visible, warn
@@ -363,15 +364,7 @@ def _collapse_table(collapse: Mapping[str, Sequence[Collapse | None]]) -> HeatTa
 
 def load_plots() -> ModuleType:
     """The module that draws. Raises InvalidRequest where matplotlib, which is an extra, is not installed."""
-    try:
-        from moa_serve.shell import plots
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
-            raise
-        raise InvalidRequest(
-            "--out draws with matplotlib, which is not installed: pip install 'moa_serve[train]'; the tables need none", param="out"
-        ) from None
-    return plots
+    return drawing_module("plots", option="--out", without="the tables need none")
 
 
 def write(inspection: Inspection, folder: Path, file_format: str) -> list[Path]:

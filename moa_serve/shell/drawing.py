@@ -1,0 +1,25 @@
+"""Modules that draw need matplotlib, which is an extra: how they are imported, and what is said where it is missing."""
+
+import importlib
+from types import ModuleType
+
+from moa_serve.errors import InvalidRequest
+
+
+def drawing_module(name: str, *, option: str, without: str) -> ModuleType:
+    """`moa_serve.shell.NAME`.
+
+    Args:
+        option: the flag that asked for a figure, as `--out`.
+        without: what can be had without matplotlib, as "the tables need none".
+    Raises:
+        InvalidRequest: matplotlib is not installed.
+    """
+    try:
+        return importlib.import_module(f"moa_serve.shell.{name}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise InvalidRequest(
+            f"{option} draws with matplotlib, which is not installed: pip install 'moa_serve[train]'; {without}", param=option.lstrip("-")
+        ) from None
