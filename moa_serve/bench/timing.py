@@ -43,9 +43,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(
-    cases: Mapping[str, Callable[[], float]], rounds: int, *, warmups: int = 1, on_round: Callable[[int], None] | None = None
-) -> dict[str, list[float]]:
+def interleaved(cases: Mapping[str, Callable[[], float]], rounds: int, *, warmups: int = 1) -> dict[str, list[float]]:
     """Measure every case once a round, `rounds` times; the order turns, so that none always follows the same one.
 
     Args:
@@ -60,8 +58,6 @@ def interleaved(
             value = cases[name]()
             if turn >= 0:
                 found[name].append(value)
-        if turn >= 0 and on_round is not None:
-            on_round(turn + 1)
     return found
 
 

@@ -5,7 +5,6 @@ what the machine's noise is.
 """
 
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 
 from moa_serve.adapter.manifest import BaseShape
 from moa_serve.bench.gathered import gathered
+from moa_serve.bench.timing import seconds
 from moa_serve.engine.memory import peak_memory_bytes, reset_peak_memory
 from moa_serve.model.moa import MoaWeights
 from moa_serve.model.transformer import Transformer
@@ -75,16 +75,14 @@ def measure(base: Base, name: str, *, pairs: int, batch_size: int = 32, tokens: 
     trainer = Trainer(Transformer(base.config, base.weights), manifest, fresh_tensors(manifest, 0), data, settings)
     ours, other = trainer.objective, _Gathered(trainer.model, manifest, trainer.state.tensors, straight_through=settings.straight_through)
 
-    def seconds(objective: Objective) -> float:
+    def step(objective: Objective) -> float:
         trainer.objective = objective
-        start = time.perf_counter()
-        trainer.run(max_steps=1)
-        return time.perf_counter() - start
+        return seconds(lambda: trainer.run(max_steps=1))
 
-    seconds(ours)
+    step(ours)
     peak = peak_memory_bytes(trainer.model.device)  # before the other way has run
-    seconds(other)
-    triples = [(seconds(ours), seconds(other), seconds(ours)) for _ in range(pairs)]
+    step(other)
+    triples = [(step(ours), step(other), step(ours)) for _ in range(pairs)]
     per_step = sum(map(num_inputs, data.train))
     return Timing(
         name,
