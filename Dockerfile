@@ -3,8 +3,10 @@
 #   docker build -t moa_serve --build-arg BAKE=bake . the default base is in the image
 #   docker run -p 8000:8000 -e MOA_API_KEY=... -v ./adapters:/app/adapters:ro moa_serve
 FROM python:3.11-slim AS build
+# The native step is compiled here; without a compiler the image would serve by torch.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY docker/constraints.txt docker/install.sh docker/
 COPY moa_serve moa_serve
 # On x86 the default index brings torch with gigabytes of CUDA; for a small image pass torch's CPU wheels:

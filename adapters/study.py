@@ -146,7 +146,7 @@ def run(data: Path, tokens: int, worker: int, num_workers: int, console: Console
         console.print(f"[{number}/{len(mine)}] {job.name}")
         folder = None if job.row is None else _trained(job, data, tokens)
         if llm is None:
-            llm = LLM(dtype="bfloat16", kv_cache_bytes=2**29, **engine_options(128))
+            llm = LLM(backend="torch", dtype="bfloat16", kv_cache_bytes=2**29, **engine_options(128))
         result = _scored(job, data, llm, folder)
         job.file.with_suffix(".new").write_text(json.dumps(result, indent=1) + "\n")
         os.replace(job.file.with_suffix(".new"), job.file)

@@ -72,9 +72,11 @@ AdaptersDir = Annotated[
         show_default="./adapters where it exists",
     ),
 ]
-Backend = Annotated[str, typer.Option("--backend", envvar="MOA_BACKEND", help="auto or torch.")]
+Backend = Annotated[str, typer.Option("--backend", envvar="MOA_BACKEND", help="auto, native or torch.")]
 Device = Annotated[str, typer.Option("--device", envvar="MOA_DEVICE", help="auto, cpu or cuda.")]
-Dtype = Annotated[str, typer.Option("--dtype", envvar="MOA_DTYPE", help="auto (bfloat16 on CUDA, else float32), float32 or bfloat16.")]
+Dtype = Annotated[
+    str, typer.Option("--dtype", envvar="MOA_DTYPE", help="auto (float32 for torch on a CPU, else bfloat16), float32 or bfloat16.")
+]
 
 
 def _version_line() -> str:
@@ -267,7 +269,7 @@ def inspect_adapter(
     variant: Variant = None,
     adapters_dir: AdaptersDir = None,
     model: Model = None,
-    backend: Backend = "auto",
+    backend: Backend = "torch",  # the one whose experts can be looked at
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output instead of the tables.")] = False,

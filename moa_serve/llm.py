@@ -6,6 +6,7 @@
 Composition of store, engine and tokenizer for one process and one thread.
 """
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,12 +28,17 @@ from moa_serve.engine.request import Request, SamplingParams, TokenLogprob, show
 from moa_serve.engine.routing import Routing
 from moa_serve.engine.self_test import judge, read_scores, score_request, trial_prompt
 from moa_serve.errors import AdapterNotFound, InvalidRequest, MoaError
-from moa_serve.model.build import build
+from moa_serve.model.backend import Backend
 from moa_serve.model.counters import RoutingTotals
 from moa_serve.model.similarity import Similarity, expert_similarity
 from moa_serve.model.transformer import Transformer
-from moa_serve.model.weights import load_base
+from moa_serve.model.weights import Base, load_base
+from moa_serve.native.library import NativeUnavailable, instruction_sets
+from moa_serve.native.model import NativeModel
+from moa_serve.native.packing import PAGE
 from moa_serve.text import IncrementalDecoder, Tokenizer
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int]
 Source = str | os.PathLike[str] | AdapterSource
@@ -152,9 +158,9 @@ class LLM:
     Args:
         model: a folder, a GGUF file, a hub id, or None for the default base.
         adapters: name -> folder, or AdapterSource where the files alone cannot tell the variant.
-        backend: "auto" or "torch". "native" is refused: this version has no native backend.
+        backend: "auto" (native on a CPU where the library was built, else torch), "native" or "torch".
         device: "auto" (CUDA where there is a device), "cpu" or "cuda".
-        dtype: "auto" (bfloat16 on CUDA, float32 on CPU), "float32" or "bfloat16".
+        dtype: "auto" (bfloat16 for native and on CUDA, float32 for torch on a CPU), "float32" or "bfloat16".
         engine_options: fields of `EngineOptions`.
     Raises:
         ModelError, AdapterError, InvalidRequest: what is wrong and what to do; nothing is half loaded.
@@ -172,19 +178,18 @@ class LLM:
     ) -> None:
         self._is_open = False
         self._running = threading.Lock()
-        self.backend = resolve_backend(backend)
+        self._is_freed = False
         self.device = resolve_device(device)
         options = _options(engine_options)
+        self.backend = resolve_backend(backend, self.device, options.block_size)
         sources = _sources(adapters)
-        base = load_base(_path("model", model), device=self.device, dtype=resolve_dtype(dtype, self.device))
+        base = load_base(_path("model", model), device=self.device, dtype=resolve_dtype(dtype, self.device, self.backend))
         self.config, self.name, self.base_digest, self.folder = base.config, base.name, base.digest, base.folder
         self.tokenizer = Tokenizer.from_folder(base.folder) if base.folder else None
         self._store = AdapterStore(base.config, base_name=base.name, base_digest=base.digest, max_bytes=options.adapter_cache_bytes)
         self._manifests: dict[str, Manifest] = {}  # by name; tensors may leave memory, these stay
         self._on_trial: dict[str, Adapter] = {}
-        self._engine = Engine(
-            Transformer(base.config, base.weights), options, lease=self._lease, base_digest=base.digest, backend=self.backend
-        )
+        self._engine = Engine(new_model(self.backend, base), options, lease=self._lease, base_digest=base.digest)
         self._is_open = True
         try:
             for name, source in sources.items():
@@ -202,11 +207,21 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Free weights, KV cache and adapters; twice is as good as once."""
-        if self._is_open:
-            self._is_open = False
-            self._engine.close()
-            del self._engine, self._store
+        """Free weights, KV cache and adapters, at once or when the call that runs has ended; twice is as good as once."""
+        self._is_open = False
+        self._free()
+
+    def _free(self) -> None:
+        """What is closed and not in use; whoever still uses it comes here when it ends."""
+        if self._is_open or not self._running.acquire(blocking=False):
+            return
+        try:
+            if not self._is_freed:
+                self._is_freed = True
+                self._engine.close()
+                del self._engine, self._store
+        finally:
+            self._running.release()
 
     def _check_open(self) -> None:
         if not self._is_open:
@@ -222,6 +237,7 @@ class LLM:
             yield
         finally:
             self._running.release()
+            self._free()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -418,8 +434,12 @@ class LLM:
         for request in requests:
             self._engine.check(request)
         model = self._engine.model
+        if not isinstance(model, Transformer):
+            raise InvalidRequest(
+                "expert outputs are compared inside of the torch backend; make the LLM with backend='torch'", param="backend"
+            )
         with self._exclusive(), self._lease(revision) as found:
-            weights = build(found.manifest, found.tensors, model.weights, model.config, model.dtype)
+            weights = model.prepare(found)
             return expert_similarity(model, weights, [request.prompt_ids for request in requests])
 
     def _score(
@@ -583,12 +603,33 @@ def _options(given: Mapping[str, Any]) -> EngineOptions:
     return EngineOptions(**given)
 
 
-def resolve_backend(backend: str) -> str:
-    if backend in ("auto", "torch"):
+def resolve_backend(backend: str, device: torch.device, block_size: int = PAGE) -> str:
+    """ "native" or "torch". `auto` is native on a CPU that the library was built for and with pages as it has them, else torch.
+
+    Raises:
+        InvalidRequest: "native" was asked for and cannot be had, and why.
+    """
+    if backend not in ("auto", "native", "torch"):
+        raise InvalidRequest(f"backend {shown(backend)} is unknown; use 'auto', 'native' or 'torch'", param="backend")
+    if backend == "torch" or (backend == "auto" and device.type != "cpu"):
         return "torch"
-    if backend == "native":
-        raise InvalidRequest("backend 'native' is not part of this version; use 'auto' or 'torch'", param="backend")
-    raise InvalidRequest(f"backend {backend!r} is unknown; use 'auto' or 'torch'", param="backend")
+    try:
+        if device.type != "cpu":
+            raise NativeUnavailable(f"it computes on the CPU, and the device is {device}")
+        if block_size != PAGE:
+            raise NativeUnavailable(f"its pages hold {PAGE} tokens, and block_size is {block_size}")
+        instruction_sets()
+    except NativeUnavailable as error:
+        if backend == "native":
+            raise InvalidRequest(f"backend 'native' cannot be used: {error}", param="backend") from error
+        logger.warning("the torch backend serves, because %s", error)
+        return "torch"
+    return "native"
+
+
+def new_model(backend: str, base: Base) -> Backend:
+    """What computes the base. The native backend takes its weights over: they are packed, and `base` has none then."""
+    return NativeModel(base.config, base.weights, digest=base.digest) if backend == "native" else Transformer(base.config, base.weights)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -603,8 +644,9 @@ def resolve_device(device: str) -> torch.device:
     raise InvalidRequest(f"device {device!r} is unknown; use 'auto', 'cpu' or 'cuda'", param="device")
 
 
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}
+def resolve_dtype(dtype: str, device: torch.device, backend: str) -> torch.dtype:
+    automatic = torch.bfloat16 if device.type == "cuda" or backend == "native" else torch.float32
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": automatic}
     if not isinstance(dtype, str) or dtype not in known:
         raise InvalidRequest(f"dtype {shown(dtype)} is unknown; use 'auto', 'float32' or 'bfloat16'", param="dtype")
     return known[dtype]

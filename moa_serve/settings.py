@@ -46,7 +46,9 @@ class ServerSettings(BaseSettings):
     state_dir: Path | None = Field(None, description="Refused: this version keeps registry and pins in memory.")
     backend: Literal["auto", "torch", "native"] = Field("auto", description="What computes; auto is torch where there is no native one.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is CUDA where there is a device.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto is bfloat16 on CUDA, else float32.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto is bfloat16 on CUDA and on the native backend, else float32."
+    )
 
     # -- where, and who may
     host: str = Field("127.0.0.1", min_length=1, description="Address to bind. One that is not loopback needs a key.")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import httpx
 import torch
+import uvicorn
 from families import TINY, write_base, write_tokenizer
 from starlette.types import ASGIApp, Message
 
@@ -16,6 +18,7 @@ from moa_serve.adapter.store import AdapterStore
 from moa_serve.api.adapters import AdapterRegistry
 from moa_serve.api.app import build_app
 from moa_serve.api.context import Server
+from moa_serve.api.protocol import uvicorn_config
 from moa_serve.engine.async_engine import AsyncEngine
 from moa_serve.engine.engine import Engine, EngineOptions
 from moa_serve.metrics import Metrics, RequestRecord
@@ -116,6 +119,21 @@ class Serving:
         await work
         return sent
 
+    def over_http(self, work: Callable[[str], Any]) -> Any:
+        """What `work` returns of the URL at which the application is served meanwhile; it runs in a thread of its own."""
+
+        async def run() -> Any:
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                http = uvicorn.Server(uvicorn_config(self.app, self.server.settings))
+                running = asyncio.create_task(http.serve(sockets=[listener]))
+                try:
+                    return await asyncio.to_thread(work, f"http://127.0.0.1:{listener.getsockname()[1]}")
+                finally:
+                    http.should_exit = True
+                    await running
+
+        return self.run(run())
+
     def assert_clean(self) -> None:
         """Nothing is held, by the engine or the registry. The engine takes commands in order, so one request flushes them."""
         self.ok("/v1/completions", model="tiny", prompt=[5], max_tokens=1)
@@ -135,9 +153,7 @@ def start_serving(base: Path, adapters_dir: Path, *, has_tokenizer: bool = True,
     store = AdapterStore(loaded.config, base_name="tiny", base_digest=loaded.digest, adapters_dir=adapters_dir)
     options = EngineOptions(max_num_seqs=settings.max_num_seqs, kv_cache_bytes=kv_cache_bytes)
     model = Transformer(loaded.config, loaded.weights)
-    engine = AsyncEngine(
-        lambda lease: Engine(model, options, lease=lease, base_digest=loaded.digest, backend="torch"), max_waiting=settings.max_waiting
-    )
+    engine = AsyncEngine(lambda lease: Engine(model, options, lease=lease, base_digest=loaded.digest), max_waiting=settings.max_waiting)
     metrics = RecordingMetrics("tiny")
     registry = AdapterRegistry(store, engine, metrics=metrics)
     metrics.attach(engine, registry)

@@ -248,6 +248,14 @@ class AdapterRegistry:
         if self._scanning is None:
             self._scanning = asyncio.get_running_loop().create_task(self._rescan())
 
+    async def _look_now(self) -> None:
+        """A look that begins after this call."""
+        if self._scanning is not None:
+            await asyncio.shield(self._scanning)
+        self.rescan()
+        assert self._scanning is not None
+        await asyncio.shield(self._scanning)
+
     async def _rescan(self) -> None:
         seen = {name: known.found for name, known in self._known.items() if known.found is not None}
         hidden = {name for name, known in self._known.items() if known.hidden_at is not None}
@@ -413,6 +421,8 @@ class AdapterRegistry:
                 raise AdapterBusy(
                     f"adapter {name!r}: {known.num_leases} requests still use it after {self.unload_seconds:g} s; it is served on"
                 ) from None
+            if known.found is None:  # loaded before a look saw its folder; one that saw it later would serve it again
+                await self._look_now()
             if known.found is not None and self.store.adapters_dir is not None:
                 known.hidden_at = await asyncio.to_thread(signature_of, self.store.adapters_dir / name)
             return self._withdraw(known)
@@ -467,7 +477,7 @@ class AdapterRegistry:
         started, result, revision = time.monotonic(), "error", None
         try:
             async with self._loads:
-                adapter = await asyncio.to_thread(self.store.read, known.name, source)
+                adapter = await asyncio.to_thread(self._read, known.name, source)
                 adapter = await self._tried(known.name, adapter, room_seconds)
                 settle(adapter)
             result, revision = "ok", adapter.revision
@@ -478,6 +488,12 @@ class AdapterRegistry:
         finally:
             if self.metrics is not None:
                 self.metrics.adapter_loaded(known.name, revision, time.monotonic() - started, why, result)
+
+    def _read(self, name: str, source: AdapterSource) -> Adapter:
+        """In a worker thread: read, validate, and lay out for the backend, so that the step that first needs it stays short."""
+        adapter = self.store.read(name, source)
+        self.engine.warm(adapter)
+        return adapter
 
     async def _tried(self, name: str, adapter: Adapter, room_seconds: float) -> Adapter:
         """The adapter after its self-test; content that is published under any name has passed it before."""

@@ -13,6 +13,7 @@ from moa_serve.api.errors import FAILED, JsonResponse, NotReady, error_response,
 from moa_serve.api.generation import CLIENT_CLOSED_REQUEST
 from moa_serve.api.guard import Guard
 from moa_serve.errors import EngineError, MoaError
+from moa_serve.native.library import status
 
 router = APIRouter()
 
@@ -57,6 +58,7 @@ async def version(request: Request) -> Response:
             "base": server.base_name,
             "base_digest": server.base_digest,
             "backend": engine.backend,
+            "native": status(),
             "device": str(engine.model.device),
             "dtype": str(engine.model.dtype).removeprefix("torch."),
             "max_model_len": server.max_model_len,

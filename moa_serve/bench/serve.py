@@ -1,8 +1,11 @@
 """`moa-serve bench serve`: load over HTTP on one or more OpenAI-compatible servers, which take turns round by round.
 
+The engine of this process (engine_load.py) can be one more contestant: what it does without HTTP is what a server could do at best.
+
 A wave is one measurement: some streams at the same time, each of which sends its requests one after another, greedy, over a new connection
 each, and reads the answers as they come. What comes is kept with its time and looked at after the wave: this client shares the processors
 with the server that it measures, and takes no more of them than a client must. Starts no server; owns nothing but its connections.
+Imports no torch.
 """
 
 import asyncio
@@ -13,11 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 import numpy as np
 
+from moa_serve.bench.goals import Judged, http_to_engine
 from moa_serve.bench.timing import Spread, interleaved, quiet, ratio
 from moa_serve.errors import InvalidRequest, MoaError
 
@@ -25,8 +29,10 @@ WARMUPS = 1  # rounds that do not count
 FIGURES = ("tokens_per_second", "ttft_p50_seconds", "ttft_p99_seconds", "gap_p50_seconds", "gap_p99_seconds")
 """What a wave says, as properties or fields of `Wave`."""
 
+TRIAL_PROMPT, TRIAL_TOKENS = "The captain looked at the sea and said", 2
+"""What each model is asked once before anything is measured."""
+
 _CONNECT_SECONDS, _SILENT_SECONDS = 10.0, 300.0
-_TRIAL_PROMPT, _TRIAL_TOKENS = "The captain looked at the sea and said", 2
 _MESSAGE_CHARS = 300  # of what a server says of an error
 
 _NOUNS = """
@@ -98,7 +104,7 @@ class Load:
     seed: int = 0
 
     def prompts(self, num_streams: int, turn: int) -> list[list[str]]:
-        """Of each stream in one round; the same ones for all servers."""
+        """Of each stream in one round; the same ones for all contestants."""
         return [
             [self._prompt(num_streams, turn, stream, index) for index in range(self.requests_per_stream)] for stream in range(num_streams)
         ]
@@ -115,11 +121,19 @@ class Answer:
         num_tokens: generated, by the server's usage; where it sends none, the number of events with text.
         ttft_seconds: from sending to the first event with text, connecting included; None where no event has any.
         gaps_seconds: between one event with text and the next; 0 where they came together.
+
+    Of the engine without HTTP an event is a token that came out of a step.
     """
 
     num_tokens: int
     ttft_seconds: float | None
     gaps_seconds: tuple[float, ...]
+
+    @classmethod
+    def of(cls, num_tokens: int, sent: float, times: Sequence[float]) -> "Answer":
+        """From when the request was begun and when its events with text came."""
+        gaps = tuple(after - before for before, after in pairwise(times))
+        return cls(num_tokens, times[0] - sent if times else None, gaps)
 
 
 @dataclass(slots=True)
@@ -149,8 +163,7 @@ class Transcript:
             if any(choice.get("text") for choice in event.get("choices") or ()):
                 times.append(at)
             num_tokens = (event.get("usage") or {}).get("completion_tokens", num_tokens)
-        gaps = tuple(after - before for before, after in pairwise(times))
-        return Answer(len(times) if num_tokens is None else num_tokens, times[0] - self.sent if times else None, gaps)
+        return Answer.of(len(times) if num_tokens is None else num_tokens, self.sent, times)
 
     def _events(self) -> Iterator[tuple[float, dict[str, Any]]]:
         """Each event, with the time of the piece that completed it."""
@@ -174,7 +187,7 @@ class Transcript:
 
 @dataclass(frozen=True, slots=True)
 class Wave:
-    """One round of one server.
+    """One round of one contestant.
 
     Args:
         seconds: from the first request to the end of the last answer.
@@ -210,18 +223,35 @@ def _quantile(values: Sequence[float], share: float) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
+class Computed:
+    """How the engine of this process computes; what of a server its own log says."""
+
+    base: str
+    backend: str
+    device: str
+    dtype: str
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
 class Served:
-    """A server that was measured, the models that it was asked for, and whether it was asked to ignore the end of a text."""
+    """A contestant that was measured, the models that it was asked for, and whether it was asked to ignore the end of a text.
+
+    Args:
+        url: None for the engine of this process.
+        computed: None for a server.
+    """
 
     name: str
-    url: str
+    url: str | None
     models: list[str]
     has_ignore_eos: bool
+    computed: Computed | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The waves of one server under one number of streams, one a round."""
+    """The waves of one contestant under one number of streams, one a round."""
 
     server: str
     num_streams: int
@@ -244,12 +274,12 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Against:
-    """Tokens/s of the first server over another one's, by what each round says."""
+    """Tokens/s of the first server over another contestant's, by what each round says; judged where that is the engine alone."""
 
     first: str
     other: str
     num_streams: int
-    ratio: Spread
+    ratio: Judged
 
     def to_json(self) -> dict[str, Any]:
         return {"first": self.first, "other": self.other, "streams": self.num_streams, "tokens_per_second": self.ratio.to_json()}
@@ -257,7 +287,7 @@ class Against:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All of a run: `measured` for each number of streams and each server, `against` for each of them but the first server."""
+    """All of a run: `measured` for each number of streams and each contestant, `against` for each of them but the first server."""
 
     load: Load
     num_rounds: int
@@ -312,7 +342,7 @@ class Client:
             await self._try(model)
 
     async def _try(self, model: str) -> None:
-        (await self.complete(self.content(model, _TRIAL_PROMPT, _TRIAL_TOKENS))).read()
+        (await self.complete(self.content(model, TRIAL_PROMPT, TRIAL_TOKENS))).read()
 
     async def _first_model(self) -> str:
         url = f"{self.target.url}/v1/models"
@@ -387,6 +417,52 @@ def _said(error: Any) -> str:
     return str(error)[:_MESSAGE_CHARS]
 
 
+class Contestant(Protocol):
+    """Who has a turn in every round. Between its turns it takes no time of a processor."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def served(self) -> Served: ...
+
+    def prepare(self, models: Sequence[str]) -> None:
+        """Get ready what streams will ask for; a model of its own choice where there is none. Raises MoaError."""
+        ...
+
+    def run(self, streams: Sequence[Sequence[str]], max_tokens: int) -> tuple[float, list[Answer]]:
+        """Seconds of one wave and its answers: all streams at the same time, the prompts of each one after another. Raises MoaError."""
+        ...
+
+
+class _OverHttp:
+    """A server as a contestant; its client's requests run in the loop of `runner`."""
+
+    def __init__(self, runner: asyncio.Runner, client: Client) -> None:
+        self._runner, self._client = runner, client
+
+    @property
+    def name(self) -> str:
+        return self._client.target.name
+
+    @property
+    def served(self) -> Served:
+        return Served(self.name, self._client.target.url, self._client.models, self._client.has_ignore_eos)
+
+    def prepare(self, models: Sequence[str]) -> None:
+        self._runner.run(self._client.prepare(models))
+
+    def run(self, streams: Sequence[Sequence[str]], max_tokens: int) -> tuple[float, list[Answer]]:
+        models = self._client.models
+        contents = [
+            [self._client.content(models[stream % len(models)], prompt, max_tokens) for prompt in prompts]
+            for stream, prompts in enumerate(streams)
+        ]
+        with quiet():
+            seconds, transcripts = self._runner.run(_wave(self._client, contents))
+        return seconds, [transcript.read() for transcript in transcripts]
+
+
 def measure(
     targets: Sequence[Target],
     load: Load,
@@ -395,59 +471,56 @@ def measure(
     models: Sequence[str] = (),
     rounds: int = 3,
     api_key: str | None = None,
+    engine: Contestant | None = None,
     on_streams: Callable[[int], None] | None = None,
 ) -> Report:
-    """Measure every server under every number of streams, after one wave of each to warm up.
+    """Measure every server, and the engine where there is one, under every number of streams, after one wave of each to warm up.
 
     Args:
-        streams: numbers of streams, one after another; within each the servers take turns.
-        models: what streams ask for in turn, of every server; the first one that it lists where there are none.
+        streams: numbers of streams, one after another; within each the contestants take turns.
+        models: what streams ask for in turn, of every contestant; the first one that a server lists where there are none.
+        engine: of this process. The first server is judged against it.
         on_streams: called with each number of streams before its waves.
     Raises:
-        InvalidRequest: two servers have one name, or there is none.
+        InvalidRequest: two contestants have one name, or there is no server.
         MoaError: a request failed; nothing goes on then.
     """
-    names = [target.name for target in targets]
-    if not names or len(set(names)) < len(names):
+    names = [target.name for target in targets] + ([] if engine is None else [engine.name])
+    if not targets or len(set(names)) < len(names):
         raise InvalidRequest(f"--url must be given once for each server, but they are {names}; use NAME=URL to tell two apart", param="url")
     measured: list[Measured] = []
     against: list[Against] = []
     with asyncio.Runner() as runner:
-        clients = [Client(target, api_key) for target in targets]
-        for client in clients:
-            runner.run(client.prepare(models))
+        contestants: list[Contestant] = [_OverHttp(runner, Client(target, api_key)) for target in targets]
+        if engine is not None:
+            contestants.append(engine)
+        for contestant in contestants:
+            contestant.prepare(models)
         for num_streams in streams:
             if on_streams is not None:
                 on_streams(num_streams)
             waves: dict[str, list[Wave]] = {name: [] for name in names}
-            cases = {
-                client.target.name: partial(_measure_wave, runner, client, load, num_streams, waves[client.target.name])
-                for client in clients
-            }
+            cases = {one.name: partial(_measure_wave, one, load, num_streams, waves[one.name]) for one in contestants}
             interleaved(cases, rounds, warmups=WARMUPS)
             found = [Measured(name, num_streams, waves[name][WARMUPS:]) for name in names]
             measured += found
-            against += [_against(found[0], other) for other in found[1:]]
-    served = [Served(client.target.name, client.target.url, client.models, client.has_ignore_eos) for client in clients]
-    return Report(load, rounds, served, measured, against)
+            for other in found[1:]:
+                is_engine = engine is not None and other.server == engine.name
+                against.append(_against(found[0], other, http_to_engine(num_streams) if is_engine else None))
+    return Report(load, rounds, [contestant.served for contestant in contestants], measured, against)
 
 
-def _against(first: Measured, other: Measured) -> Against:
+def _against(first: Measured, other: Measured, goal: float | None) -> Against:
     speeds = [[wave.tokens_per_second for wave in one.waves] for one in (first, other)]
-    return Against(first.server, other.server, first.num_streams, ratio(*speeds))
+    return Against(first.server, other.server, first.num_streams, Judged(ratio(*speeds), goal, is_floor=True))
 
 
-def _measure_wave(runner: asyncio.Runner, client: Client, load: Load, num_streams: int, waves: list[Wave]) -> float:
-    """Add the server's next wave to `waves`; its seconds."""
-    contents = [
-        [client.content(client.models[stream % len(client.models)], prompt, load.max_tokens) for prompt in prompts]
-        for stream, prompts in enumerate(load.prompts(num_streams, len(waves)))
-    ]
-    with quiet():
-        seconds, transcripts = runner.run(_wave(client, contents))
-    wave = Wave.of(seconds, [transcript.read() for transcript in transcripts])
+def _measure_wave(contestant: Contestant, load: Load, num_streams: int, waves: list[Wave]) -> float:
+    """Add the contestant's next wave to `waves`; its seconds."""
+    seconds, answers = contestant.run(load.prompts(num_streams, len(waves)), load.max_tokens)
+    wave = Wave.of(seconds, answers)
     if not wave.num_tokens:
-        raise MoaError(f"{client.target.name}: {wave.num_requests} answers have no token, so there is nothing to measure; try one by hand")
+        raise MoaError(f"{contestant.name}: {wave.num_requests} answers have no token, so there is nothing to measure; try one by hand")
     waves.append(wave)
     return seconds
 

@@ -182,6 +182,10 @@ class AsyncEngine:
         """A revision is gone for good: free its slot once nothing uses it."""
         self._commands.put(lambda: self._engine.drop(revision))
 
+    def warm(self, adapter: Adapter) -> None:
+        """Lay an adapter out for the backend ahead of the step that first needs it. The one method for worker threads."""
+        self._engine.model.warm(adapter)
+
     def pardon(self, revision: str) -> None:
         """A revision was loaded again: end its quarantine."""
         self._commands.put(lambda: self._engine.pardon(revision))

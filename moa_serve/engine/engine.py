@@ -29,10 +29,9 @@ from moa_serve.errors import (
     InvalidRequest,
     MoaError,
 )
-from moa_serve.model.attention import KVCache
+from moa_serve.model.backend import Backend
 from moa_serve.model.bank import AdapterBank
 from moa_serve.model.counters import RoutingTotals
-from moa_serve.model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
 
@@ -109,19 +108,18 @@ class Collected:
 class Engine:
     """
     Args:
-        model: the base.
+        model: the base and what computes it; closed with the engine.
         lease: an adapter's tensors by revision, held in memory while its slot is filled.
         base_digest: part of the KV identity.
-        backend: the name of what computes, "torch".
     """
 
-    def __init__(self, model: Transformer, options: EngineOptions, *, lease: Lease, base_digest: str, backend: str) -> None:
-        self.model, self.options, self.backend, self._base_digest = model, options, backend, base_digest
+    def __init__(self, model: Backend, options: EngineOptions, *, lease: Lease, base_digest: str) -> None:
+        self.model, self.options, self.backend, self._base_digest = model, options, model.name, base_digest
         self._lease = lease
         num_blocks, self.max_model_len = plan_kv_cache(model, options)
         self.block_pool = BlockPool(num_blocks, options.block_size)
         self.slot_table = SlotTable(options.num_slots)
-        self._cache = KVCache(model.config, num_blocks, options.block_size, model.dtype, model.device)
+        self._cache = model.new_cache(num_blocks, options.block_size)
         self._bank = AdapterBank(model, options.num_slots)
         self.scheduler = Scheduler(
             self.block_pool,
@@ -167,6 +165,7 @@ class Engine:
                 self._bank.clear(slot)
         for revision in [revision for revision in self._dropped if self.slot_table.find(revision) is None]:
             self._dropped.discard(revision)
+            self.model.forget(revision)
             self._runner.counters.pop(revision, None)
             self._nonfinite.pop(revision, None)
 
@@ -287,7 +286,7 @@ class Engine:
         for slot, revision in plan.uploads:
             try:
                 with self._lease(revision) as adapter:
-                    self._bank.upload(slot, adapter.manifest, adapter.tensors)
+                    self._bank.upload(slot, adapter)
             except Exception as error:
                 logger.warning("adapter revision %s cannot be brought into a slot", revision[:12], exc_info=True)
                 told = (
@@ -366,6 +365,7 @@ class Engine:
     def close(self) -> None:
         """Give back the KV cache and every slot; the engine is unusable afterwards."""
         self.collected.clear()
+        self.model.close()
         del self._runner, self._cache, self._bank, self._sampler
 
 
@@ -389,13 +389,13 @@ def _nothing_to_choose() -> MoaError:
     return InvalidRequest("logit_bias, min_tokens and stop_token_ids leave no token to choose", param="logit_bias")
 
 
-def plan_kv_cache(model: Transformer, options: EngineOptions) -> tuple[int, int]:
+def plan_kv_cache(model: Backend, options: EngineOptions) -> tuple[int, int]:
     """(blocks, served context in tokens) under `options` and the memory that is free now.
 
     Raises:
         InvalidRequest: a size that was asked for does not fit, with both sizes in the message.
     """
-    per_block = KVCache.bytes_per_block(model.config, options.block_size, model.dtype)
+    per_block = model.bytes_per_block(options.block_size)
     free = available_bytes(model.device)
     context = options.max_model_len or model.config.max_position
     if context > model.config.max_position:

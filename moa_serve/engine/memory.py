@@ -8,14 +8,14 @@ from pathlib import Path
 import psutil
 import torch
 
-_ROOT = Path("/sys/fs/cgroup")
+from moa_serve.model.control_groups import groups
 
 
 def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     available: int = psutil.virtual_memory().available
-    return min([available, *_cgroup_rooms(Path("/proc/self/cgroup"), _ROOT)])
+    return min([available, *_rooms(groups("memory"))])
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -36,26 +36,15 @@ def reset_peak_memory(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _cgroup_rooms(membership: Path, root: Path) -> list[int]:
-    """Bytes left under each limit that holds for this process: its own group's and those above it, version 1 or 2."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return []
-    rooms = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            top, names = root, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        group = top / path.lstrip("/")
-        # In a container the path may be the host's, which is not visible here; then the top is the container's own group.
-        chain = [folder for folder in (group, *group.parents) if folder.is_relative_to(top)] if group.is_dir() else [top]
-        rooms += [room for folder in chain if (room := _room(folder, *names)) is not None]
-    return rooms
+_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+
+
+def _rooms(found: list[tuple[int, Path]]) -> list[int]:
+    """Bytes left under the limit of each control group that has one, with its version."""
+    return [room for version, folder in found if (room := _room(folder, *_FILES[version])) is not None]
 
 
 def _room(folder: Path, limit: str, used: str, reclaimable: str) -> int | None:

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from moa_serve.engine.request import Sequence
 from moa_serve.engine.routing import RoutedLayers
-from moa_serve.model.attention import BranchedChunk, Chunk, DecodeRows, KVCache, PagedAttention
+from moa_serve.model.attention import CachedSpan
+from moa_serve.model.backend import Backend, Cache, PreparedAdapter
 from moa_serve.model.bank import AdapterBank
 from moa_serve.model.batch import ForwardBatch, PooledRows, RoutingTrace, Segment
 from moa_serve.model.counters import RouterCounters
-from moa_serve.model.moa import MoaWeights
-from moa_serve.model.transformer import Transformer
 
 Work = SequenceOf[tuple[Sequence, int]]  # a sequence and how many of its pending tokens this step computes
 
@@ -74,7 +73,7 @@ def _branch_spans(sequence: Sequence) -> Iterator[tuple[int, int]]:
 
 
 class ModelRunner:
-    def __init__(self, model: Transformer, cache: KVCache, bank: AdapterBank) -> None:
+    def __init__(self, model: Backend, cache: Cache, bank: AdapterBank) -> None:
         self.model, self.cache, self.bank = model, cache, bank
         self.counters: dict[str, RouterCounters] = {}  # by revision: they outlive the adapter's stay in a slot
 
@@ -93,7 +92,8 @@ class ModelRunner:
         batch = ForwardBatch(
             self._tensor(np.array(token_ids)), self._tensor(np.concatenate(positions)), tuple(segments), self._tensor(rows), trace
         )
-        logits = self.model.forward(batch, self._attention(layout))
+        spans = [self._span(sequence, start, count) for (sequence, count), start in zip(work, starts, strict=False)]
+        logits = self.model.forward(batch, self.cache.attention(spans))
         self._keep_gates(layout, segments)
         for segment in segments:
             if segment.counters is not None:
@@ -103,46 +103,10 @@ class ModelRunner:
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array.astype(np.int64, copy=False)).to(self.model.device, non_blocking=True)
 
-    def _attention(self, layout: _Layout) -> PagedAttention:
-        size = self.cache.block_size
-        places, chunks, branched = [], [], []
-        decode: dict[int, list[tuple[int, np.ndarray, int]]] = {}  # by pages, rounded up to a power of two: nobody pays for the longest
-        for (sequence, count), start in zip(layout.work, layout.starts, strict=False):
-            table = np.array(sequence.block_table)
-            index = np.arange(sequence.num_computed, sequence.num_computed + count)  # in token_ids; not a position where there are branches
-            places.append(table[index // size] * size + index % size)
-            if count == 1:
-                length = sequence.num_computed + 1
-                decode.setdefault((-(-length // size) - 1).bit_length(), []).append((start, table, length))
-            elif sequence.request.branches and count > sequence.num_prompt:
-                branched.append(BranchedChunk(start, start + count, sequence.num_prompt, self._seen_by_branches(sequence)))
-            else:
-                chunks.append(Chunk(start, start + count, sequence.num_computed, self._tensor(table)))
-        is_all = not chunks and not branched and len(decode) == 1
-        rows = [self._decode_rows(group, is_all) for group in decode.values()]
-        return PagedAttention(self.cache, self._tensor(np.concatenate(places)), rows, chunks, branched)
-
-    def _seen_by_branches(self, sequence: Sequence) -> Tensor:
-        length, prompt = len(sequence.token_ids), sequence.num_prompt
-        assert sequence.num_computed == 0, "branches are computed together with their prompt"
-        seen = np.zeros((length - prompt, length), dtype=np.bool_)
-        seen[:, :prompt] = True
-        for start, end in _branch_spans(sequence):
-            seen[start - prompt : end - prompt, start:end] = np.tri(end - start, dtype=np.bool_)
-        return torch.from_numpy(seen).to(self.model.device, non_blocking=True)
-
-    def _decode_rows(self, rows: list[tuple[int, np.ndarray, int]], is_all: bool) -> DecodeRows:
-        size = self.cache.block_size
-        blocks = np.zeros((len(rows), max(-(-length // size) for _, _, length in rows)), dtype=np.int64)
-        for row, (_, table, length) in enumerate(rows):
-            used = -(-length // size)
-            blocks[row, :used] = table[:used]
-        seen = np.arange(blocks.shape[1] * size) < np.array([length for _, _, length in rows])[:, None]
-        return DecodeRows(
-            None if is_all else self._tensor(np.array([start for start, _, _ in rows])),
-            self._tensor(blocks),
-            torch.from_numpy(seen).to(self.model.device, non_blocking=True)[:, None, None, :],
-        )
+    def _span(self, sequence: Sequence, start: int, count: int) -> CachedSpan:
+        has_branches = bool(sequence.request.branches) and count > sequence.num_prompt
+        branches = tuple(_branch_spans(sequence)) if has_branches else ()
+        return CachedSpan(start, count, sequence.num_computed, sequence.block_table, sequence.num_prompt, branches)
 
     def _segment(self, layout: _Layout, first: int, last: int) -> Segment:
         slot = layout.work[first][0].slot
@@ -155,9 +119,9 @@ class ModelRunner:
         counters = self.counters.get(revision) or self.counters.setdefault(revision, RouterCounters(adapter.manifest, self.model.device))
         return Segment(start, end, adapter, pooled, counters)
 
-    def _pooled(self, layout: _Layout, first: int, last: int, adapter: MoaWeights) -> PooledRows:
+    def _pooled(self, layout: _Layout, first: int, last: int, adapter: PreparedAdapter) -> PooledRows:
         group, origin = layout.work[first:last], layout.starts[first]
-        shape = (len(group), len(adapter.layers), adapter.max_outputs)
+        shape = (len(group), adapter.num_layers, adapter.max_outputs)
         gates = torch.zeros(shape, dtype=torch.float32, device=self.model.device)
         spans: list[tuple[int, int] | None] = []
         for row, (sequence, count) in enumerate(group):

@@ -251,7 +251,7 @@ def _skipped(name: str, label: str, sums: _Sums) -> list[str]:
 
 
 def _computed(sums: _Sums) -> Counts:
-    """The torch backend computes every expert for every token, and selects afterwards."""
+    """An upper bound: the torch backend computes every expert for every token, and selects afterwards."""
     return sums.met
 
 
@@ -261,8 +261,8 @@ _FAMILIES: tuple[tuple[str, str, str, Callable[[str, str, _Sums], list[str]]], .
     (
         "moa_expert_computed_total",
         "counter",
-        "Tokens that an expert was computed for. The torch backend computes all experts of a layer for each token and then selects, "
-        "so it counts every token here; how sparse the routing is tells moa_expert_selected_total.",
+        "Tokens that an expert may have been computed for: every one that met it. The torch backend computes all experts and then selects; "
+        "what the native one leaves out is not taken off. How sparse the routing is tells moa_expert_selected_total.",
         _cells(_computed),
     ),
     (
@@ -276,7 +276,8 @@ _FAMILIES: tuple[tuple[str, str, str, Callable[[str, str, _Sums], list[str]]], .
     (
         "moa_expert_evaluations_skipped_total",
         "counter",
-        "Those of moa_expert_evaluations_total that were not computed; 0 with the torch backend, which computes all.",
+        "Those of moa_expert_evaluations_total that were surely not computed; 0 with the torch backend, which computes all, and as yet "
+        "with the native one, which does not count what it leaves out.",
         _skipped,
     ),
 )

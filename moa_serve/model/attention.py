@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,6 +73,24 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tens
     return out[0].transpose(0, 1)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class CachedSpan:
+    """One sequence's part in a step: tokens [start, start + count) of the batch, behind the `computed` ones that its pages hold already.
+
+    Args:
+        blocks: pages of the sequence, in order; they have room for the new tokens.
+        num_prompt: tokens of the prompt; counts where there are branches.
+        branches: [start, end) in the sequence of each branch; none sees another. All are computed together with their prompt.
+    """
+
+    start: int
+    count: int
+    computed: int
+    blocks: Sequence[int]
+    num_prompt: int = 0
+    branches: tuple[tuple[int, int], ...] = ()
+
+
 class KVCache:
     """Keys and values of all layers in pages of `block_size` tokens; which page is whose, engine.pools.BlockPool knows.
 
@@ -82,7 +101,7 @@ class KVCache:
         shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.block_size = block_size
+        self.block_size, self.device = block_size, device
         self.zero([0])
 
     @staticmethod
@@ -94,6 +113,47 @@ class KVCache:
         for block in blocks:
             self.keys[:, block].zero_()
             self.values[:, block].zero_()
+
+    def attention(self, spans: Sequence[CachedSpan]) -> "PagedAttention":
+        """How the tokens of one step attend: `spans` cover the batch in its order."""
+        size, places, chunks, branched = self.block_size, [], [], []
+        decode: dict[int, list[CachedSpan]] = {}  # by pages, rounded up to a power of two: nobody pays for the longest
+        for span in spans:
+            table = np.array(span.blocks)
+            index = np.arange(span.computed, span.computed + span.count)
+            places.append(table[index // size] * size + index % size)
+            if span.count == 1:
+                decode.setdefault((-(-(span.computed + 1) // size) - 1).bit_length(), []).append(span)
+            elif span.branches:
+                branched.append(BranchedChunk(span.start, span.start + span.count, span.num_prompt, self._seen_by_branches(span)))
+            else:
+                chunks.append(Chunk(span.start, span.start + span.count, span.computed, self._tensor(table)))
+        is_all = not chunks and not branched and len(decode) == 1
+        rows = [self._decode_rows(group, is_all) for group in decode.values()]
+        return PagedAttention(self, self._tensor(np.concatenate(places)), rows, chunks, branched)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+    def _seen_by_branches(self, span: CachedSpan) -> Tensor:
+        length, prompt = span.count, span.num_prompt
+        assert span.computed == 0, "branches are computed together with their prompt"
+        seen = np.zeros((length - prompt, length), dtype=np.bool_)
+        seen[:, :prompt] = True
+        for start, end in span.branches:
+            seen[start - prompt : end - prompt, start:end] = np.tri(end - start, dtype=np.bool_)
+        return self._tensor(seen)
+
+    def _decode_rows(self, rows: list[CachedSpan], is_all: bool) -> "DecodeRows":
+        size = self.block_size
+        lengths = [row.computed + 1 for row in rows]
+        blocks = np.zeros((len(rows), max(-(-length // size) for length in lengths)), dtype=np.int64)
+        for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            used = -(-length // size)
+            blocks[place, :used] = row.blocks[:used]
+        seen = np.arange(blocks.shape[1] * size) < np.array(lengths)[:, None]
+        starts = None if is_all else self._tensor(np.array([row.start for row in rows]))
+        return DecodeRows(starts, self._tensor(blocks), self._tensor(seen)[:, None, None, :])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

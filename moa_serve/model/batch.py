@@ -7,12 +7,29 @@ describe the layout, so that a forward never asks a tensor for a number.
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from moa_serve.adapter.manifest import Manifest
 from moa_serve.model.counters import RouterCounters
 from moa_serve.model.moa import MoaLayer, MoaWeights, Routed
+
+
+class PreparedAdapter(Protocol):
+    """An adapter in the layout of the backend that computes it."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def max_outputs(self) -> int:
+        """Outputs of the layer routers, at most over layers."""
+        ...
 
 
 @dataclass(eq=False, slots=True)
@@ -30,13 +47,13 @@ class PooledRows:
     gates: Tensor
 
     @classmethod
-    def of_whole(cls, lengths: Sequence[int], prompts: Sequence[int], adapter: MoaWeights, device: torch.device) -> "PooledRows":
+    def of_whole(cls, lengths: Sequence[int], prompts: Sequence[int], adapter: PreparedAdapter, device: torch.device) -> "PooledRows":
         """Sequences of `lengths` tokens side by side, each with its prompt, the first `prompts` tokens of it: none is known yet."""
         sizes = torch.tensor(lengths, device=device)
         owner = torch.arange(len(lengths), device=device).repeat_interleave(sizes)
         starts = itertools.accumulate(lengths, initial=0)
         spans = tuple((start, start + prompt) for start, prompt in zip(starts, prompts, strict=False))
-        return cls(owner, spans, torch.zeros(len(lengths), len(adapter.layers), adapter.max_outputs, device=device))
+        return cls(owner, spans, torch.zeros(len(lengths), adapter.num_layers, adapter.max_outputs, device=device))
 
 
 @dataclass(eq=False, slots=True)
@@ -45,7 +62,7 @@ class Segment:
 
     start: int
     end: int
-    adapter: MoaWeights
+    adapter: PreparedAdapter
     pooled: PooledRows | None = None
     counters: RouterCounters | None = None
 
@@ -90,6 +107,7 @@ class ForwardBatch:
     def active(self, layer: int) -> Iterator[tuple[int, Segment, MoaLayer]]:
         """Segments whose adapter has an expert in `layer`, with their number in the batch."""
         for number, segment in enumerate(self.segments):
+            assert isinstance(segment.adapter, MoaWeights), "the torch backend computes what it prepared"
             weights = segment.adapter.layers[layer]
             if weights is not None:
                 yield number, segment, weights

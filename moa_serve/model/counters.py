@@ -26,46 +26,69 @@ class RoutingTotals:
     experts: tuple[tuple[str, ...], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Of one router: the cells [first, first + len(outputs)) of its layer's row, and the output that each counts."""
+
+    first: int
+    outputs: tuple[int, ...]
+
+
+def counted_outputs(manifest: Manifest) -> list[dict[str, Counted]]:
+    """Per layer, the routers that are counted, by site ("layer" or a target); routers inside nested experts are not."""
+    layers: list[dict[str, Counted]] = []
+    for index in range(manifest.base.num_layers):
+        plan, counted = manifest.layer(index), {}
+        if manifest.router.site == "layer":
+            counted["layer"] = Counted(0, plan.columns)
+        elif manifest.router.site == "linear":
+            first = 0
+            for site in KINDS:
+                if count := len(plan.at(site)):
+                    counted[site] = Counted(first, tuple(range(count)))
+                    first += count
+        layers.append(counted)
+    return layers
+
+
 class RouterCounters:
-    """Totals of one adapter revision; for an adapter without routers only its tokens are counted."""
+    """Totals of one adapter revision; for an adapter without routers only its tokens are counted.
+
+    `selected` and `gate_sum` (L, E) float64 are added to by the forward, through `add` or, on the CPU, in place.
+    """
 
     def __init__(self, manifest: Manifest, device: torch.device) -> None:
         plans = [manifest.layer(layer) for layer in range(manifest.base.num_layers)]
-        at_layer, at_linear = manifest.router.site == "layer", manifest.router.site == "linear"
         names = tuple(tuple(expert.name for expert in plan.experts) for plan in plans)
-        self._experts = names if at_layer or at_linear else ()
-        self._columns = [torch.tensor(plan.columns, dtype=torch.int64, device=device) if at_layer else None for plan in plans]
-        self._offsets: list[dict[str, int]] = []
-        for plan in plans:
-            counts = {site: len(plan.at(site)) for site in KINDS}
-            starts = np.cumsum([0, *counts.values()]).tolist()
-            self._offsets.append({"layer": 0} if at_layer else dict(zip(counts, starts, strict=False)) if at_linear else {})
+        self._experts = names if manifest.router.site != "none" else ()
+        self._cells = [
+            {site: (counted.first, torch.tensor(counted.outputs, dtype=torch.int64, device=device)) for site, counted in layer.items()}
+            for layer in counted_outputs(manifest)
+        ]
         shape = (len(plans), max(len(plan.experts) for plan in plans))
-        self._selected = torch.zeros(shape, dtype=torch.float64, device=device)
-        self._gate_sum = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.selected = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.gate_sum = torch.zeros(shape, dtype=torch.float64, device=device)
         self.tokens = 0
 
     def add(self, layer: int, site: str, routed: Routed) -> None:
         """Count one router's word on some tokens; those inside nested experts are not counted."""
-        offset = self._offsets[layer].get(site)
-        if offset is None:
+        cells = self._cells[layer].get(site)
+        if cells is None:
             return
+        first, outputs = cells
         # One row that overflows must not turn the totals into NaN for good.
         gates = routed.gates.detach()
-        selected, gates = routed.selected.sum(0), torch.where(gates.isfinite(), gates, 0.0).sum(0)
-        columns = self._columns[layer]
-        if columns is not None:
-            selected, gates = selected[columns], gates[columns]
-        self._selected[layer, offset : offset + len(selected)] += selected
-        self._gate_sum[layer, offset : offset + len(gates)] += gates
+        selected, gates = routed.selected.sum(0)[outputs], torch.where(gates.isfinite(), gates, 0.0).sum(0)[outputs]
+        self.selected[layer, first : first + len(outputs)] += selected
+        self.gate_sum[layer, first : first + len(outputs)] += gates
 
     def state(self) -> tuple[int, torch.Tensor, torch.Tensor]:
         """What `restore` takes, to go on counting where an interrupted training run stopped."""
-        return self.tokens, self._selected, self._gate_sum
+        return self.tokens, self.selected, self.gate_sum
 
     def restore(self, state: tuple[int, torch.Tensor, torch.Tensor]) -> None:
-        device = self._selected.device
-        self.tokens, self._selected, self._gate_sum = state[0], state[1].to(device), state[2].to(device)
+        device = self.selected.device
+        self.tokens, self.selected, self.gate_sum = state[0], state[1].to(device), state[2].to(device)
 
     def snapshot(self) -> RoutingTotals:
-        return RoutingTotals(self.tokens, self._selected.cpu().numpy().copy(), self._gate_sum.cpu().numpy().copy(), self._experts)
+        return RoutingTotals(self.tokens, self.selected.cpu().numpy().copy(), self.gate_sum.cpu().numpy().copy(), self._experts)

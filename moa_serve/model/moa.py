@@ -289,5 +289,9 @@ class MoaWeights:
     layers: list[MoaLayer | None]
 
     @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
     def max_outputs(self) -> int:
         return max(self.manifest.layer(index).num_outputs for index in range(len(self.layers)))

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moa_serve.adapter.adapter import Adapter
 from moa_serve.config import ModelConfig
-from moa_serve.model.attention import Attention
+from moa_serve.model.attention import Attention, KVCache
 from moa_serve.model.batch import Expert, ForwardBatch, Segment
-from moa_serve.model.moa import Mixture, MoaLayer, Routed
+from moa_serve.model.build import build
+from moa_serve.model.moa import Mixture, MoaLayer, MoaWeights, Routed
 from moa_serve.model.ops import inverse_frequencies, rms_norm, rotate
 from moa_serve.model.weights import BaseWeights, LayerWeights
 
@@ -97,6 +99,8 @@ class Transformer:
         self.config, self.weights = config, weights
         self.inverse_frequencies = inverse_frequencies(config.rope, config.head_dim, weights.embed.device)
 
+    name = "torch"
+
     @property
     def dtype(self) -> torch.dtype:
         return self.weights.embed.dtype
@@ -104,6 +108,25 @@ class Transformer:
     @property
     def device(self) -> torch.device:
         return self.weights.embed.device
+
+    def bytes_per_block(self, block_size: int) -> int:
+        return KVCache.bytes_per_block(self.config, block_size, self.dtype)
+
+    def new_cache(self, num_blocks: int, block_size: int) -> KVCache:
+        return KVCache(self.config, num_blocks, block_size, self.dtype, self.device)
+
+    def prepare(self, adapter: Adapter) -> MoaWeights:
+        """Stack the adapter's tensors on the base's device, in the base's dtype."""
+        return build(adapter.manifest, adapter.tensors, self.weights, self.config, self.dtype)
+
+    def warm(self, adapter: Adapter) -> None:
+        """Nothing: tensors on the device belong to the engine thread."""
+
+    def forget(self, revision: str) -> None:
+        """Nothing: what was prepared goes with its slot."""
+
+    def close(self) -> None:
+        """Nothing: tensors go with their objects."""
 
     def forward(self, batch: ForwardBatch, attention: Attention) -> Tensor:
         """(N, V) float32: logits of `batch.logit_rows`, or of all T tokens.

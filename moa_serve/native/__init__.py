@@ -1,5 +1,5 @@
-"""The native backend, in progress: a C++ library that computes a whole step in one call, its build, its loader, and its layouts.
+"""The native backend: a C++ library that computes a whole step in one call, its loader, and the packing of weights for it.
 
-`src/` is the library (abi.h is its interface), `compile` builds it, `library` loads it, `packing` lays out weights for it. Nothing imports
-this yet: the torch backend serves. Not for CUDA.
+`src/` is the library (abi.h is its interface), `compile` builds it, `library` loads it, `packing` and `program` lay out weights and
+adapters, `model` is what the engine runs. Not for CUDA; where it cannot serve, the torch backend does.
 """

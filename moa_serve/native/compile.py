@@ -19,13 +19,13 @@ SOURCES = Path(__file__).resolve().parent / "src"
 LIBRARY = Path(__file__).resolve().parent / "_moa_native.so"
 
 INSTRUCTION_SETS = {  # in the order of preference
-    "amx": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
-    "avx512_bf16": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"),
+    "amx": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DMOA_BFLOAT16_ONLY"),
+    "avx512_bf16": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-DMOA_BFLOAT16_ONLY"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
     "avx2": ("-mavx2", "-mfma"),
 }
 # The uninitialized-variable warnings come from GCC's own AVX-512 headers.
-_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-unused-function",
+_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unused-function",
           "-Wno-uninitialized", "-Wno-maybe-uninitialized")  # fmt: skip
 _MACHINES = ("x86_64", "amd64")
 
@@ -35,8 +35,8 @@ class CannotCompile(Exception):
 
 
 def stamp() -> str:
-    """Digest of the sources, which the library carries: one that was built from others is not loaded."""
-    digest = hashlib.sha256()
+    """Digest of the sources and flags, which the library carries: one that was built from others is not loaded."""
+    digest = hashlib.sha256(repr((_FLAGS, INSTRUCTION_SETS)).encode())
     for file in sorted(SOURCES.iterdir()):
         if file.suffix in (".h", ".cpp"):
             digest.update(file.name.encode() + b"\0" + file.read_bytes())

@@ -5,12 +5,15 @@ import functools
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
+import torch
+
 from moa_serve.errors import MoaError
 from moa_serve.native.compile import LIBRARY, stamp
 
 BFLOAT16, FLOAT32 = 0, 1
 STAGE_ATTENTION, STAGE_OUTPUT, STAGE_FFN, STAGE_DOWN, NUM_STAGES = range(5)
 READS_STAGE, READS_RESIDUAL, READS_POOLED = range(3)
+ROWS_BFLOAT16, ROWS_FLOAT32, ROWS_TILES = range(3)
 SELECTS = {"all": 0, "constant": 1, "threshold_fn": 1, "top_k": 2, "adamole": 3}
 SHRINK_LINEAR, SHRINK_LINEAR_SHARED, SHRINK_SILU, SHRINK_SILU_SHARED = range(4)
 TARGETS = {"Q": 0, "K": 1, "V": 2, "O": 3, "GATE": 4, "UP": 5, "DOWN": 6}
@@ -24,7 +27,7 @@ class NativeUnavailable(MoaError):
 class RouterStruct(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("rows_at", "row_bias_at", "w2_at", "w2_bias_at")),
-        *((name, c_int32) for name in ("rows_are_float32", "num_rows", "hidden", "outputs", "source", "is_softmax", "select", "top_k")),
+        *((name, c_int32) for name in ("row_format", "num_rows", "hidden", "outputs", "source", "is_softmax", "select", "top_k")),
         ("has_threshold_rows", c_int32),
         ("max_threshold", c_float),
         *((name, c_int32) for name in ("first_gate", "trace_at", "first_counter", "num_counters")),
@@ -157,14 +160,18 @@ def open_library(path: Path) -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise NativeUnavailable(f"{path.name} cannot be loaded ({error}); install the package again") from error
     built_from = library.moa_stamp().decode()
-    if built_from != stamp():
+    try:
+        ours = stamp()
+    except OSError as error:
         raise NativeUnavailable(
-            f"{path.name} was built from other sources ({built_from[:12]}, not {stamp()[:12]}); install the package again"
-        )
+            f"the sources of {path.name} are not there to compare it with ({error}); install the package again"
+        ) from error
+    if built_from != ours:
+        raise NativeUnavailable(f"{path.name} was built from other sources ({built_from[:12]}, not {ours[:12]}); install the package again")
     sizes = (c_int64 * len(_STRUCTS))()
-    assert library.moa_struct_sizes(sizes, len(_STRUCTS)) == len(_STRUCTS), "a struct of abi.h has no mirror"
-    for struct, size in zip(_STRUCTS, sizes, strict=True):
-        assert ctypes.sizeof(struct) == size, f"{struct.__name__} has {ctypes.sizeof(struct)} bytes, abi.h says {size}"
+    count = library.moa_struct_sizes(sizes, len(_STRUCTS))
+    if count != len(_STRUCTS) or list(sizes) != [ctypes.sizeof(struct) for struct in _STRUCTS]:
+        raise NativeUnavailable(f"{path.name} has other structs than this version of the package; install the package again")
     return library
 
 
@@ -181,6 +188,11 @@ def status() -> str:
     except NativeUnavailable as error:
         return f"not available: {error}"
     return f"available: {best}" + (f" (also {', '.join(others)})" if others else "")
+
+
+def has_tiles(instruction_set: str, dtype: torch.dtype) -> bool:
+    """Whether the kernels want what is multiplied with a token as `packing.tiles`."""
+    return instruction_set == "amx" and dtype == torch.bfloat16
 
 
 def instruction_sets() -> list[str]:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PANEL, LANES, PAGE = 32, 16, 16
+TILE_TOKENS = 16  # kTileTokens of src/step_types.h
 
 
 def padded(size: int, to: int = PANEL) -> int:
@@ -37,6 +38,13 @@ def pack(weight: Tensor, dtype: torch.dtype, *, reduce_to: int = PANEL) -> Tenso
     return whole.view(rows // PANEL, PANEL, columns // step, step).permute(0, 2, 1, 3).contiguous()
 
 
+def tiles(weight: Tensor) -> Tensor:
+    """(N, K) -> bfloat16 for AMX: for each 16 rows, the last ones fewer, [K padded / 2][rows][2]."""
+    whole = pad_columns(weight.bfloat16())
+    blocks = [block.view(len(block), -1, 2).transpose(0, 1).flatten() for block in torch.split(whole, LANES)]
+    return torch.cat(blocks)
+
+
 def unpack(panels: Tensor, rows: slice, columns: int) -> Tensor:
     """Some rows (whole panels) of what `pack` made, as (n, columns)."""
     part = panels[rows.start // PANEL : padded(rows.stop) // PANEL]
@@ -60,15 +68,17 @@ def vector(values: Tensor) -> Tensor:
     return pad_columns(values.float()).contiguous()
 
 
-def key_pages(keys: Tensor) -> Tensor:
-    """(K, n, P) float32 -> [K][pages][P][16]."""
-    heads, count, size = keys.shape
-    whole = F.pad(keys, (0, 0, 0, padded(count, PAGE) - count))
-    return whole.view(heads, -1, PAGE, size).transpose(2, 3).contiguous()
+def key_pages(keys: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(K, n, P) -> [K][pages][P / per_lane][16][per_lane], P padded to a multiple of per_lane."""
+    step = per_lane(dtype)
+    heads, count, _ = keys.shape
+    whole = F.pad(pad_columns(keys.to(dtype), step), (0, 0, 0, padded(count, PAGE) - count))
+    return whole.reshape(heads, -1, PAGE, whole.shape[-1] // step, step).transpose(2, 3).contiguous()
 
 
-def value_pages(values: Tensor) -> Tensor:
-    """(K, n, P) float32 -> [K][pages][16][P padded to 16]."""
+def value_pages(values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(K, n, P) -> [K][pages][16 / per_lane][P padded to 16][per_lane]."""
+    step = per_lane(dtype)
     heads, count, _ = values.shape
-    whole = F.pad(pad_columns(values, LANES), (0, 0, 0, padded(count, PAGE) - count))
-    return whole.view(heads, -1, PAGE, whole.shape[-1]).contiguous()
+    whole = F.pad(pad_columns(values.to(dtype), LANES), (0, 0, 0, padded(count, PAGE) - count))
+    return whole.reshape(heads, -1, PAGE // step, step, whole.shape[-1]).transpose(3, 4).contiguous()

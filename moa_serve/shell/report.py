@@ -13,6 +13,7 @@ from rich.text import Text
 from moa_serve.adapter.adapter import Adapter
 from moa_serve.adapter.manifest import KINDS, ExpertSpec, Manifest, SelectConstant, SelectThresholdFn, SelectTopK
 from moa_serve.errors import MoaError
+from moa_serve.native.library import status
 from moa_serve.shell.terminal import is_terminal, print_table, visible
 
 ROUTERS = "routers"  # what belongs to no expert alone: routers, thresholds, HydraLoRA's shared first factor
@@ -177,6 +178,7 @@ def _facts(adapter: Adapter, is_tried: bool) -> list[tuple[str, str]]:
         ("memory", f"{adapter.num_bytes:,} bytes, {' and '.join(dtypes)}"),
         ("revision", adapter.revision),
         ("self-test", "passed" if is_tried else "not run"),
+        ("native step", status()),
     ]
     if manifest.description:
         facts.append(("description", manifest.description))

@@ -28,10 +28,10 @@ from moa_serve.api.protocol import uvicorn_config
 from moa_serve.engine.async_engine import AsyncEngine
 from moa_serve.engine.engine import Engine, EngineOptions
 from moa_serve.errors import AdapterError, InvalidRequest
-from moa_serve.llm import resolve_backend, resolve_device, resolve_dtype
+from moa_serve.llm import new_model, resolve_backend, resolve_device, resolve_dtype
 from moa_serve.metrics import Metrics
-from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import Base, load_base
+from moa_serve.native.library import status
 from moa_serve.settings import ServerSettings
 from moa_serve.shell import terminal
 from moa_serve.text import Tokenizer
@@ -55,7 +55,8 @@ def serve(settings: ServerSettings) -> int:
     try:
         started = time.monotonic()
         device = resolve_device(settings.device)
-        base = load_base(settings.model, device=device, dtype=resolve_dtype(settings.dtype, device))
+        dtype = resolve_dtype(settings.dtype, device, resolve_backend(settings.backend, device))
+        base = load_base(settings.model, device=device, dtype=dtype)
         sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
         return asyncio.run(_run(settings, base, listener, started))
     finally:
@@ -87,11 +88,8 @@ def compose(settings: ServerSettings, base: Base) -> Server:
         max_model_len=settings.max_model_len,
         adapter_cache_bytes=settings.adapter_cache_bytes,
     )
-    backend = resolve_backend(settings.backend)
-    model = Transformer(base.config, base.weights)
-    engine = AsyncEngine(
-        lambda lease: Engine(model, options, lease=lease, base_digest=base.digest, backend=backend), max_waiting=settings.max_waiting
-    )
+    model = new_model(resolve_backend(settings.backend, base.weights.embed.device), base)
+    engine = AsyncEngine(lambda lease: Engine(model, options, lease=lease, base_digest=base.digest), max_waiting=settings.max_waiting)
     store = AdapterStore(
         base.config,
         base_name=name,
@@ -145,6 +143,7 @@ def _facts(server: Server, listener: socket.socket) -> dict[str, object]:
         "url": f"http://{f'[{host}]' if ':' in host else host}:{port}",
         "base": server.base_name,
         "backend": engine.backend,
+        "native": status(),
         "device": str(engine.model.device),
         "dtype": str(engine.model.dtype).removeprefix("torch."),
         "adapters": len(server.registry.items()),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from families import TINY, write_base, write_family, write_tokenizer
+from native_tools import SETS
 
 WITH_TEXT: dict[str, Any] = TINY | {"vocab_size": 259, "eos_token_id": 2}
 COMMAND = [sys.executable, "-m", "moa_serve"]
@@ -66,7 +67,8 @@ def test_several_adapters_in_one_batch_as_json(folder: Path) -> None:
     assert [(item["prompt"], item["adapter"]) for item in found] == [(p, a) for p in ("one", "two") for a in (None, "many", "sparse")]
     assert len({tuple(item["token_ids"]) for item in found[:3]}) == 3
     assert result.stderr.startswith("6 completions, 24 tokens, ")
-    assert result.stderr.endswith(" tokens/s; talker, torch backend on cpu, float32\n")
+    step = "native backend on cpu, bfloat16" if SETS else "torch backend on cpu, float32"
+    assert result.stderr.endswith(f" tokens/s; talker, {step}\n")
 
 
 def test_a_pipe_gets_plain_text_and_standard_error_one_line(folder: Path) -> None:

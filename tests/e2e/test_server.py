@@ -323,7 +323,7 @@ def test_sigterm_drains_and_exits_with_zero(folder: Path) -> None:
         (["--host", "0.0.0.0"], "key"),
         (["--model", "/does/not/exist"], "/does/not/exist"),
         (["--max-waitng", "5"], "max-waitng"),
-        (["--backend", "native"], "native"),
+        (["--backend", "native", "--dtype", "float16"], "float16"),
         (["--state-dir", "x"], "state_dir"),
     ],
 )

@@ -4,7 +4,9 @@ import random
 from typing import Any
 
 import pytest
+import torch
 from goldens import Golden, goldens
+from native_tools import SETS
 
 from moa_serve import LLM, SamplingParams
 from moa_serve.engine.scheduler import SchedulerOutput
@@ -41,22 +43,36 @@ def run(llm: LLM, jobs: list[Job], params: SamplingParams = PARAMS) -> list[list
     return [completion.token_ids for completion in completions]
 
 
-def open_llm(family: str, device: str, **options: Any) -> LLM:
+def open_llm(family: str, backend: str, **options: Any) -> LLM:
+    """`backend` is torch, torch on cuda, or native in bfloat16, whose logits must not move by a bit either."""
+    if backend == "native" and not SETS:
+        pytest.skip("the native library is not built")
+    if backend == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    where = (
+        {"backend": "native", "device": "cpu", "dtype": "bfloat16"}
+        if backend == "native"
+        else {"backend": "torch", "device": backend, "dtype": "float32"}
+    )
     members = of_family(family)
-    return LLM(members[0].base, adapters={golden.name: golden.source for golden in members}, device=device, dtype="float32", **options)
+    return LLM(members[0].base, adapters={golden.name: golden.source for golden in members}, **where, **options)
 
 
+backends = pytest.mark.parametrize("backend", ["cpu", "native", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+@backends
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("mix", ["identical", "distinct", "uniform", "zipf", "skewed"])
-def test_batch_equals_single(family: str, mix: str, device: str) -> None:
+def test_batch_equals_single(family: str, mix: str, backend: str) -> None:
     """Rooms for two adapters of many and pages for a third of the rows: every job waits, swaps or starts over at some time."""
     names = [golden.name for golden in of_family(family)]
     jobs = jobs_of(mix, names)
-    with open_llm(family, device, kv_cache_bytes=2**22) as roomy:
+    with open_llm(family, backend, kv_cache_bytes=2**22) as roomy:
         alone = [run(roomy, [job])[0] for job in jobs]
-    page = 2 * 4 * 16 * 2 * (24 if family == "qwen3" else 16) * 4
+        page = roomy._engine.model.bytes_per_block(16)
     with open_llm(
-        family, device, kv_cache_bytes=9 * page, num_slots=2, max_num_seqs=6, max_batch_tokens=12, max_mixed_prefill_tokens=5
+        family, backend, kv_cache_bytes=9 * page, num_slots=2, max_num_seqs=6, max_batch_tokens=12, max_mixed_prefill_tokens=5
     ) as tight:
         preempted, uploads = 0, 0
         schedule = tight._engine.scheduler.schedule
@@ -76,7 +92,8 @@ def test_batch_equals_single(family: str, mix: str, device: str) -> None:
         assert tight._engine.slot_table.num_busy == 0
 
 
-def test_sampled_tokens_do_not_depend_on_neighbours_either(device: str) -> None:
+@backends
+def test_sampled_tokens_do_not_depend_on_neighbours_either(backend: str) -> None:
     """Seeds count for a request and its position, not for what else is in the batch."""
     names = [golden.name for golden in of_family("llama")]
     jobs = jobs_of("uniform", names)
@@ -84,7 +101,7 @@ def test_sampled_tokens_do_not_depend_on_neighbours_either(device: str) -> None:
         SamplingParams(temperature=0.9, seed=index, max_tokens=12, top_p=0.9 if index % 2 else 1.0, top_k=20 if index % 3 else 0)
         for index in range(len(jobs))
     ]
-    with open_llm("llama", device, kv_cache_bytes=2**22) as llm:
+    with open_llm("llama", backend, kv_cache_bytes=2**22) as llm:
         together = llm.generate([prompt for prompt, _ in jobs], settings, adapter=[name for _, name in jobs])
         alone = [llm.generate([prompt], one, adapter=name)[0] for (prompt, name), one in zip(jobs, settings, strict=True)]
     assert [completion.token_ids for completion in together] == [completion.token_ids for completion in alone]

@@ -1,4 +1,4 @@
-"""Every golden folder against the numbers of the authors' own code, in float32, through the same engine that serves."""
+"""Every golden folder against the numbers of the authors' own code, in float32, through the same engine that serves, on both backends."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from goldens import NAMES, Golden, goldens
+from native_tools import SETS
 from torch import Tensor
 
 from moa_serve import LLM, SamplingParams
 from moa_serve.engine.request import Request, Sequence
 from moa_serve.model.attention import CausalAttention
 from moa_serve.model.batch import ForwardBatch, PooledRows, Segment
+from moa_serve.model.moa import MoaWeights
 from moa_serve.model.transformer import Transformer
 
 ALL = goldens()
@@ -24,9 +26,16 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     return found
 
 
+@pytest.fixture(scope="module", params=["torch", "native"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "native" and not SETS:
+        pytest.skip("the native library is not built")
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def llm(golden: Golden) -> Iterator[LLM]:
-    with LLM(golden.base, adapters={"a": golden.source}, device="cpu", dtype="float32", kv_cache_bytes=2**22) as made:
+def llm(golden: Golden, backend: str) -> Iterator[LLM]:
+    with LLM(golden.base, adapters={"a": golden.source}, backend=backend, device="cpu", dtype="float32", kv_cache_bytes=2**22) as made:
         yield made
 
 
@@ -40,12 +49,12 @@ def test_prefill_logits(golden: Golden, llm: LLM) -> None:
         close(llm.logits(prompt), golden.expected["base.logits"][row])
 
 
-def test_chunked_prefill_logits(golden: Golden) -> None:
+def test_chunked_prefill_logits(golden: Golden, backend: str) -> None:
     """The router sees each token once, whatever chunk it comes in; a mean over the prompt needs it whole."""
     sizes = (3, 7)
     for size in sizes:
         options: dict[str, Any] = {"max_batch_tokens": size, "max_num_seqs": 2, "kv_cache_bytes": 2**22}
-        with LLM(golden.base, adapters={"a": golden.source}, device="cpu", dtype="float32", **options) as llm:
+        with LLM(golden.base, adapters={"a": golden.source}, backend=backend, device="cpu", dtype="float32", **options) as llm:
             if golden.is_pooled:
                 close(llm.logits(golden.prompts[0], adapter="a"), golden.expected["logits"][0])  # whole, though over the budget
             else:
@@ -61,7 +70,7 @@ def test_decode_through_the_cache(golden: Golden, llm: LLM) -> None:
     slot = engine.slot_table.assign(str(revision))
     assert slot is not None
     with llm._lease(str(revision)) as adapter:
-        engine._bank.upload(slot, manifest, adapter.tensors)
+        engine._bank.upload(slot, adapter)
     rows = []
     for prompt in golden.prompts:
         blocks = engine.block_pool.allocate(2)
@@ -98,11 +107,14 @@ def test_hidden_states(golden: Golden, llm: LLM) -> None:
 
     hidden: list[Tensor] = []
     base = llm._engine.model
+    if not isinstance(base, Transformer):
+        pytest.skip("the native step has no layers to look into")
     revision, manifest = llm._resolve("a")
     assert manifest is not None
     with llm._lease(str(revision)) as adapter:
-        llm._engine._bank.upload(0, manifest, adapter.tensors)
+        llm._engine._bank.upload(0, adapter)
     weights = llm._engine._bank[0]
+    assert isinstance(weights, MoaWeights)
     ids = golden.expected["input_ids"]
     count, length = ids.shape
     spans = [(row * length, row * length + length) for row in range(count)]

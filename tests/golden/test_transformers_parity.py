@@ -77,7 +77,7 @@ def test_tiny_models(kind: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     rng = random.Random(5)
     prompts = [[rng.randrange(SHAPE["vocab_size"]) for _ in range(rng.randint(3, 90))] for _ in range(8)]
-    with LLM(tmp_path, device="cpu", dtype="float32", kv_cache_bytes=2**24) as llm:
+    with LLM(tmp_path, backend="torch", device="cpu", dtype="float32", kv_cache_bytes=2**24) as llm:
         for prompt in prompts[:3]:
             torch.testing.assert_close(llm.logits(prompt), logits_of(model, prompt), atol=2e-4, rtol=1e-4)
         for prompt, completion in zip(prompts, llm.generate(prompts, GREEDY), strict=True):
@@ -89,7 +89,7 @@ def test_tiny_models(kind: str, tmp_path: Path) -> None:
 def default_base() -> Path:
     """The real base; it is fetched once and then cached."""
     try:
-        with LLM(device="cpu", dtype="bfloat16", kv_cache_bytes=2**26) as llm:
+        with LLM(backend="torch", device="cpu", dtype="bfloat16", kv_cache_bytes=2**26) as llm:
             folder = llm.folder
     except MoaError as error:
         pytest.skip(f"no default base here: {error}")
@@ -105,7 +105,7 @@ def greedy_against(default_base: Path, dtype: str) -> list[tuple[float, float]]:
     """
     model = LlamaForCausalLM.from_pretrained(default_base, dtype=getattr(torch, dtype)).eval()
     parted = []
-    with LLM(default_base, device="cpu", dtype=dtype, kv_cache_bytes=2**28) as llm:
+    with LLM(default_base, backend="torch", device="cpu", dtype=dtype, kv_cache_bytes=2**28) as llm:
         assert llm.tokenizer is not None
         prompts = [llm.tokenizer.encode(text, parse_special=True) for text in TEXTS]
         if dtype == "float32":

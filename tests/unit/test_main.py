@@ -81,7 +81,7 @@ def test_version_is_said_in_both_ways(run: Run) -> None:
         ("generate", "hi", "--adapters-dir", "missing"),
         ("generate", "hi", "--file", "missing.txt"),
         ("generate", "hi", "--temperature", "3"),
-        ("generate", "hi", "--model", "talker", "--backend", "native"),
+        ("generate", "hi", "--model", "talker", "--backend", "jax"),
         ("generate", "hi", "--model", "talker", "--dtype", "int4"),
         ("generate", "hi", "--model", "talker", "--adapter", "base", "--no-base"),
         ("generate", "hi", "--model", "talker", "--adapter", "sparse", "--adapter", "adapters/sparse"),
@@ -111,7 +111,7 @@ def test_settings_come_from_the_environment_and_flags_win(run: Run, tmp_path: Pa
     assert columns(result) == [None]
     assert "bfloat16" in result.stderr
     assert "float32" in run("generate", "hi", "--dtype", "float32", "--max-tokens", "2", env=env).stderr
-    assert run("generate", "hi", env=env | {"MOA_BACKEND": "native"}).exit_code == 2
+    assert run("generate", "hi", env=env | {"MOA_BACKEND": "jax"}).exit_code == 2
 
 
 # -- check and convert

@@ -371,9 +371,7 @@ def test_a_running_engine_is_seen(base: Path, tmp_path: Path) -> None:
 
     async def main() -> None:
         options = EngineOptions(kv_cache_bytes=2**21, num_slots=3)
-        engine = AsyncEngine(
-            lambda lease: Engine(Transformer(found.config, found.weights), options, lease=lease, base_digest="d", backend="torch")
-        )
+        engine = AsyncEngine(lambda lease: Engine(Transformer(found.config, found.weights), options, lease=lease, base_digest="d"))
         metrics = Metrics("base", max_model_len=engine.engine.max_model_len)
         registry = Registry(Item("math", "loaded", adapter.revision), Item("law", "available", None), Item("bad", "broken", None))
         metrics.attach(engine, registry)

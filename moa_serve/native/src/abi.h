@@ -52,14 +52,21 @@ enum MoaTarget : int32_t {
   MOA_TARGET_DOWN = 6,
 };
 
+// How rows that are multiplied with a token stand.
+enum MoaRowFormat : int32_t {
+  MOA_ROWS_BFLOAT16 = 0,  // (rows, padded in)
+  MOA_ROWS_FLOAT32 = 1,
+  MOA_ROWS_TILES = 2,  // bfloat16 for AMX: sixteen rows (the last ones fewer) after the other, each [padded in / 2][rows][2]
+};
+
 // A router: float32 arithmetic whatever the model computes in. Its rows are [w1: hidden | w3: hidden | threshold] for a SwiGLU net and
-// [logits: outputs | threshold] for a linear one, row-major with padded columns.
+// [logits: outputs | threshold] for a linear one.
 struct MoaRouter {
   int64_t rows_at;
   int64_t row_bias_at;  // (num_rows,) float32
   int64_t w2_at;        // (outputs, hidden rounded up to 16) float32; SwiGLU only
   int64_t w2_bias_at;   // (outputs,) float32
-  int32_t rows_are_float32;  // else bfloat16, which holds them exactly
+  int32_t row_format;  // bfloat16 where that holds them exactly
   int32_t num_rows;
   int32_t hidden;  // 0: a linear net
   int32_t outputs;
@@ -76,12 +83,12 @@ struct MoaRouter {
 };
 
 struct MoaExpert {
-  int64_t a_at;         // (rank, padded in), row-major
-  int64_t a_bias_at;    // (rank,) float32
+  int64_t a_at;         // rank rows in the adapter's format, or tiles where the instruction set has them
+  int64_t a_bias_at;    // (rank rounded up to 16,) float32
   int64_t b_at;         // packed panels of (padded out, rank)
   int64_t out_bias_at;  // (padded out,) float32
   float scale;
-  int32_t rank;  // rounded up to 2
+  int32_t rank;  // rounded up to 2 in bfloat16
   int32_t outer, inner;  // gate columns; their product is the expert's weight
   int32_t coefficients_at;  // column of the token's row of coefficients
   int32_t unused;
@@ -96,7 +103,7 @@ struct MoaGroup {
 };
 
 struct MoaPrompt {
-  int64_t keys_at;       // float32 pages, one kv head after the other: (kv_heads, pages) of K pages
+  int64_t keys_at;       // (kv_heads, pages) of K pages, float32, or bfloat16 where the instruction set has tiles
   int64_t values_at;
   int64_t head_gate_at;  // (heads,) float32
   int64_t row_gates_at;  // (num_rows,) int32 gate columns

@@ -1,4 +1,4 @@
-// The product on AMX tiles, which multiply 16 rows at once: the processor's matrix unit reads the same packed panels, 32 inputs a step.
+// Products on AMX tiles, which multiply 16 rows at once: the processor's matrix unit reads the same packed panels, 32 inputs a step.
 //
 // The number of rows of a tile does not change what a row adds up to, and every product of this instruction set goes through here, so rows
 // are as independent of their neighbours as elsewhere.
@@ -10,28 +10,38 @@ namespace {
 constexpr int kTile = 16;      // rows of a tile, and columns of float32 sums
 constexpr int kTileInputs = 32;  // bfloat16 inputs in a tile's row
 
-// Tiles 0 to 3 are sums (two blocks of rows x two halves of a panel), 4 and 5 inputs of the two blocks, 6 and 7 weights.
 struct TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
 
-  TileShapes(int first, int second) {
-    const int counts[8] = {first, first, second, second, first, second, kTile, kTile};
-    for (int tile = 0; tile < 8; tile++) row_bytes[tile] = counts[tile] > 0 ? 64 : 0, rows[tile] = (uint8_t)counts[tile];
-  }
+  void set(int tile, int num_rows, int bytes) { row_bytes[tile] = num_rows > 0 ? (uint16_t)bytes : 0, rows[tile] = (uint8_t)num_rows; }
 };
 
+// Tiles 0 to 3 are sums (two blocks of rows x two halves of a panel), 4 and 5 inputs of the two blocks, 6 and 7 weights.
 inline void use_tiles(int first, int second) {
-  const TileShapes shapes(first, second);
+  TileShapes shapes;
+  const int counts[8] = {first, first, second, second, first, second, kTile, kTile};
+  for (int tile = 0; tile < 8; tile++) shapes.set(tile, counts[tile], 64);
+  _tile_loadconfig(&shapes);
+}
+
+// Tiles 0 to 3 are sums (tokens x rows of A) that take turns, 4 and 5 tokens, 6 and 7 rows of A.
+inline void use_dot_tiles(int tokens, int rows) {
+  TileShapes shapes;
+  for (int tile = 0; tile < 4; tile++) shapes.set(tile, tokens, rows * 4);
+  for (int tile = 4; tile < 6; tile++) shapes.set(tile, tokens, 64);
+  for (int tile = 6; tile < 8; tile++) shapes.set(tile, kTile, rows * 4);
   _tile_loadconfig(&shapes);
 }
 
 // GCC's tile instructions do not tell the compiler that they read memory.
 inline void memory_is_seen() { __asm__ volatile("" ::: "memory"); }
 
-template <bool kTwoBlocks>
-inline void tile_product(const uint16_t* x, int64_t x_stride, const uint16_t* panel, int64_t size, float* y, int64_t y_stride) {
+constexpr int kFetchBytes = 8192;  // ahead in the weights: tile loads alone do not keep memory busy
+
+template <bool kTwoBlocks, bool kIsFirst>
+inline void panel_product(const uint16_t* x, int64_t x_stride, const uint16_t* panel, int64_t size, float* y, int64_t y_stride) {
   const int64_t x_bytes = x_stride * 2, y_bytes = y_stride * 4;
   constexpr int kWeightBytes = kPanel * 2 * 2;  // a pair of inputs for 32 columns
   _tile_zero(0);
@@ -41,6 +51,7 @@ inline void tile_product(const uint16_t* x, int64_t x_stride, const uint16_t* pa
     _tile_zero(3);
   }
   for (int64_t k = 0; k < size; k += kTileInputs) {
+    if constexpr (kIsFirst) fetch((const char*)(panel + k * kPanel) + kFetchBytes, kTileInputs * kPanel * 2);
     _tile_loadd(6, panel + k * kPanel, kWeightBytes);
     _tile_loadd(7, panel + k * kPanel + kTile * 2, kWeightBytes);
     _tile_loadd(4, x + k, x_bytes);
@@ -72,13 +83,119 @@ inline void tile_panels(const uint16_t* x, int64_t x_stride, int rows, const uin
     const uint16_t* own = weights + panel * kPanel * size;
     float* out = y + panel * kPanel;
     if (whole > 0 && rest > 0) use_tiles(kTile, kTile);
-    for (int row = 0; row < whole; row += 2 * kTile) tile_product<true>(x + row * x_stride, x_stride, own, size, out + row * y_stride, y_stride);
+    for (int row = 0; row < whole; row += 2 * kTile) {
+      if (row == 0)
+        panel_product<true, true>(x, x_stride, own, size, out, y_stride);
+      else
+        panel_product<true, false>(x + row * x_stride, x_stride, own, size, out + row * y_stride, y_stride);
+    }
     if (rest == 0) continue;
     if (whole > 0) use_tiles(low, high);
-    if (high > 0)
-      tile_product<true>(x + whole * x_stride, x_stride, own, size, out + whole * y_stride, y_stride);
+    const uint16_t* last = x + whole * x_stride;
+    if (high > 0 && whole > 0)
+      panel_product<true, false>(last, x_stride, own, size, out + whole * y_stride, y_stride);
+    else if (high > 0)
+      panel_product<true, true>(last, x_stride, own, size, out + whole * y_stride, y_stride);
+    else if (whole > 0)
+      panel_product<false, false>(last, x_stride, own, size, out + whole * y_stride, y_stride);
     else
-      tile_product<false>(x + whole * x_stride, x_stride, own, size, out + whole * y_stride, y_stride);
+      panel_product<false, true>(last, x_stride, own, size, out + whole * y_stride, y_stride);
+  }
+  memory_is_seen();
+}
+
+// out (tokens, stride)[token][row] = a[row] . x[token]; x (tokens, size), `a` in tiles. A row of `out` has room up to the next 16.
+inline void tile_dots(int tokens, const uint16_t* x, const uint16_t* a, int64_t size, int rows, float* out, int64_t stride) {
+  alignas(64) float sums[4][kTile * kTile];  // a product waits for the one before it in its sum: four take turns
+  memory_is_seen();
+  for (int first = 0; first < rows; first += kTile) {
+    const int count = rows - first < kTile ? rows - first : kTile;
+    const uint16_t *left = x, *right = a + first * size;
+    const int64_t left_bytes = size * 2, right_bytes = count * 4;
+    // What is ahead is read soon: more rows, then the expert's B, then the next expert; an adapter lies in the order of its use.
+    const auto advance = [&] {
+      fetch((const char*)right + kFetchBytes, kTileInputs * count * 2);
+      return left += kTileInputs, right += kTileInputs * count, left < x + size;
+    };
+    use_dot_tiles(tokens, count);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (;;) {
+      _tile_loadd(4, left, left_bytes);
+      _tile_loadd(6, right, right_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      if (!advance()) break;
+      _tile_loadd(5, left, left_bytes);
+      _tile_loadd(7, right, right_bytes);
+      _tile_dpbf16ps(1, 5, 7);
+      if (!advance()) break;
+      _tile_loadd(4, left, left_bytes);
+      _tile_loadd(6, right, right_bytes);
+      _tile_dpbf16ps(2, 4, 6);
+      if (!advance()) break;
+      _tile_loadd(5, left, left_bytes);
+      _tile_loadd(7, right, right_bytes);
+      _tile_dpbf16ps(3, 5, 7);
+      if (!advance()) break;
+    }
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    _tile_stored(2, sums[2], 64);
+    _tile_stored(3, sums[3], 64);
+    memory_is_seen();
+    for (int token = 0; token < tokens; token++) {
+      const F16 even = f_add(f_load(sums[0] + token * kTile), f_load(sums[2] + token * kTile));
+      const F16 odd = f_add(f_load(sums[1] + token * kTile), f_load(sums[3] + token * kTile));
+      f_store(out + token * stride + first, f_keep_lanes(f_add(even, odd), 0, count, 0.0f));
+    }
+  }
+}
+
+// y (tokens, y_stride) += B c in the panels first, first + step, ...: c (tokens, c_stride), b packed panels of (32, rank).
+inline void tile_expand(int tokens, const uint16_t* c, int64_t c_stride, const uint16_t* b, int rank, float* y, int64_t y_stride, int step,
+                        int begin, int end) {
+  memory_is_seen();
+  for (int first = 0; first < rank; first += kTileInputs) {
+    const int inputs = rank - first < kTileInputs ? rank - first : kTileInputs;
+    TileShapes shapes;  // 0 to 3 sums of two panels, 4 coefficients, 5 and 6 halves of a panel of B
+    for (int tile = 0; tile < 4; tile++) shapes.set(tile, tokens, 64);
+    shapes.set(4, tokens, inputs * 2);
+    shapes.set(5, inputs / 2, 64);
+    shapes.set(6, inputs / 2, 64);
+    _tile_loadconfig(&shapes);
+    _tile_loadd(4, c + first, c_stride * 2);
+    const auto weights = [&](int panel) { return b + (int64_t)panel * kPanel * rank + first * kPanel; };
+    const auto place = [&](int panel) { return y + (int64_t)panel * step * kPanel; };
+    int panel = begin;
+    for (; panel + 1 < end; panel += 2) {
+      _tile_loadd(0, place(panel), y_stride * 4);
+      _tile_loadd(1, place(panel) + kTile, y_stride * 4);
+      _tile_loadd(2, place(panel + 1), y_stride * 4);
+      _tile_loadd(3, place(panel + 1) + kTile, y_stride * 4);
+      _tile_loadd(5, weights(panel), 128);
+      _tile_loadd(6, weights(panel) + 32, 128);
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_dpbf16ps(1, 4, 6);
+      _tile_loadd(5, weights(panel + 1), 128);
+      _tile_loadd(6, weights(panel + 1) + 32, 128);
+      _tile_dpbf16ps(2, 4, 5);
+      _tile_dpbf16ps(3, 4, 6);
+      _tile_stored(0, place(panel), y_stride * 4);
+      _tile_stored(1, place(panel) + kTile, y_stride * 4);
+      _tile_stored(2, place(panel + 1), y_stride * 4);
+      _tile_stored(3, place(panel + 1) + kTile, y_stride * 4);
+    }
+    if (panel == end) continue;
+    _tile_loadd(0, place(panel), y_stride * 4);
+    _tile_loadd(1, place(panel) + kTile, y_stride * 4);
+    _tile_loadd(5, weights(panel), 128);
+    _tile_loadd(6, weights(panel) + 32, 128);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_dpbf16ps(1, 4, 6);
+    _tile_stored(0, place(panel), y_stride * 4);
+    _tile_stored(1, place(panel) + kTile, y_stride * 4);
   }
   memory_is_seen();
 }

@@ -24,10 +24,10 @@ struct Sight {
   int until, from, last;
 };
 
+// A score in sight comes out as it is, also where it is NaN.
 inline F16 hide(F16 scores, const Sight& sight, int first_token) {
-  const F16 own = f_keep_lanes(scores, sight.from - first_token, sight.last + 1 - first_token, -INFINITY);
-  if (sight.until <= first_token) return own;
-  return f_max(own, f_keep_lanes(scores, 0, sight.until - first_token, -INFINITY));
+  const F16 known = f_keep_lanes(scores, 0, sight.last + 1 - first_token, -INFINITY);
+  return f_replace_lanes(known, sight.until - first_token, sight.from - first_token, -INFINITY);
 }
 
 // The page after `page` that has a token in sight.
@@ -37,6 +37,29 @@ inline int next_page(int page, const Sight& sight) {
 }
 
 inline int first_page(const Sight& sight) { return sight.until > 0 ? 0 : sight.from / kPage; }
+
+// kVectors vectors of the output from `column` on: the values of all pages in sight by their shares, times `inverse`.
+template <class N, int kHeads, int kVectors, class Pages>
+inline void add_values(const float* shares, const typename N::Element* values, int64_t value_page_stride, Pages pages, const Sight& sight,
+                       int64_t width, int64_t column, const F16* inverse, float* out) {
+  F16 sum[kHeads][kVectors];
+  for (int head = 0; head < kHeads; head++)
+    for (int vector = 0; vector < kVectors; vector++) sum[head][vector] = f_zero();
+  for (int page = first_page(sight); page * kPage <= sight.last; page = next_page(page, sight), shares += kHeads * kPage) {
+    const typename N::Element* value = values + pages(page) * value_page_stride + column * N::kPerLane;
+    typename N::Element narrow_shares[kHeads][kPage];
+    for (int head = 0; head < kHeads; head++) N::store(narrow_shares[head], f_load(shares + head * kPage));
+    for (int token = 0; token < kPage; token += N::kPerLane)
+      for (int vector = 0; vector < kVectors; vector++) {
+        const typename N::Vector dimensions = N::load(value + (token * width + vector * kLanes * N::kPerLane));
+        for (int head = 0; head < kHeads; head++)
+          sum[head][vector] = N::dot(sum[head][vector], dimensions, N::spread(narrow_shares[head] + token));
+      }
+  }
+  for (int head = 0; head < kHeads; head++)
+    for (int vector = 0; vector < kVectors; vector++)
+      f_store(out + head * width + column + vector * kLanes, f_mul(sum[head][vector], inverse[head]));
+}
 
 // kHeads query heads on one kv head. `pages(i)` is the place of a sequence's i-th page, `weights` (one for each token, or NULL) count the
 // tokens' shares after the softmax. `scores` has room for kHeads * 16 floats a page. Out: (kHeads, value width).
@@ -51,14 +74,19 @@ inline void attend(const typename N::Element* q, int64_t q_stride, const typenam
   float* place = scores;
   for (int page = first_page(sight); page * kPage <= sight.last; page = next_page(page, sight)) {
     const typename N::Element* key = keys + pages(page) * key_page_stride;
-    F16 sum[kHeads];
-    for (int head = 0; head < kHeads; head++) sum[head] = f_zero();
-    for (int64_t d = 0; d < key_size; d += N::kPerLane) {
-      const typename N::Vector tokens = N::load(key + d * kPage);
-      for (int head = 0; head < kHeads; head++) sum[head] = N::dot(sum[head], tokens, N::spread(q + head * q_stride + d));
-    }
+    const int following = next_page(page, sight);
+    if (following * kPage <= sight.last) fetch(keys + pages(following) * key_page_stride, shape.keys<N>() * sizeof(*keys));
+    fetch(values + pages(page) * value_page_stride, shape.values() * sizeof(*values));
+    F16 sum[kHeads][2];  // of every other step: an addition waits for the one before it
+    for (int head = 0; head < kHeads; head++) sum[head][0] = sum[head][1] = f_zero();
+    for (int64_t d = 0; d < key_size; d += 2 * N::kPerLane)
+      for (int turn = 0; turn < 2 && d + turn * N::kPerLane < key_size; turn++) {
+        const typename N::Vector tokens = N::load(key + (d + turn * N::kPerLane) * kPage);
+        for (int head = 0; head < kHeads; head++)
+          sum[head][turn] = N::dot(sum[head][turn], tokens, N::spread(q + head * q_stride + d + turn * N::kPerLane));
+      }
     for (int head = 0; head < kHeads; head++, place += kPage) {
-      const F16 seen = hide(f_mul(sum[head], f_set(scale)), sight, page * kPage);
+      const F16 seen = hide(f_mul(f_add(sum[head][0], sum[head][1]), f_set(scale)), sight, page * kPage);
       f_store(place, seen);
       largest[head] = f_max(largest[head], seen);
     }
@@ -74,29 +102,12 @@ inline void attend(const typename N::Element* q, int64_t q_stride, const typenam
       if (weights != nullptr) share = f_mul(share, f_load(weights + page * kPage));
       f_store(place, share);
     }
-  for (int64_t column = 0; column < width; column += kVectorsTogether * kLanes) {
-    const int vectors = (int)((width - column) / kLanes < kVectorsTogether ? (width - column) / kLanes : kVectorsTogether);
-    F16 sum[kHeads][kVectorsTogether];
-    for (int head = 0; head < kHeads; head++)
-      for (int vector = 0; vector < kVectorsTogether; vector++) sum[head][vector] = f_zero();
-    place = scores;
-    for (int page = first_page(sight); page * kPage <= sight.last; page = next_page(page, sight), place += kHeads * kPage) {
-      const typename N::Element* value = values + pages(page) * value_page_stride + column * N::kPerLane;
-      typename N::Element shares[kHeads][kPage];
-      for (int head = 0; head < kHeads; head++) N::store(shares[head], f_load(place + head * kPage));
-      for (int token = 0; token < kPage; token += N::kPerLane)
-        for (int vector = 0; vector < vectors; vector++) {
-          const typename N::Vector dimensions = N::load(value + (token * width + vector * kLanes * N::kPerLane));
-          for (int head = 0; head < kHeads; head++)
-            sum[head][vector] = N::dot(sum[head][vector], dimensions, N::spread(shares[head] + token));
-        }
-    }
-    for (int head = 0; head < kHeads; head++) {
-      const F16 inverse = f_set(1.0f / f_sum(total[head]));
-      for (int vector = 0; vector < vectors; vector++)
-        f_store(out + head * width + column + vector * kLanes, f_mul(sum[head][vector], inverse));
-    }
-  }
+  F16 inverse[kHeads];
+  for (int head = 0; head < kHeads; head++) inverse[head] = f_set(1.0f / f_sum(total[head]));
+  int64_t column = 0;
+  for (; column + kVectorsTogether * kLanes <= width; column += kVectorsTogether * kLanes)
+    add_values<N, kHeads, kVectorsTogether>(scores, values, value_page_stride, pages, sight, width, column, inverse, out);
+  for (; column < width; column += kLanes) add_values<N, kHeads, 1>(scores, values, value_page_stride, pages, sight, width, column, inverse, out);
 }
 
 // Any number of query heads on one kv head.
@@ -135,10 +146,9 @@ inline void append(const typename N::Element* key, const typename N::Element* va
     memset(key_page, 0, (size_t)shape.keys<N>() * sizeof(*key_page));
     memset(value_page, 0, (size_t)shape.values() * sizeof(*value_page));
   }
-  for (int d = 0; d < shape.head_dim; d++) {
-    key_page[(d / kPer) * kPage * kPer + slot * kPer + d % kPer] = key[d];
-    value_page[(slot / kPer) * shape.value_width() * kPer + d * kPer + slot % kPer] = value[d];
-  }
+  typename N::Element *key_place = key_page + slot * kPer, *value_place = value_page + slot / kPer * shape.value_width() * kPer + slot % kPer;
+  for (int d = 0; d < shape.head_dim; d += kPer) memcpy(key_place + d * kPage, key + d, kPer * sizeof(*key));
+  for (int d = 0; d < shape.head_dim; d++) value_place[d * kPer] = value[d];
 }
 
 }  // namespace

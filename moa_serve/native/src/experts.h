@@ -1,14 +1,19 @@
-// What an expert adds: c = w * scale * (A u), y += B c, in tiles of tokens that share the expert and need it. A token whose weight is 0
-// touches neither A nor B. A token's numbers do not depend on which others are in its tile: every output is one chain of additions.
+// What an expert adds: c = w * scale * (A u), y += B c, in tiles of neighbouring tokens. An expert that no token of a tile needs is not
+// touched, and neither, without AMX, is it for those that do not. A token's numbers do not depend on which others are in its tile: every
+// output is one chain of additions, or, with AMX, four that are added up at the end.
 #pragma once
 #include "abi.h"
 #include "numbers.h"
+#include "step_types.h"
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#endif
 
 namespace {
 
-constexpr int kTileTokens = 4;
-constexpr int kTileRanks = 4;   // rows of A beside each other with four tokens: 16 sums
-constexpr int kLoneRanks = 8;   // with one token
+constexpr int kTogether = 4;    // tokens that share the loads of a row of A or B
+constexpr int kTogetherRows = 4;  // rows of A beside each other with so many tokens: 16 sums
+constexpr int kLoneRows = 8;      // with one token
 
 template <class N, int kTokens, int kRows>
 inline void dot_tile(const typename N::Element* const* x, const typename N::Weight* a, int64_t size, float* const* out) {
@@ -41,12 +46,32 @@ inline void dot_rows(const typename N::Element* const* x, const typename N::Weig
   }
 }
 
-// out[token][row] = a[row] . x[token] for up to four tokens; `size` is a multiple of 32.
+// out[token][row] = a[row] . x[token] for up to kTogether tokens; `size` is a multiple of 32.
 template <class N>
 inline void dots(int tokens, const typename N::Element* const* x, const typename N::Weight* a, int64_t size, int rows,
                  float* const* out) {
-  if (tokens == kTileTokens) return dot_rows<N, kTileTokens, kTileRanks>(x, a, size, rows, out);
-  for (int token = 0; token < tokens; token++) dot_rows<N, 1, kLoneRanks>(x + token, a, size, rows, out + token);
+  if (tokens == kTogether) return dot_rows<N, kTogether, kTogetherRows>(x, a, size, rows, out);
+  for (int token = 0; token < tokens; token++) dot_rows<N, 1, kLoneRows>(x + token, a, size, rows, out + token);
+}
+
+// out (count, stride)[token][row] = a[row] . x[token] for the listed of `count` tokens, which stand one after the other in x (count, size);
+// the others' places may be written as well. `a` stands in tiles where the instruction set has them.
+template <class N>
+inline void tile_product(int count, const int32_t* listed, int num_listed, const typename N::Element* x, int64_t size,
+                         const typename N::Weight* a, int rows, float* out, int64_t stride) {
+#if defined(__AMX_BF16__)
+  if constexpr (N::kIsOnTiles) return tile_dots(count, x, a, size, rows, out, stride);
+#endif
+  for (int first = 0; first < num_listed; first += kTogether) {
+    const int together = num_listed - first < kTogether ? num_listed - first : kTogether;
+    const typename N::Element* inputs[kTogether];
+    float* place[kTogether];
+    for (int member = 0; member < together; member++) {
+      inputs[member] = x + listed[first + member] * size;
+      place[member] = out + listed[first + member] * stride;
+    }
+    dots<N>(together, inputs, a, size, rows, place);
+  }
 }
 
 // One panel of y += B c for kTokens tokens; b is [rank / kPerLane][32][kPerLane].
@@ -92,14 +117,21 @@ inline void expand_tile(const int32_t* tokens, const typename N::Element* coeffi
   }
 }
 
-// y += B c for the listed tokens, in the panels [begin, end) of the section.
+// y += B c for the listed of `count` tokens that stand one after the other in `coefficients` and in the section, in its panels [begin, end).
+// The others' coefficients are 0.
 template <class N>
-inline void expand(const int32_t* tokens, int count, const typename N::Element* coefficients, int64_t coefficient_stride,
+inline void expand(int count, const int32_t* listed, int num_listed, const typename N::Element* coefficients, int64_t coefficient_stride,
                    const typename N::Element* b, int rank, const Section& section, int begin, int end) {
-  int token = 0;
-  for (; token + kTileTokens <= count; token += kTileTokens)
-    expand_tile<N, kTileTokens>(tokens + token, coefficients, coefficient_stride, b, rank, section, begin, end);
-  for (; token < count; token++) expand_tile<N, 1>(tokens + token, coefficients, coefficient_stride, b, rank, section, begin, end);
+#if defined(__AMX_BF16__)
+  if constexpr (N::kIsOnTiles) {
+    float* y = section.out + (int64_t)section.first * kPanel;
+    return tile_expand(count, coefficients, coefficient_stride, b, rank, y, section.row_stride, section.stride, begin, end);
+  }
+#endif
+  int place = 0;
+  for (; place + kTogether <= num_listed; place += kTogether)
+    expand_tile<N, kTogether>(listed + place, coefficients, coefficient_stride, b, rank, section, begin, end);
+  for (; place < num_listed; place++) expand_tile<N, 1>(listed + place, coefficients, coefficient_stride, b, rank, section, begin, end);
 }
 
 // y += w * bias for the listed tokens.

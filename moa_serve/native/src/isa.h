@@ -34,10 +34,16 @@ inline F16 f_times_power_of_two(F16 a, F16 n) { return {_mm512_scalef_ps(a.v, n.
 inline F16 f_zero_below(F16 a, F16 x, float limit) {  // a, and 0 where x < limit
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_NLT_UQ), a.v)};
 }
-inline F16 f_keep_lanes(F16 a, int first, int last, float other) {  // lanes [first, last) of a, `other` elsewhere
+inline __mmask16 lanes_between(int first, int last) {
   const uint32_t below_last = last >= kLanes ? 0xffffu : (1u << (last < 0 ? 0 : last)) - 1u;
   const uint32_t below_first = first >= kLanes ? 0xffffu : (1u << (first < 0 ? 0 : first)) - 1u;
-  return {_mm512_mask_blend_ps((__mmask16)(below_last & ~below_first), _mm512_set1_ps(other), a.v)};
+  return (__mmask16)(below_last & ~below_first);
+}
+inline F16 f_keep_lanes(F16 a, int first, int last, float other) {  // lanes [first, last) of a, `other` elsewhere
+  return {_mm512_mask_blend_ps(lanes_between(first, last), _mm512_set1_ps(other), a.v)};
+}
+inline F16 f_replace_lanes(F16 a, int first, int last, float other) {  // `other` in lanes [first, last), a elsewhere
+  return {_mm512_mask_blend_ps(lanes_between(first, last), a.v, _mm512_set1_ps(other))};
 }
 inline float f_sum(F16 a) { return _mm512_reduce_add_ps(a.v); }
 inline float f_largest(F16 a) { return _mm512_reduce_max_ps(a.v); }
@@ -96,16 +102,15 @@ inline F16 f_zero_below(F16 x, F16 y, float limit) {
   const __m256 bound = _mm256_set1_ps(limit);
   return {_mm256_and_ps(x.a, _mm256_cmp_ps(y.a, bound, _CMP_NLT_UQ)), _mm256_and_ps(x.b, _mm256_cmp_ps(y.b, bound, _CMP_NLT_UQ))};
 }
-inline __m256 m256_keep_lanes(__m256 x, __m256i lanes, int first, int last, __m256 other) {
-  const __m256i is_before = _mm256_cmpgt_epi32(_mm256_set1_epi32(first), lanes);
-  const __m256i is_kept = _mm256_andnot_si256(is_before, _mm256_cmpgt_epi32(_mm256_set1_epi32(last), lanes));
-  return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(is_kept));
-}
-inline F16 f_keep_lanes(F16 x, int first, int last, float other) {
+inline F16 lanes_between(int first, int last) {  // all bits set in lanes [first, last)
   const __m256i low = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), high = _mm256_add_epi32(low, _mm256_set1_epi32(8));
-  const __m256 rest = _mm256_set1_ps(other);
-  return {m256_keep_lanes(x.a, low, first, last, rest), m256_keep_lanes(x.b, high, first, last, rest)};
+  const __m256i begin = _mm256_set1_epi32(first), end = _mm256_set1_epi32(last);
+  return {_mm256_castsi256_ps(_mm256_andnot_si256(_mm256_cmpgt_epi32(begin, low), _mm256_cmpgt_epi32(end, low))),
+          _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_cmpgt_epi32(begin, high), _mm256_cmpgt_epi32(end, high)))};
 }
+inline F16 f_choose(F16 lanes, F16 x, F16 y) { return {_mm256_blendv_ps(y.a, x.a, lanes.a), _mm256_blendv_ps(y.b, x.b, lanes.b)}; }
+inline F16 f_keep_lanes(F16 x, int first, int last, float other) { return f_choose(lanes_between(first, last), x, f_set(other)); }
+inline F16 f_replace_lanes(F16 x, int first, int last, float other) { return f_choose(lanes_between(first, last), f_set(other), x); }
 inline float f_sum(F16 x) {
   const __m256 eight = _mm256_add_ps(x.a, x.b);
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));

@@ -1,4 +1,5 @@
-// Compiled once for each instruction set, with MOA_TABLE naming the table that it fills.
+// Compiled once for each instruction set, with MOA_TABLE naming the table that it fills. What only adds instructions for bfloat16 to
+// another set is compiled with MOA_BFLOAT16_ONLY: for float32, it would be the other's code once more.
 #include "kernels.h"
 
 #include "step.h"
@@ -37,18 +38,18 @@ void norm(const float* x, const float* weight, int32_t rows, int64_t size, float
   for (int64_t row = 0; row < rows; row++) rms_norm<N>(x + row * width, weight, size, eps, (typename N::Element*)y + row * width);
 }
 
-constexpr int kMostTestRows = 64, kMostTestRank = 256;
+constexpr int kMostTestRank = 256;
 
 void route(const uint8_t* blob, int64_t router_at, const float* x, int32_t rows, int64_t size, float* gates, float* trace) {
   const MoaRouter& router = *(const MoaRouter*)(blob + router_at);
   const int64_t room = padded(router.num_rows, kLanes) + kLanes;
-  static thread_local float products[kTileTokens * (kMostTestRank + 2 * kLanes)], rest[2 * kMostTestRank];
-  for (int row = 0; row < rows; row += kTileTokens) {
-    const int count = rows - row < kTileTokens ? rows - row : kTileTokens;
-    const float* inputs[kTileTokens];
-    float* out[kTileTokens];
+  static thread_local float products[kTogether * (kMostTestRank + 2 * kLanes)], rest[2 * kMostTestRank];
+  for (int row = 0; row < rows; row += kTogether) {
+    const int count = rows - row < kTogether ? rows - row : kTogether;
+    const float* inputs[kTogether];
+    float* out[kTogether];
     for (int member = 0; member < count; member++) inputs[member] = x + (row + member) * size, out[member] = products + member * room;
-    if (router.rows_are_float32)
+    if (router.row_format == MOA_ROWS_FLOAT32)
       dots<Float32>(count, inputs, (const float*)(blob + router.rows_at), size, router.num_rows, out);
     else
       dots<Widened>(count, inputs, (const uint16_t*)(blob + router.rows_at), size, router.num_rows, out);
@@ -62,39 +63,37 @@ template <class N>
 void expert(const uint8_t* blob, int64_t expert_at, const void* x, int32_t rows, int64_t size, const float* weights, int64_t out, float* y) {
   using Element = typename N::Element;
   const MoaExpert& expert = *(const MoaExpert*)(blob + expert_at);
-  static thread_local float low[kTileTokens][kMostTestRank];
-  static thread_local Element coefficients[kMostTestRows * kMostTestRank];
+  alignas(64) static thread_local float low[kTileTokens * kMostTestRank];
+  alignas(64) static thread_local Element coefficients[kTileTokens * kMostTestRank];
   const int64_t room = padded(expert.rank, kLanes);
-  int32_t active[kMostTestRows];
-  int count = 0;
-  for (int row = 0; row < rows; row++)
-    if (weights[row] != 0) active[count++] = row;
-  for (int first = 0; first < count; first += kTileTokens) {
-    const int members = count - first < kTileTokens ? count - first : kTileTokens;
-    const Element* inputs[kTileTokens];
-    float* sums[kTileTokens];
+  for (int first = 0; first < rows; first += kTileTokens) {
+    const int count = rows - first < kTileTokens ? rows - first : kTileTokens;
+    int32_t listed[kTileTokens];
+    int num_listed = 0;
+    for (int row = 0; row < count; row++)
+      if (weights[first + row] != 0) listed[num_listed++] = row;
     memset(low, 0, sizeof(low));
-    for (int member = 0; member < members; member++) inputs[member] = (const Element*)x + active[first + member] * size, sums[member] = low[member];
-    dots<N>(members, inputs, (const Element*)(blob + expert.a_at), size, expert.rank, sums);
-    for (int member = 0; member < members; member++) {
-      const F16 scale = f_set(weights[active[first + member]] * expert.scale);
-      for (int64_t r = 0; r < room; r += kLanes)
-        N::store(coefficients + active[first + member] * room + r, f_mul(f_load(low[member] + r), scale));
+    memset(coefficients, 0, sizeof(coefficients));
+    const Element *input = (const Element*)x + first * size, *a = (const Element*)(blob + expert.a_at);
+    tile_product<N>(count, listed, num_listed, input, size, a, expert.rank, low, room);
+    for (int place = 0; place < num_listed; place++) {
+      const F16 scale = f_set(weights[first + listed[place]] * expert.scale);
+      for (int64_t r = 0; r < room; r += kLanes) N::store(coefficients + listed[place] * room + r, f_mul(f_load(low + listed[place] * room + r), scale));
     }
+    const Section section = {y + first * out, out, 0, 1, (int)(out / kPanel)};
+    expand<N>(count, listed, num_listed, coefficients, room, (const Element*)(blob + expert.b_at), expert.rank, section, 0, section.panels);
   }
-  const Section section = {y, out, 0, 1, (int)(out / kPanel)};
-  expand<N>(active, count, coefficients, room, (const Element*)(blob + expert.b_at), expert.rank, section, 0, section.panels);
 }
 
 }  // namespace
 
+#if defined(MOA_BFLOAT16_ONLY)
+#define MOA_BY_DTYPE(function) {function<Bfloat16>, nullptr}
+#else
+#define MOA_BY_DTYPE(function) {function<Bfloat16>, function<Float32>}
+#endif
+
 extern const MoaKernels MOA_TABLE;
 const MoaKernels MOA_TABLE = {
-    {run_step<Bfloat16>, run_step<Float32>},
-    read_all,
-    exp_all,
-    {product<Bfloat16>, product<Float32>},
-    {norm<Bfloat16>, norm<Float32>},
-    route,
-    {expert<Bfloat16>, expert<Float32>},
+    MOA_BY_DTYPE(run_step), read_all, exp_all, MOA_BY_DTYPE(product), MOA_BY_DTYPE(norm), route, MOA_BY_DTYPE(expert),
 };

@@ -1,10 +1,11 @@
-// What each instruction set brings: the same table, filled by kernels.cpp, which is compiled once for each.
+// What each instruction set brings: the same table, filled by kernels.cpp, which is compiled once for each. By MoaDtype, a set has
+// functions for both formats or none for float32; then the next set's are used.
 #pragma once
 #include "abi.h"
 #include "team.h"
 
 struct MoaKernels {
-  TeamWork steps[2];  // by MoaDtype; the argument is a MoaStep
+  TeamWork steps[2];  // the argument is a MoaStep
   float (*read)(const float* data, int64_t count);
   void (*exp)(const float* x, float* y, int64_t count);
   void (*product[2])(const void* x, int32_t rows, int64_t size, const void* weights, const float* bias, int64_t out, float* y);

@@ -56,9 +56,13 @@ const std::vector<InstructionSet>& instruction_sets() {
   return sets;
 }
 
-const MoaKernels* kernels_of(const char* name) {
-  for (const InstructionSet& set : instruction_sets())
-    if (set.is_here && strcmp(set.name, name) == 0) return set.kernels;
+// The table of a set, or of the next that computes in this format; NULL where the processor cannot run it.
+const MoaKernels* kernels_of(const char* name, int32_t dtype = MOA_BFLOAT16) {
+  bool is_found = false;
+  for (const InstructionSet& set : instruction_sets()) {
+    is_found = is_found || (set.is_here && strcmp(set.name, name) == 0);
+    if (is_found && set.kernels->steps[dtype] != nullptr) return set.kernels;
+  }
   return nullptr;
 }
 
@@ -96,35 +100,35 @@ struct Buffers {
 
 }  // namespace
 
-// How many threads a step uses: all of them, until neighbours take their cores away; then one for a while, and longer each time.
+// How many threads a step uses: all of them, until neighbours take a core away; then one less for a while, and longer each time.
 class Threads {
  public:
   explicit Threads(int most) : most_(most), now_(most) {}
 
   int now() const { return now_; }
 
+  // `lost_share` of the last step in which the thread that lost most was ready and had no core. All wait for it at barriers: with n
+  // threads, one that loses more than 1 / n of its time costs more than it brings.
   void observe(double lost_share) {
-    if (most_ == 1) return;
-    if (now_ == 1) {
-      if (--steps_alone_ == 0) now_ = most_, pressure_ = 0;
-      return;
-    }
     pressure_ += (lost_share - pressure_) / kSteps;
-    if (pressure_ < kContended) {
-      if (++quiet_steps_ >= kLongest) patience_ = kShortest;
+    if (now_ > 1 && pressure_ > kWorth / now_) {
+      now_--, pressure_ = 0, calm_steps_ = 0, steps_to_wait_ = patience_;
+      patience_ = std::min(2 * patience_, kLongest);
       return;
     }
-    now_ = 1, steps_alone_ = patience_, quiet_steps_ = 0;
-    patience_ = std::min(2 * patience_, kLongest);
+    if (now_ < most_ && --steps_to_wait_ <= 0) now_++, pressure_ = 0, steps_to_wait_ = patience_;
+    if (++calm_steps_ >= kLongest) patience_ = kShortest;
   }
 
  private:
-  // A barrier waits for the slowest: with a tenth of a core lost, two threads are about as fast as one that keeps its own.
-  static constexpr double kContended = 0.15;
-  static constexpr int kSteps = 8, kShortest = 64, kLongest = 1024;
+  static constexpr double kWorth = 0.4;  // below 1: a barrier itself costs more when somebody comes late
+  static constexpr int kSteps = 8, kShortest = 64, kLongest = 1024;  // that a share is averaged over; that a thread is left out
   const int most_;
-  int now_, steps_alone_ = 0, quiet_steps_ = 0, patience_ = kShortest;
-  double pressure_ = 0;
+  int now_;
+  double pressure_ = 0;     // the average of lost shares
+  int patience_ = kShortest;  // steps for which the next thread that leaves stays away
+  int steps_to_wait_ = 0;     // until one more thread is tried again
+  int calm_steps_ = 0;        // since one left
 };
 
 struct MoaEngine {
@@ -176,8 +180,8 @@ struct MoaEngine {
     at.gates = buffers.gates.reserve<float>(tokens * at.gate_stride);
     at.coefficients = buffers.coefficients.reserve<char>(tokens * coefficients, bytes);
     const int64_t group = model.heads / model.kv_heads, queries = group * head;
-    const int64_t attention = queries + 4 * padded(longest, kPage);
-    const int64_t prompt = 2 * queries + 5 * padded(rows, kPage);
+    const int64_t attention = std::max(queries + 4 * padded(longest, kPage), 32 * head + 16 * padded(longest, kPage));  // by heads, or by tiles
+    const int64_t prompt = std::max(2 * queries + 5 * padded(rows, kPage), 32 * head + 32 * padded(rows, kPage));
     const int64_t routing = 4 * std::max({hidden, inner, query}) + adapter_scratch;
     at.scratch_stride = padded(std::max({attention, prompt, routing, tokens}) + kLanes, kLanes);
     at.scratch = buffers.scratch.reserve<float>(threads * at.scratch_stride);
@@ -206,7 +210,7 @@ int32_t moa_struct_sizes(int64_t* sizes, int32_t capacity) {
 }
 
 MoaEngine* moa_engine_new(const MoaModel* model, const char* instruction_set, int32_t num_threads, void* keys, void* values, int64_t num_pages) {
-  const MoaKernels* kernels = kernels_of(instruction_set);
+  const MoaKernels* kernels = kernels_of(instruction_set, model->dtype);
   if (kernels == nullptr || num_threads < 1) return nullptr;
   try {
     MoaEngine* engine = new MoaEngine{*model, {model->layers, model->layers + model->num_layers}, kernels, team_new(num_threads),
@@ -265,7 +269,7 @@ int32_t moa_op_exp(const char* instruction_set, const float* x, float* y, int64_
 
 int32_t moa_op_product(const char* instruction_set, int32_t dtype, const void* x, int32_t rows, int64_t size, const void* weights,
                        const float* bias, int64_t out, float* y) {
-  const MoaKernels* kernels = kernels_of(instruction_set);
+  const MoaKernels* kernels = kernels_of(instruction_set, dtype);
   if (kernels == nullptr) return -1;
   kernels->product[dtype](x, rows, size, weights, bias, out, y);
   return 0;
@@ -273,7 +277,7 @@ int32_t moa_op_product(const char* instruction_set, int32_t dtype, const void* x
 
 int32_t moa_op_norm(const char* instruction_set, int32_t dtype, const float* x, const float* weight, int32_t rows, int64_t size, float eps,
                     void* y) {
-  const MoaKernels* kernels = kernels_of(instruction_set);
+  const MoaKernels* kernels = kernels_of(instruction_set, dtype);
   if (kernels == nullptr) return -1;
   kernels->norm[dtype](x, weight, rows, size, eps, y);
   return 0;
@@ -289,7 +293,7 @@ int32_t moa_op_route(const char* instruction_set, const uint8_t* blob, int64_t r
 
 int32_t moa_op_expert(const char* instruction_set, int32_t dtype, const uint8_t* blob, int64_t expert_at, const void* x, int32_t rows,
                       int64_t size, const float* weights, int64_t out, float* y) {
-  const MoaKernels* kernels = kernels_of(instruction_set);
+  const MoaKernels* kernels = kernels_of(instruction_set, dtype);
   if (kernels == nullptr) return -1;
   kernels->expert[dtype](blob, expert_at, x, rows, size, weights, out, y);
   return 0;

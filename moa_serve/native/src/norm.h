@@ -26,7 +26,13 @@ inline void head_norm(float* head, const float* weight, int size, float eps) {
 
 // Dimension j turns with j + half by the token's j-th angle.
 inline void rotate(float* head, const float* cosines, const float* sines, int half) {
-  for (int j = 0; j < half; j++) {
+  int j = 0;
+  for (; j + kLanes <= half; j += kLanes) {
+    const F16 first = f_load(head + j), second = f_load(head + j + half), cosine = f_load(cosines + j), sine = f_load(sines + j);
+    f_store(head + j, f_sub(f_mul(first, cosine), f_mul(second, sine)));
+    f_store(head + j + half, f_add(f_mul(second, cosine), f_mul(first, sine)));
+  }
+  for (; j < half; j++) {
     const float first = head[j], second = head[j + half];
     head[j] = first * cosines[j] - second * sines[j];
     head[j + half] = second * cosines[j] + first * sines[j];

@@ -10,6 +10,11 @@ constexpr int kPage = 16;   // tokens of a KV page: the lanes of a vector
 
 inline int64_t padded(int64_t size, int64_t to = kPanel) { return (size + to - 1) / to * to; }
 
+// Asks for memory that is read soon: the processor looks ahead by itself within a run of addresses, and pages lie apart.
+inline void fetch(const void* memory, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch((const char*)memory + at, _MM_HINT_T0);
+}
+
 inline float widen(uint16_t x) {
   const uint32_t bits = (uint32_t)x << 16;
   float out;
@@ -23,6 +28,11 @@ struct Bfloat16 {
   using Weight = uint16_t;
   using Vector = Pairs;
   static constexpr int kPerLane = 2;  // elements of the reduced dimension that share a lane
+#if defined(__AMX_BF16__)
+  static constexpr bool kIsOnTiles = true;
+#else
+  static constexpr bool kIsOnTiles = false;
+#endif
   static Vector load(const Element* p) { return pairs_load(p); }
   static Vector load_weight(const Weight* p) { return pairs_load(p); }
   static Vector spread(const Element* p) {  // kPerLane neighbours into every lane
@@ -40,6 +50,7 @@ struct Float32 {
   using Weight = float;
   using Vector = F16;
   static constexpr int kPerLane = 1;
+  static constexpr bool kIsOnTiles = false;
   static Vector load(const Element* p) { return f_load(p); }
   static Vector load_weight(const Weight* p) { return f_load(p); }
   static Vector spread(const Element* p) { return f_set(*p); }

@@ -7,6 +7,9 @@
 #include <stddef.h>
 
 #include "attention.h"
+#if defined(__AMX_BF16__)
+#include "attention_amx.h"
+#endif
 #include "gemm.h"
 #include "router.h"
 #include "step_types.h"
@@ -217,22 +220,62 @@ struct Step {
     const int group = model.heads / model.kv_heads;
     const int64_t width = page.value_width(), q_stride = padded(model.head_dim, kLanes);
     const int64_t heads_width = model.heads * width;
-    Element* q = (Element*)scratch;
-    float* scores = scratch + group * q_stride;
-    for (int64_t row = rows().begin; row < rows().end; row++) {
+    const auto pages_of = [this](int64_t row) {
       const int32_t* pages = batch.spans[at.token_span[row]].pages;
-      const Sight sight = {batch.seen_until[row], batch.seen_from[row], at.token_index[row]};
+      return [pages](int place) { return (int64_t)pages[place]; };
+    };
+    const auto sight_of = [this](int64_t row) { return Sight{batch.seen_until[row], batch.seen_from[row], at.token_index[row]}; };
+    const auto key_head = [&](int head) { return keys + head * page.keys<N>(); };
+    const auto value_head = [&](int head) { return values + head * page.values(); };
+    Element* q = (Element*)scratch;
+    for (int64_t row = rows().begin; row < rows().end;) {
+#if defined(__AMX_BF16__)
+      if constexpr (N::kIsOnTiles) {
+        const int together = group < kTile ? group : kTile;  // heads of a tile, and the tokens of it
+        int count = 1;
+        while (count < kTile / together && row + count < rows().end && at.token_span[row + count] == at.token_span[row]) count++;
+        Sight sights[kTile];
+        for (int member = 0; member < count; member++) sights[member] = sight_of(row + member);
+        float *found = scratch + kTile * q_stride, *scores = found + kTile * width;
+        for_head_tiles([&](int kv_head, int head, int heads) {
+          attend_tile(count, heads, narrow_queries(row, count, head, heads), q_stride, key_head(kv_head), value_head(kv_head), key_page_stride(),
+                      value_page_stride(), pages_of(row), sights, page, nullptr, 0, scores, found);
+          for (int member = 0; member < count; member++)
+            memcpy(at.heads + (row + member) * heads_width + head * width, found + member * heads * width, (size_t)(heads * width) * sizeof(float));
+        });
+        row += count;
+        continue;
+      }
+#endif
       for (int head = 0; head < model.kv_heads; head++) {
         for (int member = 0; member < group; member++)
           narrow_head(at.qkv + row * fused + (head * group + member) * model.head_dim, q + member * q_stride);
-        attend_group<N>(
-            group, q, q_stride, keys + head * page.keys<N>(), values + head * page.values(), key_page_stride(), value_page_stride(),
-            [pages](int place) { return (int64_t)pages[place]; }, sight, page, nullptr, scores, at.heads + row * heads_width + head * group * width);
+        attend_group<N>(group, q, q_stride, key_head(head), value_head(head), key_page_stride(), value_page_stride(), pages_of(row), sight_of(row),
+                        page, nullptr, scratch + group * q_stride, at.heads + row * heads_width + head * group * width);
       }
+      row++;
     }
     add_prompts(index);
     for (int64_t row = rows().begin; row < rows().end; row++) join_heads(at.heads + row * heads_width, (Element*)at.mixed + row * query);
   }
+
+#if defined(__AMX_BF16__)
+  // Calls do(kv head, first head, heads) for heads that share a kv head and fit into a tile.
+  template <class Do>
+  void for_head_tiles(Do work) const {
+    const int group = model.heads / model.kv_heads;
+    for (int kv_head = 0; kv_head < model.kv_heads; kv_head++)
+      for (int first = 0; first < group; first += kTile) work(kv_head, kv_head * group + first, group - first < kTile ? group - first : kTile);
+  }
+
+  // (count * heads, padded head) in `scratch`: the queries of some heads of tokens one after the other.
+  const Element* narrow_queries(int64_t row, int count, int head, int heads) const {
+    Element* q = (Element*)scratch;
+    for (int member = 0; member < count * heads; member++)
+      narrow_head(at.qkv + (row + member / heads) * fused + (head + member % heads) * model.head_dim, q + member * padded(model.head_dim, kLanes));
+    return q;
+  }
+#endif
 
   // A head's queries in the model's format; what stands behind them in the row is another head's and meets nothing.
   void narrow_head(const float* from, Element* to) const {
@@ -264,8 +307,6 @@ struct Step {
   }
 
   void add_prompts(int index) {
-    const int group = model.heads / model.kv_heads;
-    const int64_t width = page.value_width(), q_stride = padded(model.head_dim, kLanes), heads_width = model.heads * width;
     bool is_any = false;
     for (int number = 0; number < batch.num_segments; number++) {
       const MoaSegment& segment = batch.segments[number];
@@ -273,36 +314,77 @@ struct Step {
       if (prompt.num_rows == 0) continue;
       if (!is_any) count(MOA_PART_ATTENTION);
       is_any = true;
-      const uint8_t* blob = segment.adapter;
-      const float *keys = (const float*)(blob + prompt.keys_at), *values = (const float*)(blob + prompt.values_at);
-      const float* head_gate = (const float*)(blob + prompt.head_gate_at);
-      const int32_t* row_gates = (const int32_t*)(blob + prompt.row_gates_at);
-      const int num_pages = (prompt.num_rows + kPage - 1) / kPage;
-      float *q = scratch, *weights = q + group * q_stride, *out = weights + num_pages * kPage, *scores = out + group * width;
-      for (int64_t row = segment.start > rows().begin ? segment.start : rows().begin; row < segment.end && row < rows().end; row++) {
-        const float* gates = at.gates + row * at.gate_stride;
-        if (gates[prompt.outer] == 0) continue;
-        for (int place = 0; place < num_pages * kPage; place++)
-          weights[place] = place < prompt.num_rows ? gates[prompt.outer] * gates[row_gates[place]] : 0.0f;
-        for (int head = 0; head < model.kv_heads; head++) {
-          for (int member = 0; member < group; member++) {
-            float* own = q + member * q_stride;
-            memset(own, 0, (size_t)q_stride * sizeof(float));
-            memcpy(own, at.qkv + row * fused + (head * group + member) * model.head_dim, (size_t)model.head_dim * sizeof(float));
-          }
-          attend_group<Float32>(
-              group, q, q_stride, keys + head * num_pages * page.keys<Float32>(), values + head * num_pages * page.values(),
-              page.keys<Float32>(), page.values(), [](int place) { return (int64_t)place; }, Sight{0, 0, prompt.num_rows - 1}, page,
-              weights, scores, out);
-          for (int member = 0; member < group; member++) {
-            const F16 gate = f_set(head_gate[head * group + member]);
-            float* place = at.heads + row * heads_width + (head * group + member) * width;
-            for (int64_t d = 0; d < width; d += kLanes) f_store(place + d, f_fma(f_load(out + member * width + d), gate, f_load(place + d)));
-          }
-        }
-      }
+      const int64_t begin = segment.start > rows().begin ? segment.start : rows().begin, end = segment.end < rows().end ? segment.end : rows().end;
+      if constexpr (N::kIsOnTiles)
+        add_prompt_by_tiles(segment.adapter, prompt, begin, end);
+      else
+        add_prompt(segment.adapter, prompt, begin, end);
     }
     if (is_any) count(MOA_PART_EXPERTS);
+  }
+
+  // The gates of a prompt's rows for a token, on whole pages; false where all are 0.
+  bool prompt_weights(const uint8_t* blob, const MoaPrompt& prompt, int64_t token, float* weights) const {
+    const int32_t* row_gates = (const int32_t*)(blob + prompt.row_gates_at);
+    const float* gates = at.gates + token * at.gate_stride;
+    const int end = (int)padded(prompt.num_rows, kPage);
+    for (int place = 0; place < end; place++) weights[place] = place < prompt.num_rows ? gates[prompt.outer] * gates[row_gates[place]] : 0.0f;
+    return gates[prompt.outer] != 0;
+  }
+
+  // heads += head gate * what a token's heads found in the prompt, for `heads` heads from `head` on.
+  void add_to_heads(const uint8_t* blob, const MoaPrompt& prompt, int64_t token, int head, int heads, const float* found) const {
+    const float* head_gate = (const float*)(blob + prompt.head_gate_at);
+    const int64_t width = page.value_width();
+    float* place = at.heads + (token * model.heads + head) * width;
+    for (int member = 0; member < heads; member++) {
+      const F16 gate = f_set(head_gate[head + member]);
+      for (int64_t d = member * width; d < (member + 1) * width; d += kLanes) f_store(place + d, f_fma(f_load(found + d), gate, f_load(place + d)));
+    }
+  }
+
+  void add_prompt(const uint8_t* blob, const MoaPrompt& prompt, int64_t begin, int64_t end) {
+    const int group = model.heads / model.kv_heads, num_pages = (prompt.num_rows + kPage - 1) / kPage;
+    const int64_t width = page.value_width(), q_stride = padded(model.head_dim, kLanes);
+    const float *keys = (const float*)(blob + prompt.keys_at), *values = (const float*)(blob + prompt.values_at);
+    float *q = scratch, *weights = q + group * q_stride, *found = weights + num_pages * kPage, *scores = found + group * width;
+    for (int64_t row = begin; row < end; row++) {
+      if (!prompt_weights(blob, prompt, row, weights)) continue;
+      for (int head = 0; head < model.kv_heads; head++) {
+        memset(q, 0, (size_t)(group * q_stride) * sizeof(float));
+        for (int member = 0; member < group; member++)
+          memcpy(q + member * q_stride, at.qkv + row * fused + (head * group + member) * model.head_dim, (size_t)model.head_dim * sizeof(float));
+        attend_group<Float32>(
+            group, q, q_stride, keys + head * num_pages * page.keys<Float32>(), values + head * num_pages * page.values(), page.keys<Float32>(),
+            page.values(), [](int place) { return (int64_t)place; }, Sight{0, 0, prompt.num_rows - 1}, page, weights, scores, found);
+        add_to_heads(blob, prompt, row, head * group, group, found);
+      }
+    }
+  }
+
+  void add_prompt_by_tiles(const uint8_t* blob, const MoaPrompt& prompt, int64_t begin, int64_t end) {
+#if defined(__AMX_BF16__)
+    const int group = model.heads / model.kv_heads, together = group < kTile ? group : kTile, num_pages = (prompt.num_rows + kPage - 1) / kPage;
+    const int64_t width = page.value_width(), weights_stride = num_pages * kPage;
+    const uint16_t *keys = (const uint16_t*)(blob + prompt.keys_at), *values = (const uint16_t*)(blob + prompt.values_at);
+    float *found = scratch + kTile * padded(model.head_dim, kLanes), *weights = found + kTile * width, *scores = weights + kTile * weights_stride;
+    Sight sights[kTile];
+    for (Sight& sight : sights) sight = {0, 0, prompt.num_rows - 1};
+    for (int64_t row = begin; row < end; row += kTile / together) {
+      const int count = end - row < kTile / together ? (int)(end - row) : kTile / together;
+      bool is_wanted = false;
+      for (int member = 0; member < count; member++) is_wanted |= prompt_weights(blob, prompt, row + member, weights + member * weights_stride);
+      if (!is_wanted) continue;
+      for_head_tiles([&](int kv_head, int head, int heads) {
+        const Element* q = narrow_queries(row, count, head, heads);
+        attend_tile(count, heads, q, padded(model.head_dim, kLanes), keys + kv_head * num_pages * page.keys<Bfloat16>(),
+                    values + kv_head * num_pages * page.values(), page.keys<Bfloat16>(), page.values(), [](int place) { return (int64_t)place; },
+                    sights, page, weights, weights_stride, scores, found);
+        for (int member = 0; member < count; member++)
+          add_to_heads(blob, prompt, row + member, head, heads, found + member * heads * width);
+      });
+    }
+#endif
   }
 
   // -- adapters
@@ -363,38 +445,55 @@ struct Step {
     count(MOA_PART_ROUTER);
   }
 
+  // Behind what routers and experts of the adapter need: room for a tile's inputs.
+  float* input_room(const MoaSegment& segment) const { return scratch + ((const MoaAdapter*)segment.adapter)->scratch_width; }
+
   void route_rows(const MoaSegment& segment, const MoaRouter& router, int count, const float* const* x, float* const* out, int64_t width) {
     const uint8_t* rows = segment.adapter + router.rows_at;
-    if (router.rows_are_float32)
+    if (router.row_format == MOA_ROWS_FLOAT32)
       dots<Float32>(count, x, (const float*)rows, width, router.num_rows, out);
     else
       dots<Widened>(count, x, (const uint16_t*)rows, width, router.num_rows, out);
   }
 
-  void route_tile(const MoaSegment& segment, const MoaRouter& router, int stage, int token, int end) {
-    const int count = end - token < kTileTokens ? end - token : kTileTokens;
+  void route_tile(const MoaSegment& segment, const MoaRouter& router, int stage, int first, int end) {
+    const int count = end - first < kTileTokens ? end - first : kTileTokens;
     const int64_t room = padded(router.num_rows, kLanes) + kLanes;
-    int64_t width;
-    const Element* input = stage_input(stage, width);
-    const float* x[kTileTokens];
-    float* out[kTileTokens];
-    float* wide = scratch + kTileTokens * room;
-    for (int member = 0; member < count; member++) {
-      out[member] = scratch + member * room;
-      if (router.source == MOA_READS_RESIDUAL) {
-        x[member] = at.x + (int64_t)(token + member) * hidden;
-        continue;
-      }
-      const Element* own = input + (int64_t)(token + member) * width;
-      for (int64_t k = 0; k < width; k += kLanes) f_store(wide + member * width + k, N::load_float(own + k));
-      x[member] = wide + member * width;
-    }
-    route_rows(segment, router, count, x, out, width);
-    float* rest = wide + kTileTokens * width;
+    float *out = scratch, *rest = scratch + kTileTokens * room;
+    multiply_router_rows(segment, router, stage, first, count, input_room(segment), out, room);
     const MoaAdapter* adapter = (const MoaAdapter*)segment.adapter;
     for (int member = 0; member < count; member++) {
-      float* trace = segment.trace == nullptr ? nullptr : segment.trace + (int64_t)(token + member - segment.start) * adapter->trace_width;
-      finish_route(router, segment.adapter, out[member], rest, at.gates + (int64_t)(token + member) * at.gate_stride + router.first_gate, trace);
+      float* trace = segment.trace == nullptr ? nullptr : segment.trace + (int64_t)(first + member - segment.start) * adapter->trace_width;
+      float* gates = at.gates + (int64_t)(first + member) * at.gate_stride + router.first_gate;
+      finish_route(router, segment.adapter, out + member * room, rest, gates, trace);
+    }
+  }
+
+  // out (count, room): the tile's products with the router's rows. Products of two bfloat16 numbers are exact in float32, so AMX may
+  // compute them; float32 inputs or rows need products of float32.
+  void multiply_router_rows(const MoaSegment& segment, const MoaRouter& router, int stage, int first, int count, float* inputs, float* out,
+                            int64_t room) {
+    int64_t width;
+    const Element* rows = stage_input(stage, width) + first * width;
+    if constexpr (N::kIsOnTiles) {
+      const Element* router_rows = (const Element*)(segment.adapter + router.rows_at);
+      if (router.row_format == MOA_ROWS_TILES) return tile_product<N>(count, nullptr, 0, rows, width, router_rows, router.num_rows, out, room);
+    }
+    for (int done = 0; done < count; done += kTogether) {
+      const int members = count - done < kTogether ? count - done : kTogether;
+      const float* x[kTogether];
+      float* place[kTogether];
+      for (int member = 0; member < members; member++) {
+        place[member] = out + (done + member) * room;
+        if (router.source == MOA_READS_RESIDUAL) {
+          x[member] = at.x + (int64_t)(first + done + member) * hidden;
+          continue;
+        }
+        const Element* own = rows + (done + member) * width;
+        for (int64_t k = 0; k < width; k += kLanes) f_store(inputs + member * width + k, N::load_float(own + k));
+        x[member] = inputs + member * width;
+      }
+      route_rows(segment, router, members, x, place, width);
     }
   }
 
@@ -431,90 +530,113 @@ struct Step {
     }
   }
 
-  using ShrinkTile = void (Step::*)(const MoaSegment&, const MoaGroup&, const Element*, int64_t, int&);
+  struct Tile {
+    const MoaSegment& segment;
+    const Element* input;  // (count, width)
+    int64_t width;
+    int first, count;
+  };
+
+  using Shrink = void (Step::*)(const MoaGroup&, const Tile&, int&);
 
   void shrink(int index, int stage) {
     if (!has_any(index, stage, &MoaAdapterLayer::shrink_end)) return;
-    static constexpr ShrinkTile kShrinks[MOA_NUM_SHRINKS] = {&Step::shrink_each<false>, &Step::shrink_shared<false>, &Step::shrink_each<true>,
-                                                             &Step::shrink_shared<true>};
+    static constexpr Shrink kShrinks[MOA_NUM_SHRINKS] = {&Step::shrink_each<false>, &Step::shrink_shared<false>, &Step::shrink_each<true>,
+                                                         &Step::shrink_shared<true>};
     int64_t width;
     const Element* input = stage_input(stage, width);
-    int tile = 0;
+    int number_of_work = 0;
     for (int number = 0; number < batch.num_segments; number++) {
       const MoaSegment& segment = batch.segments[number];
       const MoaAdapterLayer& layer = adapter_layer(segment, index);
       const MoaGroup* groups = (const MoaGroup*)(segment.adapter + layer.groups_at);
-      for (int group = stage > 0 ? layer.shrink_end[stage - 1] : 0; group < layer.shrink_end[stage]; group++)
-        (this->*kShrinks[groups[group].shrink])(segment, groups[group], input, width, tile);
+      const int begin = stage > 0 ? layer.shrink_end[stage - 1] : 0;
+      for (int first = segment.start; first < segment.end && begin < layer.shrink_end[stage]; first += kTileTokens) {
+        const int count = segment.end - first < kTileTokens ? segment.end - first : kTileTokens;
+        const Tile tile = {segment, input + first * width, width, first, count};
+        for (int group = begin; group < layer.shrink_end[stage]; group++)
+          (this->*kShrinks[groups[group].shrink])(groups[group], tile, number_of_work);
+      }
     }
     meet();
     count(MOA_PART_EXPERTS);
   }
 
-  // A tile's products with A, in `low`; silu(A u + bias) for a parallel adapter.
+  bool is_mine(int& number_of_work) const { return number_of_work++ % threads == thread; }
+
+  // Which of a tile's tokens need the expert, in `list`, counted from its first.
+  int list_active(int first, int count, const MoaExpert& expert) const {
+    int num_listed = 0;
+    for (int member = 0; member < count; member++)
+      if (weight(first + member, expert) != 0) list[num_listed++] = member;
+    return num_listed;
+  }
+
+  // (tile, room) in `scratch`: the listed tokens' products with A; silu(A u + bias) for a parallel adapter.
   template <bool kSilu>
-  void low_rank(const MoaSegment& segment, const MoaExpert& expert, const int32_t* members, int count, const Element* input, int64_t width,
-                float* low, int64_t room) const {
-    const Element* x[kTileTokens];
-    float* out[kTileTokens];
-    for (int member = 0; member < count; member++) {
-      x[member] = input + members[member] * width;
-      out[member] = low + member * room;
-      memset(out[member], 0, (size_t)room * sizeof(float));
-    }
-    dots<N>(count, x, (const Element*)(segment.adapter + expert.a_at), width, expert.rank, out);
+  void low_rank(const MoaExpert& expert, const Tile& tile, int num_listed, int64_t room) {
+    const uint8_t* blob = tile.segment.adapter;
+    for (int place = 0; place < num_listed; place++) memset(scratch + list[place] * room, 0, (size_t)room * sizeof(float));
+    const Element* a = (const Element*)(blob + expert.a_at);
+    tile_product<N>(tile.count, list, num_listed, tile.input, tile.width, a, expert.rank, scratch, room);
     if constexpr (kSilu) {
-      const float* bias = (const float*)(segment.adapter + expert.a_bias_at);
-      for (int member = 0; member < count; member++)
+      const float* bias = (const float*)(blob + expert.a_bias_at);
+      for (int place = 0; place < num_listed; place++) {
+        float* low = scratch + list[place] * room;
         for (int64_t r = 0; r < room; r += kLanes) {
-          const F16 sum = f_add(f_load(out[member] + r), f_keep_lanes(f_load(bias + r), 0, expert.rank - (int)r, 0.0f));
-          f_store(out[member] + r, f_silu(sum));
+          const F16 sum = f_add(f_load(low + r), f_keep_lanes(f_load(bias + r), 0, expert.rank - (int)r, 0.0f));
+          f_store(low + r, f_silu(sum));
         }
+      }
     }
   }
 
-  void store_coefficients(const MoaExpert& expert, int32_t token, const float* low, int64_t room) const {
-    Element* place = (Element*)at.coefficients + token * at.coefficient_stride + expert.coefficients_at;
-    const F16 scale = f_set(weight(token, expert) * expert.scale);
-    for (int64_t r = 0; r < room; r += kLanes) N::store(place + r, f_mul(f_load(low + r), scale));
-  }
-
-  int active(const MoaSegment& segment, const MoaExpert& expert) const {
-    int count = 0;
-    for (int token = segment.start; token < segment.end; token++)
-      if (weight(token, expert) != 0) list[count++] = token;
-    return count;
-  }
-
-  template <bool kSilu>
-  void shrink_each(const MoaSegment& segment, const MoaGroup& group, const Element* input, int64_t width, int& tile) {
-    const MoaExpert* experts = (const MoaExpert*)(segment.adapter + group.experts_at);
-    for (int e = 0; e < group.num_experts; e++) {
-      const int64_t room = padded(experts[e].rank, kLanes);
-      const int count = active(segment, experts[e]);
-      for (int first = 0; first < count; first += kTileTokens) {
-        if (tile++ % threads != thread) continue;
-        const int members = count - first < kTileTokens ? count - first : kTileTokens;
-        low_rank<kSilu>(segment, experts[e], list + first, members, input, width, scratch, room);
-        for (int member = 0; member < members; member++)
-          store_coefficients(experts[e], list[first + member], scratch + member * room, room);
+  void store_coefficients(const MoaExpert& expert, const Tile& tile, int num_listed, int64_t room) const {
+    for (int place = 0; place < num_listed; place++) {
+      const int64_t token = tile.first + list[place];
+      Element* out = (Element*)at.coefficients + token * at.coefficient_stride + expert.coefficients_at;
+      const F16 scale = f_set(weight(token, expert) * expert.scale);
+      for (int64_t r = 0; r < room; r += kLanes) N::store(out + r, f_mul(f_load(scratch + list[place] * room + r), scale));
+    }
+    if constexpr (N::kIsOnTiles) {  // tiles have no holes: the others of the tile add 0
+      for (int place = 0, member = 0; member < tile.count; member++) {
+        if (place < num_listed && list[place] == member) {
+          place++;
+          continue;
+        }
+        memset((Element*)at.coefficients + (tile.first + member) * at.coefficient_stride + expert.coefficients_at, 0, room * sizeof(Element));
       }
     }
   }
 
   template <bool kSilu>
-  void shrink_shared(const MoaSegment& segment, const MoaGroup& group, const Element* input, int64_t width, int& tile) {
-    const MoaExpert* experts = (const MoaExpert*)(segment.adapter + group.experts_at);
-    const int64_t room = padded(experts[0].rank, kLanes);
-    for (int first = segment.start; first < segment.end; first += kTileTokens) {
-      if (tile++ % threads != thread) continue;
-      const int members = segment.end - first < kTileTokens ? segment.end - first : kTileTokens;
-      const int32_t own[kTileTokens] = {first, first + 1, first + 2, first + 3};
-      low_rank<kSilu>(segment, experts[0], own, members, input, width, scratch, room);
-      for (int e = 0; e < group.num_experts; e++)
-        for (int member = 0; member < members; member++)
-          if (weight(own[member], experts[e]) != 0) store_coefficients(experts[e], own[member], scratch + member * room, room);
+  void shrink_each(const MoaGroup& group, const Tile& tile, int& number_of_work) {
+    const MoaExpert* experts = (const MoaExpert*)(tile.segment.adapter + group.experts_at);
+    for (int e = 0; e < group.num_experts; e++) {
+      if (!is_mine(number_of_work)) continue;
+      const int num_listed = list_active(tile.first, tile.count, experts[e]);
+      if (num_listed == 0) continue;
+      const int64_t room = padded(experts[e].rank, kLanes);
+      low_rank<kSilu>(experts[e], tile, num_listed, room);
+      store_coefficients(experts[e], tile, num_listed, room);
     }
+  }
+
+  template <bool kSilu>
+  void shrink_shared(const MoaGroup& group, const Tile& tile, int& number_of_work) {
+    if (!is_mine(number_of_work)) return;
+    const MoaExpert* experts = (const MoaExpert*)(tile.segment.adapter + group.experts_at);
+    const int64_t room = padded(experts[0].rank, kLanes);
+    int num_listed = 0;
+    for (int member = 0; member < tile.count; member++)
+      for (int e = 0; e < group.num_experts; e++)
+        if (weight(tile.first + member, experts[e]) != 0) {
+          list[num_listed++] = member;
+          break;
+        }
+    if (num_listed == 0) return;
+    low_rank<kSilu>(experts[0], tile, num_listed, room);
+    for (int e = 0; e < group.num_experts; e++) store_coefficients(experts[e], tile, list_active(tile.first, tile.count, experts[e]), room);
   }
 
   void expand(int index, int stage, Share columns) {
@@ -530,16 +652,23 @@ struct Step {
   }
 
   void expand_group(const MoaSegment& segment, const MoaGroup& group, Share columns) {
-    const Section own = section(group.target);
-    const int begin = section_place(own, columns.begin), end = section_place(own, columns.end);
+    const Section whole = section(group.target);
+    const int begin = section_place(whole, columns.begin), end = section_place(whole, columns.end);
     const MoaExpert* experts = (const MoaExpert*)(segment.adapter + group.experts_at);
-    for (int e = 0; e < group.num_experts && begin < end; e++) {
-      const int count = active(segment, experts[e]);
-      const Element* c = (const Element*)at.coefficients + experts[e].coefficients_at;
-      ::expand<N>(list, count, c, at.coefficient_stride, (const Element*)(segment.adapter + experts[e].b_at), experts[e].rank, own, begin, end);
-      if (experts[e].out_bias_at == 0) continue;
-      for (int place = 0; place < count; place++) scratch[place] = weight(list[place], experts[e]);
-      add_bias(list, count, scratch, (const float*)(segment.adapter + experts[e].out_bias_at), own, begin, end);
+    for (int first = segment.start; first < segment.end && begin < end; first += kTileTokens) {
+      Section own = whole;
+      own.out += first * whole.row_stride;
+      const int count = segment.end - first < kTileTokens ? segment.end - first : kTileTokens;
+      for (int e = 0; e < group.num_experts; e++) {
+        const int num_listed = list_active(first, count, experts[e]);
+        if (num_listed == 0) continue;
+        const Element* c = (const Element*)at.coefficients + first * at.coefficient_stride + experts[e].coefficients_at;
+        const Element* b = (const Element*)(segment.adapter + experts[e].b_at);
+        ::expand<N>(count, list, num_listed, c, at.coefficient_stride, b, experts[e].rank, own, begin, end);
+        if (experts[e].out_bias_at == 0) continue;
+        for (int place = 0; place < num_listed; place++) scratch[place] = weight(first + list[place], experts[e]);
+        add_bias(list, num_listed, scratch, (const float*)(segment.adapter + experts[e].out_bias_at), own, begin, end);
+      }
     }
   }
 

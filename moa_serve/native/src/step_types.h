@@ -3,6 +3,9 @@
 #include "abi.h"
 #include "team.h"
 
+// Neighbouring tokens of a segment that a router or an expert looks at together.
+constexpr int kTileTokens = 16;
+
 struct MoaCache {
   void *keys, *values;
   int64_t num_pages;
@@ -11,7 +14,7 @@ struct MoaCache {
 // What a part of a step costs, in ticks of the time stamp counter of the first thread.
 enum MoaPart { MOA_PART_BASE, MOA_PART_ROUTER, MOA_PART_EXPERTS, MOA_PART_ATTENTION, MOA_PART_HEAD, MOA_NUM_PARTS };
 
-// Buffers of a step, sized for its tokens by `Workspace` in library.cpp; the contents are only meaningful within a step.
+// Buffers of a step, sized for its tokens by `MoaEngine::reserve` in library.cpp; the contents are only meaningful within a step.
 struct MoaBuffers {
   float *x, *qkv, *heads, *gate_up, *out;  // (T, width)
   void *normed, *mixed, *inner, *logit_rows;  // (T, width) in the model's format

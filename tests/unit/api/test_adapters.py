@@ -132,7 +132,7 @@ def serve(base: Path, folder: Path, body: Callable[[Place], Awaitable[Any]], **o
     async def main() -> Any:
         chosen = EngineOptions(**{"kv_cache_bytes": 2**21} | options)
         engine = AsyncEngine(
-            lambda lease: Engine(Transformer(loaded.config, loaded.weights), chosen, lease=lease, base_digest="d", backend="torch"),
+            lambda lease: Engine(Transformer(loaded.config, loaded.weights), chosen, lease=lease, base_digest="d"),
             max_waiting=max_waiting,
         )
         store = SlowStore(loaded.config, base_name="base", adapters_dir=folder, **store_options)
@@ -625,6 +625,18 @@ def test_an_unloaded_folder_stays_hidden_until_it_is_loaded(base: Path, tmp_path
         assert (await place.unload("a")).status_code == 200
         assert place.states() == {}
 
+    serve(base, tmp_path / "adapters", body)
+
+
+def test_an_adapter_that_was_loaded_before_its_folder_was_seen_can_be_unloaded_for_good(base: Path, tmp_path: Path) -> None:
+    async def body(place: Place) -> None:
+        write_family(place.folder / "late", "soft")
+        assert (await place.load("late")).status_code == 200
+        assert (await place.unload("late")).status_code == 200
+        with pytest.raises(ModelNotListed, match="does not exist"):
+            await place.registry.lease("late")
+
+    (tmp_path / "adapters").mkdir()
     serve(base, tmp_path / "adapters", body)
 
 

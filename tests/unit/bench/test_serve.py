@@ -1,6 +1,5 @@
 """The load generator against servers whose answers are known: it counts what came, sends what it says, and stops at the first failure."""
 
-import asyncio
 import json
 import socket
 import threading
@@ -12,13 +11,11 @@ from socketserver import ThreadingTCPServer
 from typing import Any
 
 import pytest
-import uvicorn
 from families import write_family
 from serving import CONFIG, start_serving, write_talker
 from typer.testing import CliRunner, Result
 
 from moa_serve.__main__ import app
-from moa_serve.api.protocol import uvicorn_config
 from moa_serve.bench.serve import Answer, Load, Measured, Report, Served, Target, Transcript, Wave, measure
 from moa_serve.bench.timing import Spread
 from moa_serve.errors import InvalidRequest, MoaError
@@ -268,7 +265,8 @@ def test_servers_take_turns_and_the_first_is_compared_with_each_other(start: Sta
     speeds = {found.server: [wave.tokens_per_second for wave in found.waves] for found in report.measured}
     assert [(found.first, found.other, found.num_streams) for found in report.against] == [("a", "b", 1), ("a", "c", 1)]
     for found in report.against:
-        assert found.ratio == Spread.of([ours / theirs for ours, theirs in zip(speeds["a"], speeds[found.other], strict=True)])
+        spread = Spread.of([ours / theirs for ours, theirs in zip(speeds["a"], speeds[found.other], strict=True)])
+        assert (found.ratio.found, found.ratio.goal, found.ratio.is_met) == (spread, None, None)
 
 
 # -- what goes wrong
@@ -422,21 +420,12 @@ def test_our_own_server_takes_the_load(tmp_path: Path) -> None:
     write_family(tmp_path / "adapters" / "soft", "soft", config=CONFIG)
     serving = start_serving(write_talker(tmp_path / "base"), tmp_path / "adapters")
 
-    async def load() -> Report:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            target = Target("ours", f"http://127.0.0.1:{listener.getsockname()[1]}")
-            http = uvicorn.Server(uvicorn_config(serving.app, serving.server.settings))
-            running = asyncio.create_task(http.serve(sockets=[listener]))
-            try:
-                return await asyncio.to_thread(
-                    measure, [target], Load(prompt_words=4, max_tokens=5), streams=[2], models=["tiny", "soft"], rounds=1
-                )
-            finally:
-                http.should_exit = True
-                await running
+    def load(url: str) -> Report:
+        small = Load(prompt_words=4, max_tokens=5)
+        return measure([Target("ours", url)], small, streams=[2], models=["tiny", "soft"], rounds=1)
 
     try:
-        report = serving.run(load())
+        report = serving.over_http(load)
     finally:
         serving.stop()
     assert report.servers[0].has_ignore_eos

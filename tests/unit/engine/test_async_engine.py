@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import write_base, write_family
+from native_tools import overflow
 
 from moa_serve import LLM, SamplingParams
 from moa_serve.adapter.adapter import Adapter, AdapterSource
@@ -34,7 +35,7 @@ def with_engine(base: Path, body: Callable[[AsyncEngine], Awaitable[Any]], max_w
     async def main() -> Any:
         chosen = EngineOptions(**{"kv_cache_bytes": 2**21} | options)
         engine = AsyncEngine(
-            lambda lease: Engine(Transformer(loaded.config, loaded.weights), chosen, lease=lease, base_digest="d", backend="torch"),
+            lambda lease: Engine(Transformer(loaded.config, loaded.weights), chosen, lease=lease, base_digest="d"),
             max_waiting=max_waiting,
         )
         engine.start()
@@ -68,7 +69,7 @@ def is_idle(engine: AsyncEngine) -> bool:
 
 def test_streams_give_what_the_llm_gives(base: Path, tmp_path: Path) -> None:
     folders = {family: write_family(tmp_path / family, family) for family in ("soft", "sparse_fn", "instance", "molora")}
-    with LLM(base, adapters=folders, device="cpu", kv_cache_bytes=2**21) as llm:
+    with LLM(base, adapters=folders, backend="torch", device="cpu", kv_cache_bytes=2**21) as llm:
         params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
         expected = [llm.generate([list(PROMPT)], params, adapter=name)[0].token_ids for name in (*folders, None)]
         adapters = [read_adapter(AdapterSource(folder), llm.config) for folder in folders.values()]
@@ -217,9 +218,7 @@ def poison(engine: AsyncEngine) -> None:
     """Finite weights that overflow in use."""
     for slot in range(engine.engine.slot_table.num_slots):
         if engine.engine.slot_table.revisions[slot] is not None:
-            layer = engine.engine._bank[slot].layers[0]
-            assert layer is not None
-            layer.linears["V"].b.fill_(3e38)
+            overflow(engine.engine._bank[slot])
 
 
 def test_a_request_behind_a_quarantine_ends_with_its_error(base: Path, tmp_path: Path) -> None:
@@ -287,9 +286,7 @@ def test_stopping_ends_every_stream(base: Path) -> None:
 async def _stop_twice(base: Path, body: Callable[[AsyncEngine], Awaitable[list[TokenEvent]]]) -> list[TokenEvent]:
     loaded = load_base(base, dtype=torch.float32)
     options = EngineOptions(kv_cache_bytes=2**21)
-    engine = AsyncEngine(
-        lambda lease: Engine(Transformer(loaded.config, loaded.weights), options, lease=lease, base_digest="d", backend="torch")
-    )
+    engine = AsyncEngine(lambda lease: Engine(Transformer(loaded.config, loaded.weights), options, lease=lease, base_digest="d"))
     engine.start()
     return await body(engine)
 
@@ -298,7 +295,7 @@ async def _stop_twice(base: Path, body: Callable[[AsyncEngine], Awaitable[list[T
 def test_prompt_logprobs_are_those_of_the_logits(base: Path, length: int, max_tokens: int) -> None:
     """Whatever the chunks: a last one of one token, and decode steps that have no prompt token at all."""
     prompt = tuple(range(3, 3 + length))
-    with LLM(base, device="cpu", kv_cache_bytes=2**21) as llm:
+    with LLM(base, backend="torch", device="cpu", kv_cache_bytes=2**21) as llm:
         raw = llm.logits(prompt).log_softmax(-1)
 
     async def body(engine: AsyncEngine) -> Any:

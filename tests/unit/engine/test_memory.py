@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from moa_serve.engine.memory import _cgroup_rooms, available_bytes
+from moa_serve.engine.memory import _rooms, available_bytes
+from moa_serve.model.control_groups import groups
 
 GIB = 2**30
 
@@ -21,7 +22,7 @@ def group(folder: Path, limit: str, used: int, cached: int, *, version: int) -> 
 
 def rooms(tmp_path: Path, membership: str) -> list[int]:
     (tmp_path / "self").write_text(membership)
-    return _cgroup_rooms(tmp_path / "self", tmp_path / "cgroup")
+    return _rooms(groups("memory", tmp_path / "self", tmp_path / "cgroup"))
 
 
 def test_pages_of_read_files_are_not_used_memory(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(folder: Path) -> Iterator[LLM]:
-    with LLM(folder / "talker", device="cpu", kv_cache_bytes=2**22) as made:
+    with LLM(folder / "talker", backend="torch", device="cpu", kv_cache_bytes=2**22) as made:
         yield made
 
 

@@ -57,7 +57,7 @@ def test_the_loss_is_that_of_served_logits(name: str, base: Base, folder: Path, 
     tensors, rows = noisy(base, name), examples(3)
     loss = objective_for(base, name, trainable(tensors)).loss(batch_of(rows)).item()
     write_adapter(tmp_path / "a", manifest_for(base, RECIPES[name]), tensors)
-    with LLM(folder, adapters={"a": tmp_path / "a"}) as llm:
+    with LLM(folder, adapters={"a": tmp_path / "a"}, backend="torch") as llm:
         served = 0.0
         for row in rows:
             prompt = row.is_target.index(True)

@@ -41,7 +41,7 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def test_what_was_trained_serves(trained: Trained, base: Path) -> None:
-    with LLM(base, adapters={"copy": trained.folder}) as llm:
+    with LLM(base, adapters={"copy": trained.folder}, backend="torch") as llm:
         done = llm.generate(["red blue"], SamplingParams(temperature=0, max_tokens=4), adapter="copy")[0]
         assert done.finish_reason in ("length", "stop")
 

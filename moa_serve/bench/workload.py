@@ -1,0 +1,147 @@
+"""One step of a model, built once and run as often as a measurement wants: pages with a context in them, and a batch that goes on from it.
+
+For any backend. Of what the engine's runner does in every step, `Workload.run` does the attention's layout anew; the batch stays. Owned by
+the thread that measures.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from moa_serve.bench.timing import seconds
+from moa_serve.model.attention import CachedSpan
+from moa_serve.model.backend import Backend, PreparedAdapter
+from moa_serve.model.batch import ForwardBatch, PooledRows, RoutingTrace, Segment
+from moa_serve.model.counters import RouterCounters
+
+PAGE = 16  # tokens; the native backend knows no other size
+CONTEXT = 128  # tokens before a decoded one, by default
+_MEASURED_SECONDS, _MOST_STEPS = 0.1, 64  # of one measurement: long against a clock's ticks, short against a machine's moods
+
+
+def num_pages(tokens: int) -> int:
+    return -(-tokens // PAGE)
+
+
+def steps_for(run: Callable[[], object]) -> int:
+    """How many runs make a measurement of about a tenth of a second. The first runs, which fill buffers and caches, do not count."""
+    run()
+    run()
+    return max(1, min(_MOST_STEPS, round(_MEASURED_SECONDS / seconds(run))))
+
+
+def random_ids(model: Backend, rows: int, tokens: int, seed: int) -> Tensor:
+    """(rows, tokens) int64 on the model's device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, model.config.vocab_size, (rows, tokens), generator=generator).to(model.device)
+
+
+class Pages:
+    """The cache of a model, with `rows` sequences of `context` random tokens in it.
+
+    All workloads of a model go on from the same pages: what a step costs depends on how many tokens it attends to, not on their keys and
+    values, so the base computes them once, and every step writes the place behind them again. One a model, as its cache is.
+
+    Args:
+        spare: tokens that have pages beside these, to prefill into.
+    """
+
+    def __init__(self, model: Backend, *, rows: int, context: int = CONTEXT, spare: int = 0) -> None:
+        self.model, self.context = model, context
+        per_row = num_pages(context + 1)
+        end = 1 + rows * per_row
+        used = range(1, end + num_pages(spare))  # page 0 is padding to the torch backend
+        self.cache = model.new_cache(used.stop, PAGE)
+        self.cache.zero(used)
+        self.tables = [list(range(start, start + per_row)) for start in range(1, end, per_row)]
+        self._spare = list(range(end, used.stop))
+        self.token_ids = random_ids(model, rows, context, seed=0)  # (rows, context)
+        if context:
+            self._fill()
+
+    @torch.inference_mode()
+    def _fill(self) -> None:
+        positions = torch.arange(self.context, device=self.model.device)
+        for token_ids, table in zip(self.token_ids, self.tables, strict=True):
+            batch = ForwardBatch(token_ids, positions, logit_rows=positions[-1:])
+            self.model.forward(batch, self.cache.attention([CachedSpan(0, self.context, 0, table)]))
+
+    def spare_tables(self, rows: int, tokens: int) -> list[list[int]]:
+        """Pages for `rows` new sequences of `tokens` tokens; whoever asks next gets the same."""
+        size = num_pages(tokens)
+        assert rows * size <= len(self._spare), f"there are spare pages for {len(self._spare) * PAGE} tokens only"
+        return [self._spare[row * size : (row + 1) * size] for row in range(rows)]
+
+
+class Workload:
+    """A step with one adapter for each row, None for the base alone; neighbours with the same one make a segment, as in the engine.
+
+    Instance-level adapters decode with random weights, where their prompt's would be, and prefill as whole prompts. Routers are counted, as
+    they are in serving.
+
+    Args:
+        tokens: of each row: one behind the pages' context, or several with nothing before them.
+        first_row: of the pages, where not all of their rows decode.
+    """
+
+    def __init__(
+        self, pages: Pages, adapters: Sequence[PreparedAdapter | None], *, tokens: int = 1, first_row: int = 0, seed: int = 1
+    ) -> None:
+        rows, end, device = len(adapters), first_row + len(adapters), pages.model.device
+        computed = pages.context if tokens == 1 else 0
+        tables = pages.tables[first_row:end] if tokens == 1 else pages.spare_tables(rows, tokens)
+        assert len(tables) == rows, f"the pages hold {len(pages.tables)} rows"
+        # For all of the pages' rows, so that a row has the same tokens whichever others are in the batch.
+        token_ids = random_ids(pages.model, max(len(pages.tables), end), tokens, seed)[first_row:end]
+        self.pages, self.num_tokens = pages, rows * tokens
+        self.spans = [CachedSpan(row * tokens, tokens, computed, table) for row, table in enumerate(tables)]
+        self.batch = ForwardBatch(
+            token_ids.flatten(),
+            torch.arange(computed, computed + tokens, device=device).repeat(rows),
+            tuple(_segments(adapters, tokens, device)),
+            torch.arange(tokens - 1, rows * tokens, tokens, device=device),
+        )
+
+    @torch.inference_mode()
+    def run(self) -> Tensor:
+        """(rows, V) float32, logits of each row's last token."""
+        return self.pages.model.forward(self.batch, self.pages.cache.attention(self.spans))
+
+    @torch.inference_mode()
+    def trace(self) -> RoutingTrace:
+        """What the routers say in this step."""
+        trace = RoutingTrace()
+        self.pages.model.forward(replace(self.batch, trace=trace), self.pages.cache.attention(self.spans))
+        return trace
+
+
+def _segments(adapters: Sequence[PreparedAdapter | None], tokens: int, device: torch.device) -> Iterator[Segment]:
+    counters: dict[int, RouterCounters] = {}
+    first = 0
+    for adapter, run in itertools.groupby(adapters):  # adapters are equal to themselves only
+        count = len(list(run))
+        if adapter is not None:
+            if id(adapter) not in counters:
+                counters[id(adapter)] = RouterCounters(adapter.manifest, device)
+            pooled = _pooled(adapter, count, tokens, device) if adapter.manifest.is_pooled else None
+            yield Segment(first * tokens, (first + count) * tokens, adapter, pooled, counters[id(adapter)])
+        first += count
+
+
+def _pooled(adapter: PreparedAdapter, rows: int, tokens: int, device: torch.device) -> PooledRows:
+    if tokens > 1:
+        return PooledRows.of_whole([tokens] * rows, [tokens] * rows, adapter, device)
+    generator = torch.Generator().manual_seed(0)
+    gates = torch.rand((rows, adapter.num_layers, adapter.max_outputs), generator=generator)
+    return PooledRows(torch.arange(rows, device=device), (None,) * rows, gates.to(device))
+
+
+def selected_share(trace: RoutingTrace) -> float | None:
+    """Of all that the routers chose among; None where there is no router."""
+    selected = [routed.selected for layers in trace.records.values() for sites in layers.values() for routed in sites.values()]
+    if not selected:
+        return None
+    return float(torch.cat([one.flatten() for one in selected]).float().mean())

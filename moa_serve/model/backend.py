@@ -1,0 +1,74 @@
+"""What computes a step, as the engine sees it: the torch definition (transformer.py) or the native library. Only shapes of objects here."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moa_serve.adapter.adapter import Adapter
+from moa_serve.config import ModelConfig
+from moa_serve.model.attention import CachedSpan
+from moa_serve.model.batch import ForwardBatch, PreparedAdapter
+
+
+class Cache(Protocol):
+    """Keys and values of all layers in pages; which page is whose, engine.pools.BlockPool knows."""
+
+    def zero(self, blocks: Sequence[int]) -> None:
+        """Clean pages that change owner."""
+        ...
+
+    def attention(self, spans: Sequence[CachedSpan]) -> Any:
+        """What `Backend.forward` of the same backend takes; `spans` cover the batch in its order."""
+        ...
+
+
+class Backend(Protocol):
+    """Owned by the engine thread."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def bytes_per_block(self, block_size: int) -> int:
+        """Of the cache: a page of all layers."""
+        ...
+
+    def new_cache(self, num_blocks: int, block_size: int) -> Cache:
+        """The cache that every later `forward` reads and writes; one a backend."""
+        ...
+
+    def prepare(self, adapter: Adapter) -> PreparedAdapter:
+        """What stands in a slot: an adapter in the layout that the forward reads."""
+        ...
+
+    def warm(self, adapter: Adapter) -> None:
+        """Do what can be done of `prepare` ahead of time, so that the step that first needs the adapter is short. In any thread."""
+        ...
+
+    def forget(self, revision: str) -> None:
+        """The revision is gone for good: free what `prepare` may have kept of it."""
+        ...
+
+    def forward(self, batch: ForwardBatch, attention: Any) -> Tensor:
+        """(N, V) float32: logits of `batch.logit_rows`, or of all T tokens.
+
+        Routers' words on the tokens go to `batch.trace` and the segments' counters, instance-level weights to their `pooled.gates`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what is not freed with the object."""
+        ...
+
+
+__all__ = ["Backend", "Cache", "PreparedAdapter"]

@@ -1,0 +1,308 @@
+"""The native backend as the engine sees it: the base's weights packed, the cache in its pages, and one call of the library a step.
+
+What the library reads stays alive here: it holds pointers into these tensors and owns nothing but its buffers and threads. Owned by the
+engine thread, but for `prepare`, `warm` and `forget`.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from moa_serve.adapter.adapter import Adapter
+from moa_serve.config import ModelConfig
+from moa_serve.errors import EngineError, InvalidRequest
+from moa_serve.model.attention import CachedSpan
+from moa_serve.model.batch import ForwardBatch, RoutingTrace, Segment
+from moa_serve.model.build import build
+from moa_serve.model.moa import Routed
+from moa_serve.model.ops import inverse_frequencies
+from moa_serve.model.weights import BaseWeights, LayerWeights
+from moa_serve.native import library as lib
+from moa_serve.native import packing
+from moa_serve.native.packed import PackedAdapters
+from moa_serve.native.packing import PAGE, padded
+from moa_serve.native.program import NativeAdapter, compile_adapter
+from moa_serve.native.threads import num_threads
+
+Ints = npt.NDArray[np.int32]
+
+
+class _PackedBase:
+    """All that the library reads of the base. Takes `weights` over layer by layer, so that there is never a second copy of them all."""
+
+    def __init__(self, config: ModelConfig, weights: BaseWeights) -> None:
+        self.dtype = weights.embed.dtype
+        self._kept: list[Tensor] = []
+        self.projections: list[LayerWeights] = []  # what the prompt's keys and values are made with
+        layers = (lib.LayerStruct * config.num_layers)()
+        tied = weights.head is weights.embed
+        head = self._keep(packing.pack(weights.head, self.dtype))
+        embed = head if tied else self._keep(packing.pad_columns(weights.embed).contiguous())
+        weights.head = weights.embed = torch.empty(0, dtype=self.dtype)
+        for index in range(config.num_layers):
+            layers[index] = self._layer(config, weights.layers[index])
+        frequencies = self._keep(inverse_frequencies(config.rope, config.head_dim, torch.device("cpu")))
+        self._layers = layers
+        self.struct = lib.ModelStruct(
+            layers=layers,
+            norm=self._vector(weights.norm),
+            embed=embed.data_ptr(),
+            head=head.data_ptr(),
+            inverse_frequencies=frequencies.data_ptr(),
+            eps=config.rms_norm_eps,
+            dtype=lib.BFLOAT16 if self.dtype == torch.bfloat16 else lib.FLOAT32,
+            num_layers=config.num_layers,
+            hidden=config.hidden_size,
+            inner=config.intermediate_size,
+            vocab=config.vocab_size,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            embed_is_head=tied,
+        )
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        self._kept.append(tensor)
+        return tensor
+
+    def _vector(self, values: Tensor | None) -> int | None:
+        return None if values is None else self._keep(packing.vector(values)).data_ptr()
+
+    def _layer(self, config: ModelConfig, layer: LayerWeights) -> lib.LayerStruct:
+        sizes = [config.q_size, config.kv_size, config.kv_size]
+        fused = packing.pack_sections(list(torch.split(layer.qkv, sizes)), self.dtype)
+        bias = None if layer.qkv_bias is None else torch.cat([packing.pad_columns(part) for part in torch.split(layer.qkv_bias, sizes)])
+        gate_up = packing.pack(packing.interleave(*layer.gate_up.chunk(2)), self.dtype)
+        gate_up_bias = None if layer.gate_up_bias is None else packing.interleave(*layer.gate_up_bias.chunk(2))
+        struct = lib.LayerStruct(
+            attention_norm=self._vector(layer.attention_norm),
+            qkv_bias=self._vector(bias),
+            q_norm=self._vector(layer.q_norm),
+            k_norm=self._vector(layer.k_norm),
+            o_bias=self._vector(layer.o_bias),
+            ffn_norm=self._vector(layer.ffn_norm),
+            gate_up_bias=self._vector(gate_up_bias),
+            down_bias=self._vector(layer.down_bias),
+            qkv=self._keep(fused).data_ptr(),
+            o=self._keep(packing.pack(layer.o, self.dtype)).data_ptr(),
+            gate_up=self._keep(gate_up).data_ptr(),
+            down=self._keep(packing.pack(layer.down, self.dtype)).data_ptr(),
+        )
+        self.projections.append(_Projection(config, fused, layer.qkv_bias, layer.k_norm))  # type: ignore[arg-type]  # has what is read
+        layer.qkv = layer.o = layer.gate_up = layer.down = torch.empty(0, dtype=self.dtype)
+        return struct
+
+
+class _Projection:
+    """A layer's Q, K and V rows unpacked again, for the moment in which a prompt's keys and values are made."""
+
+    def __init__(self, config: ModelConfig, fused: Tensor, bias: Tensor | None, k_norm: Tensor | None) -> None:
+        self._config, self._fused = config, fused
+        self.qkv_bias, self.k_norm = bias, k_norm
+
+    @property
+    def qkv(self) -> Tensor:
+        sizes = (self._config.q_size, self._config.kv_size, self._config.kv_size)
+        starts = np.cumsum([0, *(padded(size) for size in sizes)]).tolist()
+        parts = [
+            packing.unpack(self._fused, slice(start, start + size), self._config.hidden_size)
+            for start, size in zip(starts, sizes, strict=False)
+        ]
+        return torch.cat(parts)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pages:
+    """One step's sequences for the library: which tokens see what of their pages."""
+
+    spans: Sequence[CachedSpan]
+    seen_until: Ints  # (T,): a token sees [0, until) and [from, its own place] of its sequence
+    seen_from: Ints
+
+
+class NativeCache:
+    """Keys and values of all layers in pages of 16 tokens, in the kernels' layout. Memory is reserved and not touched."""
+
+    def __init__(self, num_blocks: int, bytes_per_layer: tuple[int, int], num_layers: int) -> None:
+        self.num_blocks = num_blocks
+        self.keys, self.values = (torch.empty(num_layers * num_blocks * size, dtype=torch.uint8) for size in bytes_per_layer)
+
+    def zero(self, blocks: Sequence[int]) -> None:
+        """Nothing: the first token of a page clears it."""
+
+    def attention(self, spans: Sequence[CachedSpan]) -> _Pages:
+        total = sum(span.count for span in spans)
+        until, since = np.zeros(total, dtype=np.int32), np.zeros(total, dtype=np.int32)
+        for span in spans:
+            for start, end in span.branches:
+                rows = slice(span.start + start - span.computed, span.start + end - span.computed)
+                until[rows], since[rows] = span.num_prompt, start
+        return _Pages(spans, until, since)
+
+
+class NativeModel:
+    """`forward(batch, attention)` as Transformer's, through the library.
+
+    Args:
+        weights: of dtype bfloat16 or float32 on the CPU; taken over, and empty afterwards.
+        digest: of the base, under which packed adapters are kept on disk; None: they are not.
+        instruction_set: one of `library.instruction_sets()`; None for the best.
+        threads: None for the physical cores.
+    Raises:
+        NativeUnavailable: there is no library, or the processor cannot run it.
+    """
+
+    name = "native"
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: BaseWeights,
+        *,
+        digest: str | None = None,
+        instruction_set: str | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self._engine: int | None = None
+        self._cache: NativeCache | None = None
+        self.config, self.dtype, self.device = config, weights.embed.dtype, torch.device("cpu")
+        self.instruction_set = instruction_set or lib.instruction_sets()[0]
+        self.threads = threads or num_threads()
+        self._library = lib.library()
+        self._base = _PackedBase(config, weights)
+        self._has_tiles = lib.has_tiles(self.instruction_set, self.dtype)
+        self._packed = PackedAdapters(digest, self.dtype, has_tiles=self._has_tiles)
+
+    # -- what the engine asks
+
+    def _page_bytes(self) -> tuple[int, int]:
+        """Of one layer's page: keys, values."""
+        keys, values = ctypes.c_int64(), ctypes.c_int64()
+        self._library.moa_page_bytes(self._base.struct, keys, values)
+        return keys.value, values.value
+
+    def bytes_per_block(self, block_size: int) -> int:
+        if block_size != PAGE:
+            raise InvalidRequest(f"block_size is {block_size}, but the native backend has pages of {PAGE} tokens", param="block_size")
+        return self.config.num_layers * sum(self._page_bytes())
+
+    def new_cache(self, num_blocks: int, block_size: int) -> NativeCache:
+        self.bytes_per_block(block_size)
+        assert self._engine is None, "one cache a model"
+        self._cache = NativeCache(num_blocks, self._page_bytes(), self.config.num_layers)
+        self._engine = self._library.moa_engine_new(
+            self._base.struct,
+            self.instruction_set.encode(),
+            self.threads,
+            self._cache.keys.data_ptr(),
+            self._cache.values.data_ptr(),
+            num_blocks,
+        )
+        if not self._engine:
+            raise EngineError(f"the native library cannot run {self.instruction_set} with {self.threads} threads on this machine")
+        return self._cache
+
+    def prepare(self, adapter: Adapter) -> NativeAdapter:
+        """Packed before, or now. Safe in any thread."""
+        return self._packed.get(adapter.revision, adapter.manifest, lambda: self._pack(adapter))
+
+    def warm(self, adapter: Adapter) -> None:
+        self.prepare(adapter)
+
+    def _pack(self, adapter: Adapter) -> NativeAdapter:
+        base = BaseWeights(torch.empty(0), self._base.projections, torch.empty(0), torch.empty(0))
+        weights = build(adapter.manifest, adapter.tensors, base, self.config, torch.float32)
+        return compile_adapter(weights, self.dtype, has_tiles=self._has_tiles)
+
+    def forget(self, revision: str) -> None:
+        self._packed.forget(revision)
+
+    def close(self) -> None:
+        if self._engine:
+            self._library.moa_engine_delete(self._engine)
+        self._engine = self._cache = None
+
+    def __del__(self) -> None:
+        self.close()
+
+    def ticks(self) -> dict[str, int]:
+        """Ticks of the time stamp counter by part of the step, since the last call."""
+        values = (ctypes.c_uint64 * len(lib.PARTS))()
+        self._library.moa_engine_ticks(self._engine, values)
+        return dict(zip(lib.PARTS, values, strict=True))
+
+    # -- a step
+
+    def forward(self, batch: ForwardBatch, attention: Any) -> Tensor:
+        assert self._engine, "a step needs a cache"
+        assert batch.observer is None, "experts are observed in the torch backend"
+        ids, positions = batch.token_ids.int(), batch.positions.int()
+        rows = torch.arange(len(ids), dtype=torch.int32) if batch.logit_rows is None else batch.logit_rows.int()
+        logits = torch.empty((len(rows), padded(self.config.vocab_size)), dtype=torch.float32)
+        tables = [np.array(span.blocks, dtype=np.int32) for span in attention.spans]
+        spans = (lib.SpanStruct * len(tables))(
+            *(
+                lib.SpanStruct(table.ctypes.data, span.start, span.count, span.computed)
+                for span, table in zip(attention.spans, tables, strict=True)
+            )
+        )
+        views = [_SegmentView(segment, batch.trace is not None) for segment in batch.segments]
+        segments = (lib.SegmentStruct * len(views))(*(view.struct for view in views))
+        struct = lib.BatchStruct(
+            token_ids=ids.data_ptr(),
+            positions=positions.data_ptr(),
+            seen_until=attention.seen_until.ctypes.data,
+            seen_from=attention.seen_from.ctypes.data,
+            spans=ctypes.addressof(spans),
+            segments=ctypes.addressof(segments),
+            logit_rows=rows.data_ptr(),
+            logits=logits.data_ptr(),
+            num_tokens=len(ids),
+            num_spans=len(tables),
+            num_segments=len(views),
+            num_logits=len(rows),
+        )
+        if self._library.moa_engine_step(self._engine, struct):
+            raise EngineError(f"there is no memory for the buffers of a step of {len(ids)} tokens; lower max_batch_tokens")
+        if batch.trace is not None:
+            for number, view in enumerate(views):
+                view.fill(number, batch.trace)
+        return logits[:, : self.config.vocab_size]
+
+
+class _SegmentView:
+    """A segment's struct and what it points to."""
+
+    def __init__(self, segment: Segment, is_traced: bool) -> None:
+        adapter, pooled, counters = segment.adapter, segment.pooled, segment.counters
+        assert isinstance(adapter, NativeAdapter), "the native backend computes what it prepared"
+        self.adapter = adapter
+        self.trace = torch.zeros(segment.end - segment.start, adapter.trace_width) if is_traced else None
+        self.struct = lib.SegmentStruct(adapter=adapter.blob.data_ptr(), start=segment.start, end=segment.end)
+        if self.trace is not None:
+            self.struct.trace = self.trace.data_ptr()
+        if counters is not None:
+            self.struct.selected, self.struct.gate_sum = counters.selected.data_ptr(), counters.gate_sum.data_ptr()
+            self.struct.counters_width = counters.selected.shape[1]
+        if pooled is not None:
+            self._rows = pooled.row_of_token.int()
+            self._spans = np.array([span or (-1, -1) for span in pooled.spans], dtype=np.int32)
+            self.struct.pooled_row, self.struct.pooled_spans = self._rows.data_ptr(), self._spans.ctypes.data
+            self.struct.pooled_gates = pooled.gates.data_ptr()
+            self.struct.num_pooled, self.struct.pooled_width = len(self._spans), pooled.gates.shape[2]
+
+    def fill(self, number: int, trace: RoutingTrace) -> None:
+        """Hand on what the routers said, as the torch backend would have."""
+        assert self.trace is not None
+        for router in self.adapter.traced:
+            start, count = router.start, router.outputs
+            scores, threshold = self.trace[:, start : start + count], self.trace[:, start + count : start + count + 1]
+            selected = self.trace[:, start + count + 1 : start + 2 * count + 1] != 0
+            gates = self.trace[:, start + 2 * count + 1 : start + 3 * count + 1]
+            trace.add(number, router.layer, router.site, Routed(scores, threshold if router.has_threshold else None, selected, gates))

@@ -1,0 +1,235 @@
+"""`moa-serve bench step` and `bench reference`: steps of the model against each other, and against the authors' way of computing them.
+
+Light, so that `--help` answers at once: what loads torch is imported inside. What is measured, and how, is in bench/.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moa_serve.errors import InvalidRequest
+from moa_serve.shell import terminal
+from moa_serve.shell.drawing import drawing_module
+
+if TYPE_CHECKING:
+    from moa_serve.bench.goals import Judged
+    from moa_serve.bench.reference import ReferenceReport
+    from moa_serve.bench.step import StepReport
+    from moa_serve.bench.timing import Spread
+    from moa_serve.model.backend import Backend as Model
+    from moa_serve.model.weights import Base
+
+_Backend = Annotated[str, typer.Option("--backend", envvar="MOA_BACKEND", help="auto, native or torch.")]
+_Threads = Annotated[int, typer.Option("--threads", min=1, help="Of the backend and of torch.")]
+_Core = Annotated[
+    int | None, typer.Option("--core", min=0, help="Pin one thread to this processor core.", show_default="wherever the system likes")
+]
+_Rounds = Annotated[int, typer.Option("--rounds", min=1, help="In which every case has its turn; medians and quartiles are shown.")]
+_Context = Annotated[int, typer.Option("--context", min=1, help="Tokens that stand before a decoded one.")]
+_Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+_Plot = Annotated[Path | None, typer.Option("--plot", dir_okay=False, help="Write a figure, as PNG.", metavar="PNG", show_default=False)]
+_Base = Annotated[str | None, typer.Option("--model", envvar="MOA_MODEL", help="Base.", show_default="SmolLM2-135M-Instruct")]
+
+
+def bench_step(
+    backend: _Backend = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (bfloat16 of the native backend, else float32), bfloat16 or float32.")] = "auto",
+    threads: _Threads = 1,
+    core: _Core = None,
+    rows: Annotated[str, typer.Option(help="Sequences that decode a token each, one batch size after the other.")] = "1,2,4,8,16,32",
+    prefill: Annotated[str, typer.Option(help="Tokens of one sequence to prefill; empty for none.")] = "256",
+    families: Annotated[
+        str, typer.Option(help="Families to measure beside soft_moa and sparse_moa, as lora,mola; all, or none.")
+    ] = "soft_moa_no_prompt",
+    adapters: Annotated[int, typer.Option(min=2, help="In a mixed batch, which there is from as many rows on.")] = 8,
+    context: _Context = 128,
+    rounds: _Rounds = 15,
+    as_json: _Json = False,
+    plot: _Plot = None,
+    model: _Base = None,
+) -> None:
+    """What a step of the model costs with one adapter and with several, as ratios to the base alone.
+
+    Adapters are made up in the paper's sizes; Sparse ones are tuned so that 59 % of their experts are selected. Nothing else should run
+    meanwhile: the control, the base against itself, tells how much the machine wavers.
+    """
+    plots = drawing_module("bench_plots", option="--plot", without="the tables need none") if plot is not None else None
+    with terminal.spinner("Loading torch"):
+        from moa_serve.bench import step
+    plan = step.Plan(
+        rows=_numbers("rows", rows),
+        prefills=_numbers("prefill", prefill) if prefill else (),
+        families=step.OTHERS if families == "all" else () if families == "none" else tuple(families.split(",")),
+        num_adapters=adapters,
+        rounds=rounds,
+        context=context,
+    )
+    with _opened(model, backend, dtype, threads, core) as (opened, base):
+        report = step.measure(opened, plan, on_progress=terminal.note)
+    title = _title(base.name, report)
+    if as_json:
+        typer.echo(json.dumps({"base": base.name} | report.to_json()))
+    else:
+        show_step(report, title)
+    if plots is not None and plot is not None:
+        _write(plot, partial(plots.write_step, report, title))
+
+
+def bench_reference(
+    backend: _Backend = "auto",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32, or auto (bfloat16 of the native backend, else float32).")] = "bfloat16",
+    threads: _Threads = 1,
+    core: _Core = None,
+    rows: Annotated[str, typer.Option(help="Sequences that decode a token each, one batch size after the other.")] = "1,8,16",
+    family: Annotated[str, typer.Option(help="Of the adapter: sparse_moa or soft_moa.")] = "sparse_moa",
+    context: _Context = 128,
+    rounds: _Rounds = 15,
+    as_json: _Json = False,
+    plot: _Plot = None,
+    model: _Base = None,
+) -> None:
+    """Decode steps against the authors' way of computing on transformers, and the base alone against transformers.
+
+    The same weights, adapter, tokens, dtype and threads on both sides, taking turns in one process.
+    """
+    plots = drawing_module("bench_plots", option="--plot", without="the tables need none") if plot is not None else None
+    with terminal.spinner("Loading torch and transformers"):
+        from transformers.utils import logging
+
+        from moa_serve.bench import reference
+    logging.disable_progress_bar()
+    sizes = _numbers("rows", rows)
+    with _opened(model, backend, dtype, threads, core) as (opened, base):
+        if base.folder is None:
+            raise InvalidRequest(f"{base.name} has no folder that transformers could load", param="model")
+        report = reference.compare(
+            opened, base.folder, family=family, rows=sizes, rounds=rounds, context=context, on_progress=terminal.note
+        )
+    title = f"{_title(base.name, report)}, {report.family}"
+    if as_json:
+        typer.echo(json.dumps({"base": base.name} | report.to_json()))
+    else:
+        show_reference(report, title)
+    if plots is not None and plot is not None:
+        _write(plot, partial(plots.write_reference, report, title))
+
+
+# -- what both need
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InvalidRequest(f"{option} is {text!r}, but must be whole numbers, as 1,8,16", param=option) from None
+
+
+@contextmanager
+def _opened(model: str | None, backend: str, dtype: str, threads: int, core: int | None) -> "Iterator[tuple[Model, Base]]":
+    """The base under its backend on the CPU, with the process pinned and without the garbage collector."""
+    import os
+
+    import torch
+
+    from moa_serve.bench.timing import quiet
+    from moa_serve.llm import resolve_backend, resolve_dtype
+    from moa_serve.model.transformer import Transformer
+    from moa_serve.model.weights import load_base
+    from moa_serve.native.model import NativeModel
+
+    if core is not None and threads > 1:
+        raise InvalidRequest(f"core is {core}, but {threads} threads on one core would only wait for each other", param="core")
+    allowed = sorted(os.sched_getaffinity(0))
+    if core is not None and core not in allowed:
+        raise InvalidRequest(f"core is {core}, but this process may use {', '.join(map(str, allowed))}", param="core")
+    device = torch.device("cpu")
+    resolved = resolve_backend(backend, device)
+    base = load_base(model, dtype=resolve_dtype(dtype, device, resolved))
+    torch.set_num_threads(threads)
+    # The native backend's threads stay where they are made, so it is made behind the pinning.
+    with quiet(core):
+        opened: Model = (
+            NativeModel(base.config, base.weights, threads=threads) if resolved == "native" else Transformer(base.config, base.weights)
+        )
+        with closing(opened):
+            yield opened, base
+
+
+def _write(path: Path, write: Callable[[Path], None]) -> None:
+    try:
+        write(path)
+    except OSError as error:
+        raise InvalidRequest(f"--plot {path}: cannot be written ({error.strerror})", param="plot") from None
+    terminal.note(f"wrote {path}")
+
+
+def _title(base: str, report: "StepReport | ReferenceReport") -> str:
+    return f"{base}, {report.backend}, {report.dtype}, {terminal.counted(report.threads, 'thread')}"
+
+
+# -- tables
+
+
+def show_step(report: "StepReport", title: str) -> None:
+    """A table of all cases at each size, and one of the ratios between them."""
+    console = terminal.output()
+    cases = _table(title, ("rows", "tokens", "case"), ("ms", "to base", "tokens/s", "selected"))
+    ratios = _table("ratios", ("rows", "tokens", "of"), ("found", "goal"))
+    for size in report.sizes:
+        shape = (str(size.rows), str(size.tokens))
+        for name, case in size.cases.items():
+            selected = "" if case.selected_share is None else f"{case.selected_share:.0%}"
+            cases.add_row(*shape, name, _spread(case.ms, 2), judged(case.to_base), f"{case.tokens_per_second:.0f}", selected)
+        for name, found in size.ratios.items():
+            ratios.add_row(*shape, name, judged(found), goal_of(found))
+    terminal.print_table(console, cases)
+    terminal.print_table(console, ratios)
+    busy = min(size.cpu_share for size in report.sizes)
+    console.print(f"medians (quartiles) of {report.plan.rounds} rounds; ! misses its goal; at least {busy:.2f} cores were ours meanwhile")
+
+
+def show_reference(report: "ReferenceReport", title: str) -> None:
+    """One line for each comparison: theirs, ours, and how often ours goes into theirs."""
+    console = terminal.output()
+    table = _table(title, ("rows", "against"), ("theirs, ms", "ours, ms", "theirs/ours", "goal"))
+    for size in report.sizes:
+        lines: Mapping[str, tuple[str, str, Judged]] = {
+            "authors' way": ("authors", "ours", size.adapter),
+            "transformers' base": ("transformers", "base", size.base),
+            "control": ("control", "base", size.control),
+        }
+        for name, (theirs, ours, found) in lines.items():
+            table.add_row(str(size.rows), name, _spread(size.ms[theirs], 2), _spread(size.ms[ours], 2), judged(found), goal_of(found))
+    terminal.print_table(console, table)
+    console.print(f"medians (quartiles) of {report.rounds} rounds, context {report.context}; ! misses its goal")
+
+
+def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _spread(spread: "Spread", digits: int) -> str:
+    return f"{spread.median:.{digits}f} ({spread.low:.{digits}f}-{spread.high:.{digits}f})"
+
+
+def judged(found: "Judged") -> str:
+    return _spread(found.found, 3) + (" !" if found.is_met is False else "")
+
+
+def goal_of(found: "Judged") -> str:
+    if found.goal is None:
+        return ""
+    return f"{'>=' if found.is_floor else '<='} {found.goal:g}"

@@ -1,0 +1,84 @@
+"""Cases that a review of the native backend found, each as it was found."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, TINY, base_tensors, layer_router, lora, raw_manifest, write_base, write_family
+from native_tools import SETS
+
+from moa_serve import LLM, SamplingParams
+from moa_serve.adapter.checkpoint import write_adapter
+from moa_serve.adapter.manifest import Manifest
+from moa_serve.errors import AdapterNonfiniteOutput
+from moa_serve.native.model import NativeModel
+
+pytestmark = pytest.mark.skipif(not SETS, reason="the native library is not built")
+SHAPE: dict[str, Any] = TINY | {"hidden_size": 64, "vocab_size": 48}
+TOKEN = 10
+
+
+def write_overflow_at_one_token(folder: Path) -> None:
+    """K of one token alone becomes infinite: A's rows are orthogonal to every other token's input."""
+    embed = base_tensors(SHAPE)["model.embed_tokens.weight"].double()
+    scale = base_tensors(SHAPE)["model.layers.0.input_layernorm.weight"].double()
+    normed = embed / embed.square().mean(-1, keepdim=True).sqrt() * scale
+    others = torch.cat([normed[:TOKEN], normed[TOKEN + 1 :]])
+    own = normed[TOKEN] - others.T @ torch.linalg.lstsq(others.T, normed[TOKEN]).solution
+    manifest = Manifest.parse(raw_manifest("lora", SHAPE) | {"experts": [lora("K", layers=[0])]})
+    (a, a_shape), (b, b_shape) = manifest.expected_tensors().items()
+    write_adapter(folder, manifest, {a: own.float().expand(a_shape).clone(), b: torch.full(b_shape, 3e38)})
+
+
+@pytest.mark.parametrize("prompt", [[21, 22, 23, 24, 25], list(range(20, 36))], ids=["a page shared with the choice", "a page of its own"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_score_that_is_no_number_is_not_hidden(dtype: str, prompt: list[int], tmp_path: Path) -> None:
+    write_overflow_at_one_token(tmp_path / "a")
+    base = write_base(tmp_path / "base", SHAPE)
+    with LLM(base, adapters={"a": tmp_path / "a"}, backend="native", device="cpu", dtype=dtype, kv_cache_bytes=2**22) as llm:
+        with pytest.raises(AdapterNonfiniteOutput):
+            llm.score_choices([prompt], [[[TOKEN, 6, 7]]], adapter="a")
+        assert llm.score_choices([prompt], [[[5, 6, 7]]], adapter="a")
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_closing_waits_for_the_call_that_runs(backend: str, tmp_path: Path) -> None:
+    llm = LLM(write_base(tmp_path), backend=backend, device="cpu", kv_cache_bytes=2**22)
+    found: list[object] = []
+
+    def work() -> None:
+        found.append(llm.generate([[1, 2, 3]] * 8, SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not llm._running.locked() and thread.is_alive():
+        time.sleep(0.001)
+    llm.close()
+    thread.join(60)
+    assert len(found) == 1, "the call came to its end"
+    assert not hasattr(llm, "_engine"), "and what it used is free"
+
+
+def test_a_shared_factor_is_skipped_where_no_expert_needs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nested HydraLoRA in a Sparse MoA: experts that are not selected cost less than half of those that are."""
+    shape: dict[str, Any] = TINY | {"hidden_size": 256, "intermediate_size": 256}
+    monkeypatch.setattr("moa_serve.native.model.num_threads", lambda: 1)
+    base, ticks = write_base(tmp_path / "base", shape), {}
+    for threshold in (0.0, 1.0):
+        select = {"kind": "constant", "threshold": threshold}
+        experts = [lora(target, inner={"variant": "hydralora", "num_experts": 2}, rank=64) for target in ("Q", "V", "UP", "DOWN")]
+        monkeypatch.setitem(FAMILIES, "h", ("sparse_moa", layer_router(select=select), experts))
+        folder = write_family(tmp_path / f"{threshold}", "h", config=shape)
+        with LLM(base, adapters={"h": folder}, backend="native", device="cpu", kv_cache_bytes=2**22) as llm:
+            model = llm._engine.model
+            assert isinstance(model, NativeModel)
+            costs = []
+            for _ in range(5):
+                model.ticks()
+                llm.generate([[3 * place % 90 for place in range(128)]], SamplingParams(max_tokens=1, temperature=0), adapter="h")
+                costs.append(model.ticks()["experts"])
+            ticks[threshold] = min(costs)
+    assert ticks[1.0] < 0.5 * ticks[0.0]

@@ -1,0 +1,79 @@
+"""`bench step` and `bench reference` as commands: one JSON document, tables, a figure, and clear refusals."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from training import tiny_base
+from typer.testing import CliRunner
+
+from moa_serve.errors import InvalidRequest
+from moa_serve.shell.bench_step import bench_reference, bench_step
+
+app = typer.Typer()
+app.command("step")(bench_step)
+app.command("reference")(bench_reference)
+COMMON = ["--backend", "torch", "--dtype", "float32", "--rounds", "1", "--context", "8"]
+QUICK = {
+    "step": ["step", *COMMON, "--rows", "1,2", "--adapters", "2", "--prefill", "16", "--families", "lora"],
+    "reference": ["reference", *COMMON, "--rows", "1,2"],
+}
+
+
+def run(folder: Path, *arguments: str) -> Any:
+    tiny_base(folder)
+    return CliRunner().invoke(app, [*arguments, "--model", str(folder)])
+
+
+@pytest.mark.parametrize("command", QUICK)
+def test_one_json_document(command: str, tmp_path: Path) -> None:
+    done = run(tmp_path, *QUICK[command], "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["base"], found["backend"], found["dtype"], found["threads"]) == (tmp_path.name, "torch", "float32", 1)
+    assert [size["rows"] for size in found["sizes"]] == ([1, 2, 1] if command == "step" else [1, 2])
+
+
+@pytest.mark.parametrize("command", QUICK)
+def test_tables_and_a_figure(command: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    figure = tmp_path / "figure.png"
+    done = run(tmp_path / "base", *QUICK[command], "--plot", str(figure))
+    assert done.exit_code == 0, done.output
+    assert ("soft_moa_mixed" if command == "step" else "authors' way") in done.stdout
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_many_families_are_drawn_one_below_the_other(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    few, many = tmp_path / "few.png", tmp_path / "many.png"
+    for figure, families in ((few, "none"), (many, "lora,molora,hydralora,prompt,composition,unipeft")):
+        arguments = [*QUICK["step"]]
+        arguments += ["--families", families, "--plot", str(figure)]
+        assert run(tmp_path / "base", *arguments).exit_code == 0
+    assert pixels(many)[1] != pixels(few)[1]
+
+
+def pixels(figure: Path) -> tuple[int, int]:
+    """(width, height) in pixels, from the head of a PNG."""
+    width, height = struct.unpack(">2I", figure.read_bytes()[16:24])
+    return width, height
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["step", "--rows", "1,two"], "rows is '1,two'"),
+        (["step", "--families", "vera"], "family is 'vera'"),
+        (["step", "--core", "0", "--threads", "2"], "2 threads on one core"),
+        (["step", "--core", "99999"], "core is 99999"),
+        (["reference", "--family", "lora", "--backend", "torch"], "family is 'lora'"),
+    ],
+)
+def test_refusals(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = run(tmp_path, *arguments)
+    assert isinstance(done.exception, InvalidRequest)
+    assert message in str(done.exception)
