@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -181,9 +182,8 @@ class LLM:
         self._is_freed = False
         self.device = resolve_device(device)
         options = _options(engine_options)
-        self.backend = resolve_backend(backend, self.device, options.block_size)
         sources = _sources(adapters)
-        base = load_base(_path("model", model), device=self.device, dtype=resolve_dtype(dtype, self.device, self.backend))
+        base, self.backend = open_base(_path("model", model), backend=backend, device=device, dtype=dtype, block_size=options.block_size)
         self.config, self.name, self.base_digest, self.folder = base.config, base.name, base.digest, base.folder
         self.tokenizer = Tokenizer.from_folder(base.folder) if base.folder else None
         self._store = AdapterStore(base.config, base_name=base.name, base_digest=base.digest, max_bytes=options.adapter_cache_bytes)
@@ -625,6 +625,17 @@ def resolve_backend(backend: str, device: torch.device, block_size: int = PAGE) 
         logger.warning("the torch backend serves, because %s", error)
         return "torch"
     return "native"
+
+
+def open_base(model: str | Path | None, *, backend: str, device: str, dtype: str, block_size: int = PAGE) -> tuple[Base, str]:
+    """The base in memory where and as it is wanted, and the backend that is to compute it. Arguments as those of `LLM`.
+
+    Raises:
+        ModelError, InvalidRequest: what cannot be had, and why.
+    """
+    where = resolve_device(device)
+    resolved = resolve_backend(backend, where, block_size)
+    return load_base(model, device=where, dtype=resolve_dtype(dtype, where, resolved)), resolved
 
 
 def new_model(backend: str, base: Base) -> Backend:

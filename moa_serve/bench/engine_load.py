@@ -20,8 +20,7 @@ from moa_serve.engine.engine import Engine, EngineOptions, TokenEvent
 from moa_serve.engine.request import Request, SamplingParams
 from moa_serve.engine.request import Sequence as EngineSequence
 from moa_serve.errors import AdapterNotFound, InvalidRequest, MoaError
-from moa_serve.llm import new_model, resolve_backend, resolve_device, resolve_dtype
-from moa_serve.model.weights import load_base
+from moa_serve.llm import new_model, open_base
 from moa_serve.text import Tokenizer
 
 
@@ -61,9 +60,7 @@ class EngineLoad:
     def __init__(
         self, base: str | None = None, *, adapters_dir: Path | None = None, backend: str = "auto", device: str = "auto", dtype: str = "auto"
     ) -> None:
-        where = resolve_device(device)
-        resolved = resolve_backend(backend, where)
-        loaded = load_base(base, device=where, dtype=resolve_dtype(dtype, where, resolved))
+        loaded, resolved = open_base(base, backend=backend, device=device, dtype=dtype)
         tokenizer = Tokenizer.from_folder(loaded.folder) if loaded.folder else None
         if tokenizer is None:
             raise InvalidRequest(f"base {loaded.name!r} has no tokenizer, and prompts are text; take one with tokenizer.json", param="base")

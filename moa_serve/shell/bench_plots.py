@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moa_serve.bench import goals
 from moa_serve.bench.goals import Judged
 from moa_serve.bench.timing import Spread
+from moa_serve.shell.figure_style import figure_style
 
 if TYPE_CHECKING:
     from moa_serve.bench.reference import ReferenceReport
@@ -21,16 +21,9 @@ if TYPE_CHECKING:
 
 _MOST_LINES = 8  # in one figure; more cases are drawn one below the other
 _STYLE: dict[Any, Any] = {
-    "text.parse_math": False,  # `$x$` in a base's name is no formula
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so figures look alike everywhere
-    "font.size": 8,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.fontsize": 7,
-    "legend.frameon": False,
-    "savefig.dpi": 160,
 }
 
 
@@ -42,7 +35,7 @@ def write_step(report: "StepReport", title: str, path: Path) -> None:
     if len(names) > _MOST_LINES:
         _write_families(report, names, title, path)
         return
-    with matplotlib.rc_context():
+    with figure_style(_STYLE):
         figure, (left, right) = _panels(title)
         for index, name in enumerate(names):
             there = [size for size in decoding if name in size.cases]
@@ -60,7 +53,7 @@ def write_step(report: "StepReport", title: str, path: Path) -> None:
 
 def _write_families(report: "StepReport", names: Sequence[str], title: str, path: Path) -> None:
     """A line for each case, left its step over the base's, right its milliseconds; a colour for each size. Raises OSError."""
-    with matplotlib.rc_context():
+    with figure_style(_STYLE):
         figure, axes = _panels(title, height=0.8 + 0.28 * len(names))
         places = range(len(names), 0, -1)
         for index, size in enumerate(report.sizes):
@@ -85,7 +78,7 @@ def _write_families(report: "StepReport", names: Sequence[str], title: str, path
 def write_reference(report: "ReferenceReport", title: str, path: Path) -> None:
     """Left theirs over ours with its goals, right the milliseconds, by rows. Raises OSError."""
     rows = [size.rows for size in report.sizes]
-    with matplotlib.rc_context():
+    with figure_style(_STYLE):
         figure, (left, right) = _panels(title)
         lines: dict[str, list[Judged]] = {
             "authors' way, adapter": [size.adapter for size in report.sizes],
@@ -110,9 +103,7 @@ def write_reference(report: "ReferenceReport", title: str, path: Path) -> None:
 
 
 def _panels(title: str, height: float = 4.2) -> tuple[Figure, tuple[Axes, Axes]]:
-    """Inside an `rc_context`; the height in inches."""
-    matplotlib.rcdefaults()
-    matplotlib.rcParams.update(_STYLE)
+    """Inside a `figure_style`; the height in inches."""
     figure = Figure(figsize=(11.0, height), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left")
     return figure, (figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2))

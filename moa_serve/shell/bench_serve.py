@@ -6,6 +6,7 @@ Light, so that `--help` answers at once: only --engine loads torch.
 import json
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,7 @@ import typer
 from moa_serve.errors import InvalidRequest
 from moa_serve.shell import terminal
 from moa_serve.shell.bench_step import goal_of
-from moa_serve.shell.drawing import drawing_module
+from moa_serve.shell.drawing import drawing_module, write_figure
 
 if TYPE_CHECKING:
     from moa_serve.bench.engine_load import EngineLoad
@@ -114,12 +115,8 @@ def bench_serve(
     else:
         show(report)
     _warn_of_short_answers(report)
-    if drawing is not None:
-        try:
-            drawing.write(report, plot)
-        except OSError as error:
-            raise InvalidRequest(f"--plot {plot}: cannot be written ({error.strerror}); choose another file", param="plot") from None
-        terminal.note(f"wrote {plot}")
+    if drawing is not None and plot is not None:
+        write_figure(plot, partial(drawing.write, report))
 
 
 def _refuse_options_of_engine(context: typer.Context) -> None:

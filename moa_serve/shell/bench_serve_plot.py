@@ -6,31 +6,18 @@ Drawn without pyplot, under matplotlib's own defaults, as in plots.py.
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moa_serve.bench.serve import Measured, Report
+from moa_serve.shell.figure_style import figure_style
 from moa_serve.shell.terminal import visible
-
-_STYLE: dict[Any, Any] = {
-    "text.parse_math": False,  # `$x$` in a server's name is no formula
-    "font.family": "DejaVu Sans",  # comes with matplotlib
-    "font.size": 8,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "savefig.dpi": 160,
-}
 
 
 def write(report: Report, file: Path) -> None:
     """A PNG file. Raises OSError."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
+    with figure_style({}):
         speed_and_times(report).savefig(file, format="png")
 
 

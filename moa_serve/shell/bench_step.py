@@ -4,7 +4,7 @@ Light, so that `--help` answers at once: what loads torch is imported inside. Wh
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import typer
 
 from moa_serve.errors import InvalidRequest
 from moa_serve.shell import terminal
-from moa_serve.shell.drawing import drawing_module
+from moa_serve.shell.drawing import drawing_module, write_figure
 
 if TYPE_CHECKING:
     from moa_serve.bench.goals import Judged
@@ -77,7 +77,7 @@ def bench_step(
     else:
         show_step(report, title)
     if plots is not None and plot is not None:
-        _write(plot, partial(plots.write_step, report, title))
+        write_figure(plot, partial(plots.write_step, report, title))
 
 
 def bench_reference(
@@ -116,7 +116,7 @@ def bench_reference(
     else:
         show_reference(report, title)
     if plots is not None and plot is not None:
-        _write(plot, partial(plots.write_reference, report, title))
+        write_figure(plot, partial(plots.write_reference, report, title))
 
 
 # -- what both need
@@ -158,14 +158,6 @@ def _opened(model: str | None, backend: str, dtype: str, threads: int, core: int
         )
         with closing(opened):
             yield opened, base
-
-
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    try:
-        write(path)
-    except OSError as error:
-        raise InvalidRequest(f"--plot {path}: cannot be written ({error.strerror})", param="plot") from None
-    terminal.note(f"wrote {path}")
 
 
 def _title(base: str, report: "StepReport | ReferenceReport") -> str:

@@ -1,9 +1,12 @@
 """Modules that draw need matplotlib, which is an extra: how they are imported, and what is said where it is missing."""
 
 import importlib
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 from moa_serve.errors import InvalidRequest
+from moa_serve.shell import terminal
 
 
 def drawing_module(name: str, *, option: str, without: str) -> ModuleType:
@@ -23,3 +26,12 @@ def drawing_module(name: str, *, option: str, without: str) -> ModuleType:
         raise InvalidRequest(
             f"{option} draws with matplotlib, which is not installed: pip install 'moa_serve[train]'; {without}", param=option.lstrip("-")
         ) from None
+
+
+def write_figure(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` write the figure that --plot asked for, and say so. Raises InvalidRequest where the file cannot be written."""
+    try:
+        write(path)
+    except OSError as error:
+        raise InvalidRequest(f"--plot {path}: cannot be written ({error.strerror}); choose another file", param="plot") from None
+    terminal.note(f"wrote {path}")

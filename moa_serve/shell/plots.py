@@ -6,8 +6,7 @@ drawn as they are: no mathtext, no control characters, and what the font lacks a
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from moa_serve.model.similarity import ACROSS, Collapse, Similarity, canonical, place_of
+from moa_serve.shell.figure_style import figure_style
 from moa_serve.shell.inspect import Inspection
 from moa_serve.shell.terminal import visible
 
@@ -35,20 +35,13 @@ _TITLE_INCHES = 0.095  # of a character of the title
 _MOST_INCHES = 14.0  # height of a heat map, however many experts
 _WEIGHTS, _LIKENESS = "viridis", "magma"  # perceptually uniform
 _STYLE: dict[Any, Any] = {
-    "text.parse_math": False,  # `$x$` in an adapter's name is no formula
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so figures look alike everywhere
-    "font.size": 8,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
     "figure.titlesize": 11,
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
     "legend.fontsize": 7,
-    "legend.frameon": False,
     "svg.fonttype": "none",  # text stays text: it can be searched
     "svg.hashsalt": "moa_serve",  # equal numbers give equal files
     "figure.constrained_layout.h_pad": 0.07,
-    "savefig.dpi": 160,
 }
 
 
@@ -65,18 +58,10 @@ def write(inspection: Inspection, folder: Path, file_format: str) -> list[Path]:
     written = []
     for name, make in figures.items():
         path = folder / f"{name}.{file_format}"
-        with _style():
+        with figure_style(_STYLE):
             make(inspection).savefig(path, metadata={"Date": None} if file_format == "svg" else None)
         written.append(path)
     return written
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
-        yield
 
 
 # -- expert weight and activation by layer

@@ -28,9 +28,9 @@ from moa_serve.api.protocol import uvicorn_config
 from moa_serve.engine.async_engine import AsyncEngine
 from moa_serve.engine.engine import Engine, EngineOptions
 from moa_serve.errors import AdapterError, InvalidRequest
-from moa_serve.llm import new_model, resolve_backend, resolve_device, resolve_dtype
+from moa_serve.llm import new_model, open_base
 from moa_serve.metrics import Metrics
-from moa_serve.model.weights import Base, load_base
+from moa_serve.model.weights import Base
 from moa_serve.native.library import status
 from moa_serve.settings import ServerSettings
 from moa_serve.shell import terminal
@@ -54,11 +54,9 @@ def serve(settings: ServerSettings) -> int:
     listener = _bind(settings.host, settings.port)
     try:
         started = time.monotonic()
-        device = resolve_device(settings.device)
-        dtype = resolve_dtype(settings.dtype, device, resolve_backend(settings.backend, device))
-        base = load_base(settings.model, device=device, dtype=dtype)
+        base, backend = open_base(settings.model, backend=settings.backend, device=settings.device, dtype=settings.dtype)
         sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
-        return asyncio.run(_run(settings, base, listener, started))
+        return asyncio.run(_run(settings, base, backend, listener, started))
     finally:
         listener.close()
 
@@ -77,7 +75,7 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def compose(settings: ServerSettings, base: Base) -> Server:
+def compose(settings: ServerSettings, base: Base, backend: str) -> Server:
     """All parts of one server, not yet running. Called where the event loop runs."""
     name = settings.served_model_name or base.name
     options = EngineOptions(
@@ -88,7 +86,7 @@ def compose(settings: ServerSettings, base: Base) -> Server:
         max_model_len=settings.max_model_len,
         adapter_cache_bytes=settings.adapter_cache_bytes,
     )
-    model = new_model(resolve_backend(settings.backend, base.weights.embed.device), base)
+    model = new_model(backend, base)
     engine = AsyncEngine(lambda lease: Engine(model, options, lease=lease, base_digest=base.digest), max_waiting=settings.max_waiting)
     store = AdapterStore(
         base.config,
@@ -117,8 +115,8 @@ def compose(settings: ServerSettings, base: Base) -> Server:
     )
 
 
-async def _run(settings: ServerSettings, base: Base, listener: socket.socket, started: float) -> int:
-    server = compose(settings, base)
+async def _run(settings: ServerSettings, base: Base, backend: str, listener: socket.socket, started: float) -> int:
+    server = compose(settings, base, backend)
     server.engine.start()
     try:
         try:

@@ -72,6 +72,7 @@ inline void attend_tile(int tokens, int heads, const uint16_t* q, int64_t q_stri
                         const float* weights, int64_t weights_stride, float* scores, float* out) {
   const int rows = tokens * heads, key_size = (int)padded(shape.head_dim, 2);
   const int64_t width = shape.value_width();
+  const F16 scale = f_set(1.0f / sqrtf((float)shape.head_dim));
   const KeyTiles tiles = {rows, key_size / kTileInputs, key_size % kTileInputs};
   Sight all = sights[0];  // of some token
   for (int token = 1; token < tokens; token++) {
@@ -91,7 +92,7 @@ inline void attend_tile(int tokens, int heads, const uint16_t* q, int64_t q_stri
     tiles.scores(q, q_stride, keys + pages(page) * key_page_stride, place);
     memory_is_seen();
     for (int row = 0; row < rows; row++) {
-      const F16 seen = hide(f_mul(f_load(place + row * kPage), f_set(1.0f / sqrtf((float)shape.head_dim))), sights[row / heads], page * kPage);
+      const F16 seen = hide(f_mul(f_load(place + row * kPage), scale), sights[row / heads], page * kPage);
       f_store(place + row * kPage, seen);
       largest[row] = f_max(largest[row], seen);
     }

@@ -57,7 +57,7 @@ inline void dots(int tokens, const typename N::Element* const* x, const typename
 // out (count, stride)[token][row] = a[row] . x[token] for the listed of `count` tokens, which stand one after the other in x (count, size);
 // the others' places may be written as well. `a` stands in tiles where the instruction set has them.
 template <class N>
-inline void tile_product(int count, const int32_t* listed, int num_listed, const typename N::Element* x, int64_t size,
+inline void tile_product([[maybe_unused]] int count, const int32_t* listed, int num_listed, const typename N::Element* x, int64_t size,
                          const typename N::Weight* a, int rows, float* out, int64_t stride) {
 #if defined(__AMX_BF16__)
   if constexpr (N::kIsOnTiles) return tile_dots(count, x, a, size, rows, out, stride);
@@ -120,7 +120,7 @@ inline void expand_tile(const int32_t* tokens, const typename N::Element* coeffi
 // y += B c for the listed of `count` tokens that stand one after the other in `coefficients` and in the section, in its panels [begin, end).
 // The others' coefficients are 0.
 template <class N>
-inline void expand(int count, const int32_t* listed, int num_listed, const typename N::Element* coefficients, int64_t coefficient_stride,
+inline void expand([[maybe_unused]] int count, const int32_t* listed, int num_listed, const typename N::Element* coefficients, int64_t coefficient_stride,
                    const typename N::Element* b, int rank, const Section& section, int begin, int end) {
 #if defined(__AMX_BF16__)
   if constexpr (N::kIsOnTiles) {

@@ -8,9 +8,9 @@
 #include <stdint.h>
 #include <string.h>
 
-namespace {
+#include "step_types.h"
 
-constexpr int kLanes = 16;
+namespace {
 
 #if defined(__AVX512F__)
 

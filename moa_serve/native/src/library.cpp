@@ -20,9 +20,7 @@
 
 namespace {
 
-constexpr int64_t kPanel = 32, kLanes = 16, kPage = 16, kAlignment = 64;
-
-int64_t padded(int64_t size, int64_t to = kPanel) { return (size + to - 1) / to * to; }
+constexpr int64_t kAlignment = 64;
 
 struct InstructionSet {
   const char* name;

@@ -5,11 +5,6 @@
 
 namespace {
 
-constexpr int kPanel = 32;  // columns of a packed weight that one tile computes: two vectors
-constexpr int kPage = 16;   // tokens of a KV page: the lanes of a vector
-
-inline int64_t padded(int64_t size, int64_t to = kPanel) { return (size + to - 1) / to * to; }
-
 // Asks for memory that is read soon: the processor looks ahead by itself within a run of addresses, and pages lie apart.
 inline void fetch(const void* memory, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch((const char*)memory + at, _MM_HINT_T0);

@@ -3,8 +3,17 @@
 #include "abi.h"
 #include "team.h"
 
-// Neighbouring tokens of a segment that a router or an expert looks at together.
-constexpr int kTileTokens = 16;
+// Private to each file that includes them, so that no code compiled for one instruction set serves for another (isa.h).
+namespace {
+
+constexpr int kLanes = 16;       // float32 numbers of a vector, whatever registers it takes
+constexpr int kPanel = 32;       // columns of a packed weight that one tile computes: two vectors
+constexpr int kPage = 16;        // tokens of a KV page: the lanes of a vector
+constexpr int kTileTokens = 16;  // neighbouring tokens of a segment that a router or an expert looks at together
+
+inline int64_t padded(int64_t size, int64_t to = kPanel) { return (size + to - 1) / to * to; }
+
+}  // namespace
 
 struct MoaCache {
   void *keys, *values;
