@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -84,10 +85,10 @@ def _check(wheel: Path) -> None:
 
 
 def _size(folder: Path) -> int:
+    """Bytes of all files below, of those that are still there: pip renames and deletes while we look."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:  # pip renames while we look
-            continue
+    for place, _, names in os.walk(folder):  # passes over folders that are gone
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(os.path.join(place, name)).st_size
     return min(total, _WHEEL_BYTES)

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import os
 import subprocess
 import sys
 import zipfile
@@ -108,3 +109,19 @@ print(load_base(None, dtype=torch.float32).digest)
     assert [process.returncode for process in processes] == [0, 0]
     assert len(digests) == 1
     assert load().digest in digests
+
+
+def test_how_far_it_is_can_be_told_while_pip_deletes_its_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = tmp_path / "scratch"
+    (scratch / "gone").mkdir(parents=True)
+    (scratch / "here").write_bytes(b"12345")
+    look = os.scandir
+
+    def looked(place: str | Path) -> object:
+        if Path(place) == scratch / "gone":
+            os.rename(place, tmp_path / "elsewhere")
+        return look(place)
+
+    monkeypatch.setattr("os.scandir", looked)
+    assert default_base._size(scratch) == 5
+    assert (tmp_path / "elsewhere").is_dir(), "it went away meanwhile"
