@@ -78,6 +78,11 @@ Dtype = Annotated[
     str, typer.Option("--dtype", envvar="MOA_DTYPE", help="auto (float32 for torch on a CPU, else bfloat16), float32 or bfloat16.")
 ]
 
+BaseDtype = Annotated[
+    str,
+    typer.Option("--base-dtype", envvar="MOA_BASE_DTYPE", help="auto (the base's weights are in --dtype) or int8 (native backend only)."),
+]
+
 
 def _version_line() -> str:
     python = ".".join(map(str, sys.version_info[:3]))
@@ -188,6 +193,7 @@ def generate(
     backend: Backend = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    base_dtype: BaseDtype = "auto",
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate for each.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the best token; up to 2 is more daring.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the fewest best tokens that reach this probability.")] = 1.0,
@@ -217,7 +223,7 @@ def generate(
         raise InvalidRequest("--adapter base and --no-base contradict each other; leave one out", param="no_base")
     by_lines = selection.wanted_by_lines(lines, named, adapters_dir)
 
-    with _loaded(model, backend, device, dtype) as llm:
+    with _loaded(model, backend=backend, device=device, dtype=dtype, base_dtype=base_dtype) as llm:
         needs_default = not named and not all(line.has_adapter for line in lines)
         default = selection.wanted_by_default(llm, adapters_dir, with_base=not no_base) if needs_default else named
         explicit = {one.name: one for one in by_lines}  # an adapter that a line names may not be left out, wherever it was found
@@ -237,7 +243,7 @@ def generate(
         tokens = sum(len(answer.completion.token_ids) for answer in found)
         terminal.note(
             f"{terminal.counted(len(found), 'completion')}, {terminal.counted(tokens, 'token')}, {tokens / seconds:.1f} tokens/s; "
-            f"{llm.name}, {llm.backend} backend on {llm.device}, {_dtype_of(llm)}"
+            f"{llm.name}, {llm.backend} backend on {llm.device}, {llm.base_dtype}"
         )
     if any(answer.completion.error is not None for answer in found):
         raise typer.Exit(FAILURE)
@@ -297,7 +303,7 @@ def inspect_adapter(
     if wanted.name is None or wanted.source is None:
         raise InvalidRequest("the base alone has no experts to look into; name an adapter", param="adapter")
     source = wanted.source if variant is None else dataclasses.replace(wanted.source, variant=variant)
-    with _loaded(model, backend, device, dtype) as llm:
+    with _loaded(model, backend=backend, device=device, dtype=dtype) as llm:
         with terminal.spinner("Loading the adapter"):
             found = llm.load_adapter(wanted.name, source)
         for warning in found.warnings:
@@ -351,6 +357,7 @@ def evaluate(
     backend: Backend = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    base_dtype: BaseDtype = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output instead of the tables.")] = False,
 ) -> None:
     """Score adapters on data files, all of them in one mixed batch, beside the base and beside chance.
@@ -372,7 +379,7 @@ def evaluate(
     if out is not None:
         view.prepare(out)
 
-    with _loaded(model, backend, device, dtype, **view.engine_options(batch_rows)) as llm:
+    with _loaded(model, backend=backend, device=device, dtype=dtype, base_dtype=base_dtype, **view.engine_options(batch_rows)) as llm:
         with terminal.spinner("Loading the adapters"):
             columns = selection.load(llm, named or selection.wanted_by_default(llm, adapters_dir, with_base=True))
         evaluation = Evaluation(llm, tasks, list(columns), scorer=scorer, max_tokens=max_tokens)
@@ -423,14 +430,14 @@ app.command("serve")(_serve)
 
 
 @contextmanager
-def _loaded(model: str | None, backend: str = "auto", device: str = "auto", dtype: str = "auto", **engine_options: Any) -> "Iterator[LLM]":
-    """An LLM for the length of a command."""
+def _loaded(model: str | None, **options: Any) -> "Iterator[LLM]":
+    """An LLM for the length of a command, with arguments as it has them."""
     with terminal.spinner("Loading torch"):
         from moa_serve.llm import LLM
 
     # A base that must be fetched or converted first draws a bar of its own, so only a folder gets a spinner.
     with terminal.spinner("Loading the base", shown=model is not None and Path(model).is_dir()):
-        llm = LLM(model, backend=backend, device=device, dtype=dtype, **engine_options)
+        llm = LLM(model, **options)
     with llm:
         yield llm
 
@@ -452,10 +459,6 @@ def _read_adapter(name: str, source: "AdapterSource", model: str | None, *, is_t
 def _name_of(folder: Path) -> str:
     """An adapter's name is its folder's, as the user wrote it: a link keeps its own."""
     return Path(os.path.abspath(folder)).name
-
-
-def _dtype_of(llm: "LLM") -> str:
-    return str(llm.dtype).removeprefix("torch.")
 
 
 def _usual_adapters_dir() -> Path | None:

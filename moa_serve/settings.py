@@ -50,6 +50,10 @@ class ServerSettings(BaseSettings):
         "auto", description="auto is bfloat16 on CUDA and on the native backend, else float32."
     )
 
+    base_dtype: Literal["auto", "int8"] = Field(
+        "auto", description="auto keeps the base in dtype; int8 halves its memory and what a step reads (native backend, bfloat16)."
+    )
+
     # -- where, and who may
     host: str = Field("127.0.0.1", min_length=1, description="Address to bind. One that is not loopback needs a key.")
     port: int = Field(8000, ge=0, le=65535, description="Port to bind; 0 takes a free one.")

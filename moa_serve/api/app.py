@@ -61,6 +61,7 @@ async def version(request: Request) -> Response:
             "native": status(),
             "device": str(engine.model.device),
             "dtype": str(engine.model.dtype).removeprefix("torch."),
+            "base_dtype": engine.model.base_dtype,
             "max_model_len": server.max_model_len,
         }
     )

@@ -58,9 +58,16 @@ class EngineLoad:
     name = "engine"
 
     def __init__(
-        self, base: str | None = None, *, adapters_dir: Path | None = None, backend: str = "auto", device: str = "auto", dtype: str = "auto"
+        self,
+        base: str | None = None,
+        *,
+        adapters_dir: Path | None = None,
+        backend: str = "auto",
+        device: str = "auto",
+        dtype: str = "auto",
+        base_dtype: str = "auto",
     ) -> None:
-        loaded, resolved = open_base(base, backend=backend, device=device, dtype=dtype)
+        loaded, resolved = open_base(base, backend=backend, device=device, dtype=dtype, base_dtype=base_dtype)
         tokenizer = Tokenizer.from_folder(loaded.folder) if loaded.folder else None
         if tokenizer is None:
             raise InvalidRequest(f"base {loaded.name!r} has no tokenizer, and prompts are text; take one with tokenizer.json", param="base")
@@ -68,7 +75,7 @@ class EngineLoad:
         self._store = AdapterStore(loaded.config, base_name=loaded.name, base_digest=loaded.digest, adapters_dir=adapters_dir)
         self._known = {loaded.name: _Model(loaded.name)}
         self._asked: list[_Model] = []
-        self.engine = Engine(new_model(resolved, loaded), EngineOptions(), lease=self._lease, base_digest=loaded.digest)
+        self.engine = Engine(new_model(resolved, loaded, base_dtype), EngineOptions(), lease=self._lease, base_digest=loaded.digest)
 
     def close(self) -> None:
         self.engine.close()
@@ -80,8 +87,7 @@ class EngineLoad:
     @property
     def computed(self) -> Computed:
         model = self.engine.model
-        dtype = str(model.dtype).removeprefix("torch.")
-        return Computed(self._base_name, self.engine.backend, str(model.device), dtype, num_threads(model))
+        return Computed(self._base_name, self.engine.backend, str(model.device), model.base_dtype, num_threads(model))
 
     # -- models
 

@@ -19,14 +19,14 @@ from torch import Tensor
 from moa_serve.adapter.adapter import AdapterSource
 from moa_serve.bench.texts import PROMPTS
 from moa_serve.errors import InvalidRequest, MoaError
-from moa_serve.llm import LLM, resolve_backend, resolve_device, resolve_dtype
+from moa_serve.llm import LLM, check_base_dtype, resolve_backend, resolve_device, resolve_dtype
 
 GOAL_TOP1, GOAL_KL = 0.98, 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A way of computing a base, written as `torch:float32`."""
+    """A way of computing a base, written as `torch:float32` or, with its weights in eight bits, as `native:int8`."""
 
     backend: str
     dtype: str
@@ -36,7 +36,9 @@ class Setting:
         """Raises InvalidRequest: it is not written so; `param` is the option that it came from."""
         backend, _, dtype = text.partition(":")
         if not backend or not dtype:
-            raise InvalidRequest(f"--{param} {text!r} must be BACKEND:DTYPE, such as torch:float32 or native:bfloat16", param=param)
+            raise InvalidRequest(
+                f"--{param} {text!r} must be BACKEND:DTYPE, such as torch:float32, native:bfloat16 or native:int8", param=param
+            )
         return cls(backend, dtype)
 
     def __str__(self) -> str:
@@ -44,8 +46,15 @@ class Setting:
 
     def check(self, device: str) -> None:
         """Raises InvalidRequest: it cannot be had here."""
-        found = resolve_device(device)
-        resolve_dtype(self.dtype, found, resolve_backend(self.backend, found))
+        found, options = resolve_device(device), self.options
+        backend = resolve_backend(self.backend, found)
+        check_base_dtype(options["base_dtype"], resolve_dtype(options["dtype"], found, backend), backend)
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Arguments of `LLM`."""
+        dtype, base_dtype = ("bfloat16", "int8") if self.dtype == "int8" else (self.dtype, "auto")
+        return {"backend": self.backend, "dtype": dtype, "base_dtype": base_dtype}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +152,12 @@ def measure(
     names = [None, *sources]
     with TemporaryDirectory(prefix="moa-quality-") as folder:
         files = {name: [Path(folder) / f"{index}-{number}.npy" for number in range(len(prompts))] for index, name in enumerate(names)}
-        with LLM(model, adapters=sources, backend=reference.backend, dtype=reference.dtype, device=device) as llm:
+        with LLM(model, adapters=sources, device=device, **reference.options) as llm:
             base, token_ids = llm.name, _encoded(llm, prompts)
             for name in names:
                 for file, ids in zip(files[name], token_ids, strict=True):
                     _save(file, _log_probs(llm, ids, name, reference))
-        with LLM(model, adapters=sources, backend=other.backend, dtype=other.dtype, device=device) as llm:
+        with LLM(model, adapters=sources, device=device, **other.options) as llm:
             agreements = [Agreement.of(name, _pairs(llm, files[name], token_ids, name, other)) for name in names]
     return Report(base, reference, other, len(prompts), agreements)
 

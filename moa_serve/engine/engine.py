@@ -222,8 +222,7 @@ class Engine:
     def add(self, request: Request) -> Sequence:
         """Queue a request. Raises as `check`."""
         self.check(request)
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        root = kv_root(self._base_digest, dtype, self.backend, request.adapter, {}, "")
+        root = kv_root(self._base_digest, self.model.base_dtype, self.backend, request.adapter, {}, "")
         sequence = Sequence(request, request.given_ids, root, self._eos_token_ids)
         if request.is_collected:
             self.collected[request.request_id] = Collected()

@@ -37,6 +37,11 @@ class Backend(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     @property
+    def base_dtype(self) -> str:
+        """In what the base's matrices stand: "float32", "bfloat16", or "int8", with which bfloat16 is computed."""
+        ...
+
+    @property
     def device(self) -> torch.device: ...
 
     def bytes_per_block(self, block_size: int) -> int:

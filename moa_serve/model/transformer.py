@@ -106,6 +106,10 @@ class Transformer:
         return self.weights.embed.dtype
 
     @property
+    def base_dtype(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def device(self) -> torch.device:
         return self.weights.embed.device
 

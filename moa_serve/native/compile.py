@@ -22,7 +22,7 @@ INSTRUCTION_SETS = {  # in the order of preference
     "amx": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DMOA_BFLOAT16_ONLY"),
     "avx512_bf16": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-DMOA_BFLOAT16_ONLY"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-    "avx2": ("-mavx2", "-mfma"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
 }
 # The uninitialized-variable warnings come from GCC's own AVX-512 headers.
 _FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unused-function",

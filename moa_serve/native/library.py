@@ -11,6 +11,7 @@ from moa_serve.errors import MoaError
 from moa_serve.native.compile import LIBRARY, stamp
 
 BFLOAT16, FLOAT32 = 0, 1
+BASE_PLAIN, BASE_INT8 = 0, 1
 STAGE_ATTENTION, STAGE_OUTPUT, STAGE_FFN, STAGE_DOWN, NUM_STAGES = range(5)
 READS_STAGE, READS_RESIDUAL, READS_POOLED = range(3)
 ROWS_BFLOAT16, ROWS_FLOAT32, ROWS_TILES = range(3)
@@ -91,7 +92,7 @@ class ModelStruct(Structure):
         ("eps", c_float),
         *(
             (name, c_int32)
-            for name in ("dtype", "num_layers", "hidden", "inner", "vocab", "heads", "kv_heads", "head_dim", "embed_is_head")
+            for name in ("dtype", "num_layers", "hidden", "inner", "vocab", "heads", "kv_heads", "head_dim", "embed_is_head", "base_format")
         ),
     ]
 
@@ -136,6 +137,7 @@ _FUNCTIONS = {  # name -> (result, arguments)
     "moa_probe_read": (c_int32, (c_char_p, c_void_p, c_int64, POINTER(c_float))),
     "moa_op_exp": (c_int32, (c_char_p, c_void_p, c_void_p, c_int64)),
     "moa_op_product": (c_int32, (c_char_p, c_int32, c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int64, c_void_p)),
+    "moa_op_int8_product": (c_int32, (c_char_p, c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int64, c_void_p)),
     "moa_op_norm": (c_int32, (c_char_p, c_int32, c_void_p, c_void_p, c_int32, c_int64, c_float, c_void_p)),
     "moa_op_route": (c_int32, (c_char_p, c_void_p, c_int64, c_void_p, c_int32, c_int64, c_void_p, c_void_p)),
     "moa_op_expert": (c_int32, (c_char_p, c_int32, c_void_p, c_int64, c_void_p, c_int32, c_int64, c_void_p, c_int64, c_void_p)),

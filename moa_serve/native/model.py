@@ -5,8 +5,9 @@ engine thread, but for `prepare`, `warm` and `forget`.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,19 +32,20 @@ from moa_serve.native.program import NativeAdapter, compile_adapter
 from moa_serve.native.threads import num_threads
 
 Ints = npt.NDArray[np.int32]
+_Unpack = Callable[[slice, int], Tensor]  # rows (from a whole panel on) and their width -> (n, width)
 
 
 class _PackedBase:
     """All that the library reads of the base. Takes `weights` over layer by layer, so that there is never a second copy of them all."""
 
-    def __init__(self, config: ModelConfig, weights: BaseWeights) -> None:
-        self.dtype = weights.embed.dtype
+    def __init__(self, config: ModelConfig, weights: BaseWeights, *, is_int8: bool) -> None:
+        self.dtype, self._is_int8 = weights.embed.dtype, is_int8
         self._kept: list[Tensor] = []
         self.projections: list[LayerWeights] = []  # what the prompt's keys and values are made with
         layers = (lib.LayerStruct * config.num_layers)()
         tied = weights.head is weights.embed
-        head = self._keep(packing.pack(weights.head, self.dtype))
-        embed = head if tied else self._keep(packing.pad_columns(weights.embed).contiguous())
+        head, _ = self._matrix(weights.head)
+        embed = head if tied else self._keep(packing.pad_columns(weights.embed).contiguous()).data_ptr()
         weights.head = weights.embed = torch.empty(0, dtype=self.dtype)
         for index in range(config.num_layers):
             layers[index] = self._layer(config, weights.layers[index])
@@ -52,8 +54,8 @@ class _PackedBase:
         self.struct = lib.ModelStruct(
             layers=layers,
             norm=self._vector(weights.norm),
-            embed=embed.data_ptr(),
-            head=head.data_ptr(),
+            embed=embed,
+            head=head,
             inverse_frequencies=frequencies.data_ptr(),
             eps=config.rms_norm_eps,
             dtype=lib.BFLOAT16 if self.dtype == torch.bfloat16 else lib.FLOAT32,
@@ -65,20 +67,28 @@ class _PackedBase:
             kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             embed_is_head=tied,
+            base_format=lib.BASE_INT8 if is_int8 else lib.BASE_PLAIN,
         )
 
     def _keep(self, tensor: Tensor) -> Tensor:
         self._kept.append(tensor)
         return tensor
 
+    def _matrix(self, weight: Tensor) -> "tuple[int, _Unpack]":
+        """Where (N, K) stands, packed, and how to have rows of it back."""
+        if self._is_int8:
+            panels = packing.Int8Panels.of(weight)
+            return self._keep(panels.data).data_ptr(), panels.rows
+        packed = self._keep(packing.pack(weight, self.dtype))
+        return packed.data_ptr(), partial(packing.unpack, packed)
+
     def _vector(self, values: Tensor | None) -> int | None:
         return None if values is None else self._keep(packing.vector(values)).data_ptr()
 
     def _layer(self, config: ModelConfig, layer: LayerWeights) -> lib.LayerStruct:
         sizes = [config.q_size, config.kv_size, config.kv_size]
-        fused = packing.pack_sections(list(torch.split(layer.qkv, sizes)), self.dtype)
+        qkv, rows_of_qkv = self._matrix(packing.sections(torch.split(layer.qkv, sizes)))
         bias = None if layer.qkv_bias is None else torch.cat([packing.pad_columns(part) for part in torch.split(layer.qkv_bias, sizes)])
-        gate_up = packing.pack(packing.interleave(*layer.gate_up.chunk(2)), self.dtype)
         gate_up_bias = None if layer.gate_up_bias is None else packing.interleave(*layer.gate_up_bias.chunk(2))
         struct = lib.LayerStruct(
             attention_norm=self._vector(layer.attention_norm),
@@ -89,12 +99,12 @@ class _PackedBase:
             ffn_norm=self._vector(layer.ffn_norm),
             gate_up_bias=self._vector(gate_up_bias),
             down_bias=self._vector(layer.down_bias),
-            qkv=self._keep(fused).data_ptr(),
-            o=self._keep(packing.pack(layer.o, self.dtype)).data_ptr(),
-            gate_up=self._keep(gate_up).data_ptr(),
-            down=self._keep(packing.pack(layer.down, self.dtype)).data_ptr(),
+            qkv=qkv,
+            o=self._matrix(layer.o)[0],
+            gate_up=self._matrix(packing.interleave(*layer.gate_up.chunk(2)))[0],
+            down=self._matrix(layer.down)[0],
         )
-        self.projections.append(_Projection(config, fused, layer.qkv_bias, layer.k_norm))  # type: ignore[arg-type]  # has what is read
+        self.projections.append(_Projection(config, rows_of_qkv, layer.qkv_bias, layer.k_norm))  # type: ignore[arg-type]  # has what is read
         layer.qkv = layer.o = layer.gate_up = layer.down = torch.empty(0, dtype=self.dtype)
         return struct
 
@@ -102,18 +112,15 @@ class _PackedBase:
 class _Projection:
     """A layer's Q, K and V rows unpacked again, for the moment in which a prompt's keys and values are made."""
 
-    def __init__(self, config: ModelConfig, fused: Tensor, bias: Tensor | None, k_norm: Tensor | None) -> None:
-        self._config, self._fused = config, fused
+    def __init__(self, config: ModelConfig, unpack: "_Unpack", bias: Tensor | None, k_norm: Tensor | None) -> None:
+        self._config, self._unpack = config, unpack
         self.qkv_bias, self.k_norm = bias, k_norm
 
     @property
     def qkv(self) -> Tensor:
         sizes = (self._config.q_size, self._config.kv_size, self._config.kv_size)
         starts = np.cumsum([0, *(padded(size) for size in sizes)]).tolist()
-        parts = [
-            packing.unpack(self._fused, slice(start, start + size), self._config.hidden_size)
-            for start, size in zip(starts, sizes, strict=False)
-        ]
+        parts = [self._unpack(slice(start, start + size), self._config.hidden_size) for start, size in zip(starts, sizes, strict=False)]
         return torch.cat(parts)
 
 
@@ -154,8 +161,10 @@ class NativeModel:
         digest: of the base, under which packed adapters are kept on disk; None: they are not.
         instruction_set: one of `library.instruction_sets()`; None for the best.
         threads: None for the physical cores.
+        is_int8: keep the base's matrices in eight bits, with a scale and a minimum for each 32 inputs (src/int8.h); needs bfloat16.
     Raises:
         NativeUnavailable: there is no library, or the processor cannot run it.
+        ModelError: a weight does not fit into eight bits.
     """
 
     name = "native"
@@ -168,16 +177,20 @@ class NativeModel:
         digest: str | None = None,
         instruction_set: str | None = None,
         threads: int | None = None,
+        is_int8: bool = False,
     ) -> None:
+        assert not is_int8 or weights.embed.dtype == torch.bfloat16, "eight bits become bfloat16"
         self._engine: int | None = None
         self._cache: NativeCache | None = None
         self.config, self.dtype, self.device = config, weights.embed.dtype, torch.device("cpu")
         self.instruction_set = instruction_set or lib.instruction_sets()[0]
         self.threads = threads or num_threads()
         self._library = lib.library()
-        self._base = _PackedBase(config, weights)
+        self.base_dtype = "int8" if is_int8 else str(self.dtype).removeprefix("torch.")
+        self._base = _PackedBase(config, weights, is_int8=is_int8)
         self._has_tiles = lib.has_tiles(self.instruction_set, self.dtype)
-        self._packed = PackedAdapters(digest, self.dtype, has_tiles=self._has_tiles)
+        # A prompt's keys and values are made with the base as it is computed.
+        self._packed = PackedAdapters(digest and f"{digest} {self.base_dtype}", self.dtype, has_tiles=self._has_tiles)
 
     # -- what the engine asks
 

@@ -3,12 +3,22 @@
 Tensors in, tensors out; run once when something is loaded.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moa_serve.errors import ModelError
+
 PANEL, LANES, PAGE = 32, 16, 16
 TILE_TOKENS = 16  # kTileTokens of src/step_types.h
+INT8_GROUP, _SCALE_UNITS = 32, 4096  # kInt8Group, 1 / kScaleUnit of src/int8.h
+_BYTES_OFFSET = 32768  # kBytesOffset of src/isa.h
+# Cutting to bfloat16 takes 0 to 2^-7 of a weight, 2^-8.5 in the (geometric) middle: with that added before, it errs about as rounding does.
+_RAISED_BEFORE_CUT = 1 + 2**-8.5
+_INT8_ROWS = 32 * PANEL  # that are packed at a time, so that what is in between stays near
 
 
 def padded(size: int, to: int = PANEL) -> int:
@@ -51,9 +61,63 @@ def unpack(panels: Tensor, rows: slice, columns: int) -> Tensor:
     return part.permute(0, 2, 1, 3).reshape(len(part) * PANEL, -1)[: rows.stop - rows.start, :columns]
 
 
-def pack_sections(weights: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Linears that read the same input one after the other, each padded to whole panels."""
-    return pack(torch.cat([pad_rows(weight) for weight in weights]), dtype)
+@dataclass(frozen=True, slots=True, eq=False)
+class Int8Panels:
+    """A matrix in eight bits (src/int8.h): w = d q + m, with a scale d and a minimum m for each 32 inputs of an output.
+
+    Args:
+        data: (N / 32, K / 32, bytes of a group) uint8: 4096 d and m of 32 outputs in float16; q by pair of inputs, 16 outputs, which of the
+            pair, output.
+    """
+
+    data: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Int8Panels":
+        """
+        Args:
+            weight: (N, K); both are padded with zeros to multiples of 32.
+        Raises:
+            ModelError: a weight is not finite, or too large for a float16.
+        """
+        whole = pad_columns(pad_rows(weight))
+        return cls(torch.cat([_int8_panels(part) for part in torch.split(whole, _INT8_ROWS)]))
+
+    def rows(self, rows: slice, columns: int) -> Tensor:
+        """Some rows (from a whole panel on) as (n, columns) bfloat16: the very numbers that the kernels multiply with."""
+        part = self.data[rows.start // PANEL : padded(rows.stop) // PANEL]
+        panels, groups, _ = part.shape
+        scales, minima = (part[..., at : at + 2 * PANEL].contiguous().view(torch.float16).double() for at in (0, 2 * PANEL))
+        scales /= _SCALE_UNITS
+        # float64 holds an offset byte times a scale exactly, so that there is one rounding, as in the kernels' fused operation.
+        minima = (minima - _BYTES_OFFSET * scales).float().double()
+        q = part[..., 4 * PANEL :].view(panels, groups, INT8_GROUP // 2, 2, 2, LANES).permute(0, 3, 5, 1, 2, 4)
+        q = q.reshape(panels, PANEL, groups, INT8_GROUP).double()  # outputs, groups, inputs
+        by_output = (factor.transpose(1, 2).unsqueeze(-1) for factor in (scales, minima))
+        wide = ((q + _BYTES_OFFSET) * next(by_output) + next(by_output)).float()
+        cut = (wide.view(torch.int32) & -(2**16)).view(torch.float32).bfloat16()
+        return cut.view(panels * PANEL, -1)[: rows.stop - rows.start, :columns]
+
+
+def _int8_panels(weight: Tensor) -> Tensor:
+    """(N, K), whole panels -> as `Int8Panels.data`."""
+    panels = len(weight) // PANEL
+    raised = weight.float() * _RAISED_BEFORE_CUT
+    groups = raised.view(panels, PANEL, -1, INT8_GROUP).transpose(1, 2)  # panels, groups, outputs, inputs
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    minima = low.half()
+    scales = ((high - minima).clamp_(min=0) * (_SCALE_UNITS / 255)).half()
+    if not bool((minima.isfinite() & scales.isfinite()).all()):
+        raise ModelError("a weight of the base is not finite, or too large for eight bits; serve it with base_dtype 'auto'")
+    inverse = torch.where(scales > 0, _SCALE_UNITS / scales.float(), 0)
+    q = (groups - minima).mul_(inverse).round_().clamp_(0, 255).to(torch.uint8)
+    ordered = q.view(panels, -1, 2, LANES, INT8_GROUP // 2, 2).permute(0, 1, 4, 2, 5, 3)
+    return torch.cat([scales.squeeze(-1).view(torch.uint8), minima.squeeze(-1).view(torch.uint8), ordered.flatten(2)], dim=-1)
+
+
+def sections(weights: Sequence[Tensor]) -> Tensor:
+    """Linears that read the same input one below the other, each padded to whole panels."""
+    return torch.cat([pad_rows(weight) for weight in weights])
 
 
 def interleave(gate: Tensor, up: Tensor) -> Tensor:

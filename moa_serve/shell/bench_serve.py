@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from moa_serve.bench.timing import Spread
 
 _ENGINE_PANEL = "The engine without HTTP"
-_OF_ENGINE = ("base", "adapters_dir", "backend", "device", "dtype")
+_OF_ENGINE = ("base", "adapters_dir", "backend", "device", "dtype", "base_dtype")
 
 
 def _engine_option(flag: str, text: str, variable: str | None = None, **more: Any) -> Any:
@@ -86,6 +86,9 @@ def bench_serve(
         str,
         _engine_option("--dtype", "auto (float32 for torch on a CPU, else bfloat16), float32 or bfloat16.", "MOA_DTYPE"),
     ] = "auto",
+    base_dtype: Annotated[
+        str, _engine_option("--base-dtype", "auto (the base's weights are in --dtype) or int8 (native backend only).", "MOA_BASE_DTYPE")
+    ] = "auto",
 ) -> None:
     """Tokens/s, time to the first token and gaps between tokens of OpenAI-compatible servers that run, over HTTP.
 
@@ -99,7 +102,7 @@ def bench_serve(
     if not engine:
         _refuse_options_of_engine(context)
     drawing = None if plot is None else _load_plot(plot)  # what is missing is better told before the work than after it
-    with _opened(engine, base, adapters_dir, backend, device, dtype) as opened:
+    with _opened(engine, base, adapters_dir, backend=backend, device=device, dtype=dtype, base_dtype=base_dtype) as opened:
         report = measure(
             targets,
             Load(prompt_words, max_tokens, requests_per_stream, seed),
@@ -130,10 +133,8 @@ def _refuse_options_of_engine(context: typer.Context) -> None:
 
 
 @contextmanager
-def _opened(
-    has_engine: bool, base: str | None, adapters_dir: Path | None, backend: str, device: str, dtype: str
-) -> "Iterator[EngineLoad | None]":
-    """The engine of --engine for the length of a measurement."""
+def _opened(has_engine: bool, base: str | None, adapters_dir: Path | None, **computed: str) -> "Iterator[EngineLoad | None]":
+    """The engine of --engine for the length of a measurement; `computed` as `EngineLoad` has it."""
     if not has_engine:
         yield None
         return
@@ -145,7 +146,7 @@ def _opened(
         from moa_serve.bench.engine_load import EngineLoad
     # A base that must be fetched or converted first draws a bar of its own, so only a folder gets a spinner.
     with terminal.spinner("Loading the base", shown=base is not None and Path(base).is_dir()):
-        opened = EngineLoad(base, adapters_dir=adapters_dir, backend=backend, device=device, dtype=dtype)
+        opened = EngineLoad(base, adapters_dir=adapters_dir, **computed)
     with closing(opened):
         yield opened
 

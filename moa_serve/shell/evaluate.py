@@ -60,8 +60,7 @@ def engine_options(num_rows: int) -> dict[str, int]:
 
 
 def describe_base(llm: LLM) -> dict[str, Any]:
-    dtype = str(llm.dtype).removeprefix("torch.")
-    return {"name": llm.name, "digest": llm.base_digest, "backend": llm.backend, "device": str(llm.device), "dtype": dtype}
+    return {"name": llm.name, "digest": llm.base_digest, "backend": llm.backend, "device": str(llm.device), "dtype": llm.base_dtype}
 
 
 def play(evaluation: Evaluation, report: Report, *, is_shown: bool, out: Path | None) -> None:

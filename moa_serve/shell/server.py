@@ -54,7 +54,9 @@ def serve(settings: ServerSettings) -> int:
     listener = _bind(settings.host, settings.port)
     try:
         started = time.monotonic()
-        base, backend = open_base(settings.model, backend=settings.backend, device=settings.device, dtype=settings.dtype)
+        base, backend = open_base(
+            settings.model, backend=settings.backend, device=settings.device, dtype=settings.dtype, base_dtype=settings.base_dtype
+        )
         sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
         return asyncio.run(_run(settings, base, backend, listener, started))
     finally:
@@ -86,7 +88,7 @@ def compose(settings: ServerSettings, base: Base, backend: str) -> Server:
         max_model_len=settings.max_model_len,
         adapter_cache_bytes=settings.adapter_cache_bytes,
     )
-    model = new_model(backend, base)
+    model = new_model(backend, base, settings.base_dtype)
     engine = AsyncEngine(lambda lease: Engine(model, options, lease=lease, base_digest=base.digest), max_waiting=settings.max_waiting)
     store = AdapterStore(
         base.config,
@@ -144,6 +146,7 @@ def _facts(server: Server, listener: socket.socket) -> dict[str, object]:
         "native": status(),
         "device": str(engine.model.device),
         "dtype": str(engine.model.dtype).removeprefix("torch."),
+        "base_dtype": engine.model.base_dtype,
         "adapters": len(server.registry.items()),
         "adapters_dir": str(settings.adapters_dir) if settings.adapters_dir else None,
         "context": engine.max_model_len,

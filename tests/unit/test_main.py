@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from families import TINY, write_base, write_family, write_overflowing, write_tokenizer
+from native_tools import SETS
 from typer.testing import CliRunner, Result
 
 from moa_serve.__main__ import app
@@ -83,6 +84,7 @@ def test_version_is_said_in_both_ways(run: Run) -> None:
         ("generate", "hi", "--temperature", "3"),
         ("generate", "hi", "--model", "talker", "--backend", "jax"),
         ("generate", "hi", "--model", "talker", "--dtype", "int4"),
+        ("generate", "hi", "--model", "talker", "--backend", "torch", "--base-dtype", "int8"),
         ("generate", "hi", "--model", "talker", "--adapter", "base", "--no-base"),
         ("generate", "hi", "--model", "talker", "--adapter", "sparse", "--adapter", "adapters/sparse"),
         ("generate", "-", "--file", "-"),
@@ -103,6 +105,13 @@ def test_a_base_that_cannot_be_served_is_exit_2(run: Run, command: tuple[str, ..
     assert result.exit_code == 2
     assert result.stderr.startswith("error: model 'nowhere': there is no such folder")
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(not SETS, reason="the native library is not built")
+def test_a_base_in_eight_bits(run: Run) -> None:
+    result = run("generate", "hi", "--adapter", "base", "--model", "talker", "--device", "cpu", "--base-dtype", "int8", "--json")
+    assert columns(result) == [None]
+    assert "native backend on cpu, int8" in result.stderr
 
 
 def test_settings_come_from_the_environment_and_flags_win(run: Run, tmp_path: Path) -> None:

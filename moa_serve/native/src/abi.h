@@ -9,6 +9,9 @@
 
 enum MoaDtype : int32_t { MOA_BFLOAT16 = 0, MOA_FLOAT32 = 1 };
 
+// How the base's matrices stand: in the model's dtype, or in eight bits with scales (int8.h), which bfloat16 alone computes with.
+enum MoaBaseFormat : int32_t { MOA_BASE_PLAIN = 0, MOA_BASE_INT8 = 1 };
+
 // Where in a decoder layer something is read. The order is that of computation.
 enum MoaStage : int32_t {
   MOA_STAGE_ATTENTION = 0,  // the normed input of Q, K, V
@@ -147,7 +150,8 @@ struct MoaModel {
   float eps;
   int32_t dtype;
   int32_t num_layers, hidden, inner, vocab, heads, kv_heads, head_dim;
-  int32_t embed_is_head;
+  int32_t embed_is_head;  // otherwise `embed` is in the model's dtype
+  int32_t base_format;    // of qkv, o, gate_up, down and head
 };
 
 // One sequence's part in a step.
@@ -212,6 +216,9 @@ MOA_API int32_t moa_probe_read(const char* instruction_set, const float* data, i
 MOA_API int32_t moa_op_exp(const char* instruction_set, const float* x, float* y, int64_t count);
 MOA_API int32_t moa_op_product(const char* instruction_set, int32_t dtype, const void* x, int32_t rows, int64_t size, const void* weights,
                                const float* bias, int64_t out, float* y);
+// y of a base in eight bits; `weights` as `MOA_BASE_INT8` has them.
+MOA_API int32_t moa_op_int8_product(const char* instruction_set, const void* x, int32_t rows, int64_t size, const void* weights,
+                                    const float* bias, int64_t out, float* y);
 MOA_API int32_t moa_op_norm(const char* instruction_set, int32_t dtype, const float* x, const float* weight, int32_t rows, int64_t size,
                             float eps, void* y);
 // Routes `rows` tokens of x (rows, padded size) float32 with the router at `router_at` of a blob; trace (rows, 3 * outputs + 1).

@@ -3,7 +3,7 @@
 // The number of rows of a tile does not change what a row adds up to, and every product of this instruction set goes through here, so rows
 // are as independent of their neighbours as elsewhere.
 #pragma once
-#include "numbers.h"
+#include "int8.h"
 
 namespace {
 
@@ -16,6 +16,11 @@ struct TileShapes {
   uint8_t rows[16] = {};
 
   void set(int tile, int num_rows, int bytes) { row_bytes[tile] = num_rows > 0 ? (uint16_t)bytes : 0, rows[tile] = (uint8_t)num_rows; }
+
+  void use() const {
+    __asm__ volatile("" : : "r"(this) : "memory");  // GCC's intrinsic tells the compiler of the first eight bytes only
+    _tile_loadconfig(this);
+  }
 };
 
 // Tiles 0 to 3 are sums (two blocks of rows x two halves of a panel), 4 and 5 inputs of the two blocks, 6 and 7 weights.
@@ -23,7 +28,7 @@ inline void use_tiles(int first, int second) {
   TileShapes shapes;
   const int counts[8] = {first, first, second, second, first, second, kTile, kTile};
   for (int tile = 0; tile < 8; tile++) shapes.set(tile, counts[tile], 64);
-  _tile_loadconfig(&shapes);
+  shapes.use();
 }
 
 // Tiles 0 to 3 are sums (tokens x rows of A) that take turns, 4 and 5 tokens, 6 and 7 rows of A.
@@ -32,7 +37,7 @@ inline void use_dot_tiles(int tokens, int rows) {
   for (int tile = 0; tile < 4; tile++) shapes.set(tile, tokens, rows * 4);
   for (int tile = 4; tile < 6; tile++) shapes.set(tile, tokens, 64);
   for (int tile = 6; tile < 8; tile++) shapes.set(tile, kTile, rows * 4);
-  _tile_loadconfig(&shapes);
+  shapes.use();
 }
 
 // GCC's tile instructions do not tell the compiler that they read memory.
@@ -40,20 +45,58 @@ inline void memory_is_seen() { __asm__ volatile("" ::: "memory"); }
 
 constexpr int kFetchBytes = 8192;  // ahead in the weights: tile loads alone do not keep memory busy
 
-template <bool kTwoBlocks, bool kIsFirst>
-inline void panel_product(const uint16_t* x, int64_t x_stride, const uint16_t* panel, int64_t size, float* y, int64_t y_stride) {
+// Where the weights of 32 inputs and 32 columns are had from, step by step.
+struct FarSteps {
+  const uint16_t* panel;
+
+  const uint16_t* operator()(int64_t k) const {
+    fetch((const char*)(panel + k * kPanel) + kFetchBytes, kTileInputs * kPanel * 2);
+    return panel + k * kPanel;
+  }
+};
+
+struct NearSteps {
+  const uint16_t* panel;
+
+  const uint16_t* operator()(int64_t k) const { return panel + k * kPanel; }
+};
+
+// Two places take turns: a step is widened while the one before is multiplied.
+struct Int8Steps {
+  const uint8_t* panel;
+  uint16_t* near;  // 64 inputs x 32 columns
+
+  const uint16_t* operator()(int64_t k) const {
+    uint16_t* out = near + (k & kTileInputs) * kPanel;
+    widen_int8(panel + int8_panel_bytes(k), 1, out);
+    memory_is_seen();
+    return out;
+  }
+};
+
+template <bool kTwoBlocks, class Steps>
+inline void panel_product(const uint16_t* x, int64_t x_stride, Steps steps, int64_t size, float* y, int64_t y_stride, bool goes_on) {
   const int64_t x_bytes = x_stride * 2, y_bytes = y_stride * 4;
   constexpr int kWeightBytes = kPanel * 2 * 2;  // a pair of inputs for 32 columns
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (kTwoBlocks) {
-    _tile_zero(2);
-    _tile_zero(3);
+  if (goes_on) {
+    _tile_loadd(0, y, y_bytes);
+    _tile_loadd(1, y + kTile, y_bytes);
+    if constexpr (kTwoBlocks) {
+      _tile_loadd(2, y + kTile * y_stride, y_bytes);
+      _tile_loadd(3, y + kTile * y_stride + kTile, y_bytes);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kTwoBlocks) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
   }
   for (int64_t k = 0; k < size; k += kTileInputs) {
-    if constexpr (kIsFirst) fetch((const char*)(panel + k * kPanel) + kFetchBytes, kTileInputs * kPanel * 2);
-    _tile_loadd(6, panel + k * kPanel, kWeightBytes);
-    _tile_loadd(7, panel + k * kPanel + kTile * 2, kWeightBytes);
+    const uint16_t* weights = steps(k);
+    _tile_loadd(6, weights, kWeightBytes);
+    _tile_loadd(7, weights + kTile * 2, kWeightBytes);
     _tile_loadd(4, x + k, x_bytes);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
@@ -71,38 +114,56 @@ inline void panel_product(const uint16_t* x, int64_t x_stride, const uint16_t* p
   }
 }
 
-// Panels [first, last) for all rows. Loads tile shapes and leaves them: `Step::run` releases them.
-inline void tile_panels(const uint16_t* x, int64_t x_stride, int rows, const uint16_t* weights, int64_t size, int64_t first, int64_t last,
-                        float* y, int64_t y_stride) {
-  const int whole = rows / (2 * kTile) * (2 * kTile), rest = rows - whole;
-  const int low = rest < kTile ? rest : kTile, high = rest - low;
-  memory_is_seen();
-  if (whole == 0 && rest > 0) use_tiles(low, high);
-  if (whole > 0 && rest == 0) use_tiles(kTile, kTile);
-  for (int64_t panel = first; panel < last; panel++) {
-    const uint16_t* own = weights + panel * kPanel * size;
-    float* out = y + panel * kPanel;
-    if (whole > 0 && rest > 0) use_tiles(kTile, kTile);
-    for (int row = 0; row < whole; row += 2 * kTile) {
-      if (row == 0)
-        panel_product<true, true>(x, x_stride, own, size, out, y_stride);
-      else
-        panel_product<true, false>(x + row * x_stride, x_stride, own, size, out + row * y_stride, y_stride);
-    }
-    if (rest == 0) continue;
-    if (whole > 0) use_tiles(low, high);
-    const uint16_t* last = x + whole * x_stride;
-    if (high > 0 && whole > 0)
-      panel_product<true, false>(last, x_stride, own, size, out + whole * y_stride, y_stride);
-    else if (high > 0)
-      panel_product<true, true>(last, x_stride, own, size, out + whole * y_stride, y_stride);
-    else if (whole > 0)
-      panel_product<false, false>(last, x_stride, own, size, out + whole * y_stride, y_stride);
+// How rows fall into blocks of two tiles, and the shapes for them. Loads tile shapes and leaves them: `Step::run` releases them.
+struct TileRows {
+  int whole, low, high;  // rows in full blocks, and of the last one in its two tiles
+
+  explicit TileRows(int rows) : whole(rows / (2 * kTile) * (2 * kTile)) {
+    const int rest = rows - whole;
+    low = rest < kTile ? rest : kTile, high = rest - low;
+    if (whole > 0)
+      use_tiles(kTile, kTile);
     else
-      panel_product<false, true>(last, x_stride, own, size, out + whole * y_stride, y_stride);
+      use_tiles(low, high);
   }
-  memory_is_seen();
-}
+
+  // One panel for all rows.
+  template <class Steps>
+  void product(const uint16_t* x, int64_t x_stride, Steps steps, int64_t size, float* y, int64_t y_stride, bool goes_on = false) const {
+    const NearSteps again = {steps.panel};
+    if (whole == 0) {
+      if (high > 0) return panel_product<true>(x, x_stride, steps, size, y, y_stride, goes_on);
+      return panel_product<false>(x, x_stride, steps, size, y, y_stride, goes_on);
+    }
+    panel_product<true>(x, x_stride, steps, size, y, y_stride, goes_on);
+    for (int row = 2 * kTile; row < whole; row += 2 * kTile)
+      panel_product<true>(x + row * x_stride, x_stride, again, size, y + row * y_stride, y_stride, goes_on);
+    if (low == 0) return;
+    use_tiles(low, high);
+    if (high > 0)
+      panel_product<true>(x + whole * x_stride, x_stride, again, size, y + whole * y_stride, y_stride, goes_on);
+    else
+      panel_product<false>(x + whole * x_stride, x_stride, again, size, y + whole * y_stride, y_stride, goes_on);
+    use_tiles(kTile, kTile);
+  }
+
+  void plain_product(const uint16_t* x, int64_t x_stride, const uint16_t* panel, int64_t size, float* y, int64_t y_stride) const {
+    product(x, x_stride, FarSteps{panel}, size, y, y_stride);
+  }
+
+  void int8_product(const uint16_t* x, int64_t x_stride, const uint8_t* panel, int64_t size, float* y, int64_t y_stride) const {
+    alignas(64) uint16_t near[kNearInputs * kPanel];
+    if (whole == 0) {
+      const Int8Steps steps = {panel, near};
+      if (high > 0) return panel_product<true>(x, x_stride, steps, size, y, y_stride, false);
+      return panel_product<false>(x, x_stride, steps, size, y, y_stride, false);
+    }
+    for_near_parts(panel, size, near, [&](int64_t k, int64_t inputs) {
+      memory_is_seen();
+      product(x + k, x_stride, NearSteps{near}, inputs, y, y_stride, k > 0);
+    });
+  }
+};
 
 // out (tokens, stride)[token][row] = a[row] . x[token]; x (tokens, size), `a` in tiles. A row of `out` has room up to the next 16.
 inline void tile_dots(int tokens, const uint16_t* x, const uint16_t* a, int64_t size, int rows, float* out, int64_t stride) {
@@ -164,7 +225,7 @@ inline void tile_expand(int tokens, const uint16_t* c, int64_t c_stride, const u
     shapes.set(4, tokens, inputs * 2);
     shapes.set(5, inputs / 2, 64);
     shapes.set(6, inputs / 2, 64);
-    _tile_loadconfig(&shapes);
+    shapes.use();
     _tile_loadd(4, c + first, c_stride * 2);
     const auto weights = [&](int panel) { return b + (int64_t)panel * kPanel * rank + first * kPanel; };
     const auto place = [&](int panel) { return y + (int64_t)panel * step * kPanel; };

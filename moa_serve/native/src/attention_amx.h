@@ -20,7 +20,7 @@ struct KeyTiles {
     shapes.set(4, rows, 64);
     shapes.set(6, kTile, 64);
     if (tail > 0) shapes.set(5, rows, tail * 2), shapes.set(7, tail / 2, 64);
-    _tile_loadconfig(&shapes);
+    shapes.use();
   }
 
   void scores(const uint16_t* q, int64_t q_stride, const uint16_t* keys, float* out) const {
@@ -46,7 +46,7 @@ inline void use_value_tiles(int rows) {
   shapes.set(4, rows, kPage * 2);
   shapes.set(5, kPage / 2, 64);
   shapes.set(6, kPage / 2, 64);
-  _tile_loadconfig(&shapes);
+  shapes.use();
 }
 
 inline void add_page(int blocks, const float* shares, const uint16_t* values, int64_t value_bytes) {

@@ -12,6 +12,8 @@
 
 namespace {
 
+constexpr float kBytesOffset = 32768.0f;  // of bytes that are loaded as floats
+
 #if defined(__AVX512F__)
 
 struct F16 { __m512 v; };
@@ -50,6 +52,20 @@ inline float f_largest(F16 a) { return _mm512_reduce_max_ps(a.v); }
 
 inline F16 f_load_bfloat16(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
+}
+inline F16 f_load_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+// 16 bytes + kBytesOffset. A byte becomes bits 8 to 15 of 2^15, whose unit is 2^-8: one shuffle and no conversion.
+inline F16 f_load_bytes(const uint8_t* p) {
+  const __m512i spread = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+  const __m512i places = _mm512_setr_epi32(0 << 8, 1 << 8, 2 << 8, 3 << 8, 4 << 8, 5 << 8, 6 << 8, 7 << 8, 8 << 8, 9 << 8, 10 << 8, 11 << 8,
+                                           12 << 8, 13 << 8, 14 << 8, 15 << 8);
+  const __m512i offset = _mm512_castps_si512(_mm512_set1_ps(kBytesOffset));
+  return {_mm512_castsi512_ps(_mm512_mask_shuffle_epi8(offset, 0x2222222222222222ull, spread, places))};
+}
+// Lane by lane the upper halves of both, which are bfloat16, rounded to zero.
+inline void f_store_cut(uint16_t* p, F16 first, F16 second) {
+  const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(first.v), 16);
+  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaau, low, _mm512_castps_si512(second.v)));
 }
 inline Pairs pairs_load(const uint16_t* p) { return {_mm512_loadu_si512(p)}; }
 inline Pairs pairs_set(uint32_t pair) { return {_mm512_set1_epi32((int)pair)}; }
@@ -127,6 +143,20 @@ inline float f_largest(F16 x) {
 inline __m256 m256_from_bfloat16(__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
 inline F16 f_load_bfloat16(const uint16_t* p) {
   return {m256_from_bfloat16(_mm_loadu_si128((const __m128i*)p)), m256_from_bfloat16(_mm_loadu_si128((const __m128i*)(p + 8)))};
+}
+inline F16 f_load_half(const uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+}
+inline __m256 m256_from_bytes(const uint8_t* p) {
+  return _mm256_add_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))), _mm256_set1_ps(kBytesOffset));
+}
+inline F16 f_load_bytes(const uint8_t* p) { return {m256_from_bytes(p), m256_from_bytes(p + 8)}; }  // + kBytesOffset
+inline __m256i m256_cut(__m256 first, __m256 second) {
+  return _mm256_blend_epi16(_mm256_srli_epi32(_mm256_castps_si256(first), 16), _mm256_castps_si256(second), 0xaa);
+}
+inline void f_store_cut(uint16_t* p, F16 x, F16 y) {
+  _mm256_storeu_si256((__m256i*)p, m256_cut(x.a, y.a));
+  _mm256_storeu_si256((__m256i*)(p + kLanes), m256_cut(x.b, y.b));
 }
 inline Pairs pairs_load(const uint16_t* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 16))}; }
 inline Pairs pairs_set(uint32_t pair) { return {_mm256_set1_epi32((int)pair), _mm256_set1_epi32((int)pair)}; }

@@ -32,6 +32,11 @@ void product(const void* x, int32_t rows, int64_t size, const void* weights, con
   end_products();
 }
 
+void int8_product(const void* x, int32_t rows, int64_t size, const void* weights, const float* bias, int64_t out, float* y) {
+  gemm_int8((const uint16_t*)x, size, rows, (const uint8_t*)weights, size, bias, 0, out / kPanel, y, out);
+  end_products();
+}
+
 template <class N>
 void norm(const float* x, const float* weight, int32_t rows, int64_t size, float eps, void* y) {
   const int64_t width = padded(size);
@@ -95,5 +100,5 @@ void expert(const uint8_t* blob, int64_t expert_at, const void* x, int32_t rows,
 
 extern const MoaKernels MOA_TABLE;
 const MoaKernels MOA_TABLE = {
-    MOA_BY_DTYPE(run_step), read_all, exp_all, MOA_BY_DTYPE(product), MOA_BY_DTYPE(norm), route, MOA_BY_DTYPE(expert),
+    MOA_BY_DTYPE(run_step), read_all, exp_all, MOA_BY_DTYPE(product), int8_product, MOA_BY_DTYPE(norm), route, MOA_BY_DTYPE(expert),
 };

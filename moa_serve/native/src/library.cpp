@@ -37,10 +37,17 @@ bool may_use_amx() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
+// Conversion of 16-bit floats, which every processor with AVX2 has; GCC 10 cannot be asked for it by name.
+bool has_half_floats() {
+  constexpr unsigned kF16c = 1u << 29;
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & kF16c) != 0;
+}
+
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = [] {
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_half_floats();
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
     const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
@@ -209,7 +216,7 @@ int32_t moa_struct_sizes(int64_t* sizes, int32_t capacity) {
 
 MoaEngine* moa_engine_new(const MoaModel* model, const char* instruction_set, int32_t num_threads, void* keys, void* values, int64_t num_pages) {
   const MoaKernels* kernels = kernels_of(instruction_set, model->dtype);
-  if (kernels == nullptr || num_threads < 1) return nullptr;
+  if (kernels == nullptr || num_threads < 1 || (model->base_format == MOA_BASE_INT8 && model->dtype != MOA_BFLOAT16)) return nullptr;
   try {
     MoaEngine* engine = new MoaEngine{*model, {model->layers, model->layers + model->num_layers}, kernels, team_new(num_threads),
                                       {keys, values, num_pages}, Threads(num_threads), {}, {}};
@@ -270,6 +277,14 @@ int32_t moa_op_product(const char* instruction_set, int32_t dtype, const void* x
   const MoaKernels* kernels = kernels_of(instruction_set, dtype);
   if (kernels == nullptr) return -1;
   kernels->product[dtype](x, rows, size, weights, bias, out, y);
+  return 0;
+}
+
+int32_t moa_op_int8_product(const char* instruction_set, const void* x, int32_t rows, int64_t size, const void* weights, const float* bias,
+                            int64_t out, float* y) {
+  const MoaKernels* kernels = kernels_of(instruction_set);
+  if (kernels == nullptr) return -1;
+  kernels->int8_product(x, rows, size, weights, bias, out, y);
   return 0;
 }
 

@@ -86,7 +86,9 @@ struct Step {
       float* x = at.x + row * hidden;
       const int64_t id = batch.token_ids[row];
       const Element* table = (const Element*)model.embed;
-      if (model.embed_is_head) {
+      if (model.embed_is_head && is_int8()) {
+        int8_row((const uint8_t*)table + id / kPanel * int8_panel_bytes(hidden), id % kPanel, hidden, x);
+      } else if (model.embed_is_head) {
         const Element* panel = table + id / kPanel * kPanel * hidden + id % kPanel * N::kPerLane;
         for (int64_t k = 0; k < hidden; k++) x[k] = widen(panel[k / N::kPerLane * kPanel * N::kPerLane + k % N::kPerLane]);
       } else {
@@ -136,7 +138,7 @@ struct Step {
     meet();
     const int64_t width = padded(model.vocab);
     const Share columns = share_of(width / kPanel, thread, threads);
-    gemm<N>(rows, hidden, batch.num_logits, (const Element*)model.head, hidden, nullptr, columns.begin, columns.end, batch.logits, width);
+    base_product(rows, batch.num_logits, model.head, hidden, nullptr, columns, batch.logits, width);
     count(MOA_PART_HEAD);
   }
 
@@ -145,12 +147,22 @@ struct Step {
       rms_norm<N>(at.x + row * hidden, weight, model.hidden, model.eps, (Element*)at.normed + row * hidden);
   }
 
+  bool is_int8() const { return model.base_format == MOA_BASE_INT8; }
+
+  // out (rows, width) = x (rows, size) W^T + bias, in this thread's columns, with W of the base.
+  void base_product(const Element* x, int rows, const void* weights, int64_t size, const float* bias, Share columns, float* out, int64_t width) {
+    if constexpr (N::kPerLane == 2) {
+      if (is_int8()) return gemm_int8(x, size, rows, (const uint8_t*)weights, size, bias, columns.begin, columns.end, out, width);
+    }
+    gemm<N>(x, size, rows, (const Element*)weights, size, bias, columns.begin, columns.end, out, width);
+  }
+
   // A stage's base product and what its experts add, in this thread's columns.
   void adapted_product(int index, int stage, const void* weights, const float* bias, Share columns, float* out, int64_t width) {
     route(index, stage);
     int64_t size;
     const Element* x = stage_input(stage, size);
-    gemm<N>(x, size, tokens, (const Element*)weights, size, bias, columns.begin, columns.end, out, width);
+    base_product(x, tokens, weights, size, bias, columns, out, width);
     count(MOA_PART_BASE);
     shrink(index, stage);
     expand(index, stage, columns);

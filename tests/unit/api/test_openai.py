@@ -554,6 +554,7 @@ def test_health_follows_the_engine_and_the_drain(start: Callable[..., Serving]) 
 def test_the_version_says_what_computes(serving: Serving) -> None:
     answer = serving.get("/version").json()
     assert (answer["version"], answer["base"], answer["backend"], answer["dtype"]) == ("0.0.0", "tiny", "torch", "float32")
+    assert answer["base_dtype"] == "float32"
 
 
 def test_metrics_can_be_scraped(serving: Serving) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"base": write_base(root / "base")} | {family: write_family(root / family, family) for family in FAMILIES}
 
 
-def made(folders: dict[str, Path], backend: str, dtype: str = "float32", **options: int) -> LLM:
+def made(folders: dict[str, Path], backend: str, dtype: str = "float32", **options: Any) -> LLM:
     adapters = {family: folders[family] for family in FAMILIES}
     return LLM(folders["base"], adapters=adapters, backend=backend, device="cpu", dtype=dtype, **{"kv_cache_bytes": KV} | options)
 
@@ -40,9 +41,10 @@ def torch_llm(folders: dict[str, Path]) -> Iterator[LLM]:
         yield llm
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8"])
 def llm(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Iterator[LLM]:
-    with made(folders, "native", request.param) as found:
+    dtype, base_dtype = ("bfloat16", "int8") if request.param == "int8" else (request.param, "auto")
+    with made(folders, "native", dtype, base_dtype=base_dtype) as found:
         yield found
 
 

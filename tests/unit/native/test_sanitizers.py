@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,29 +18,29 @@ from moa_serve.native.library import has_tiles
 from moa_serve.native.model import NativeModel
 
 pytestmark = pytest.mark.skipif(not SETS or shutil.which("g++") is None, reason="the native library is not built")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DRIVER = Path(__file__).parents[2] / "native_replay" / "replay.cpp"
 
 
-CASES = [  # what is recorded with, and whatever reads the same layout
-    (dtype, [name for name in SETS if has_tiles(name, DTYPES[dtype]) is tiled]) for dtype in DTYPES for tiled in (True, False)
-]
-CASES = [(dtype, names) for dtype, names in CASES if names]
+TILED, OTHERS = ([name for name in SETS if has_tiles(name, torch.bfloat16) is tiled] for tiled in (True, False))
+CASES = [  # dtype, the base's, what is recorded with and whatever reads the same layout
+    ("float32", "auto", SETS), ("bfloat16", "auto", TILED), ("bfloat16", "int8", TILED), ("bfloat16", "int8", OTHERS),
+]  # fmt: skip
+CASES = [case for case in CASES if case[2]]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=[f"{dtype}-{names[0]}" for dtype, names in CASES])
+@pytest.fixture(scope="module", params=CASES, ids=[f"{dtype}-{base_dtype}-{names[0]}" for dtype, base_dtype, names in CASES])
 def recording(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A prefill in chunks and some decode steps with every family in one batch, and choices of one prompt."""
-    dtype, names = request.param
+    dtype, base_dtype, names = request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lib, "instruction_sets", lambda: names)
-        return record(tmp_path_factory, dtype), names
+        return record(tmp_path_factory, dtype, base_dtype), names
 
 
-def record(tmp_path_factory: pytest.TempPathFactory, dtype: str) -> Path:
+def record(tmp_path_factory: pytest.TempPathFactory, dtype: str, base_dtype: str) -> Path:
     root = tmp_path_factory.mktemp("recording")
     adapters = {family: write_family(root / family, family) for family in FAMILIES}
-    options = {"kv_cache_bytes": 2**21, "max_batch_tokens": 64, "num_slots": len(FAMILIES)}
+    options: dict[str, Any] = {"kv_cache_bytes": 2**21, "max_batch_tokens": 64, "num_slots": len(FAMILIES), "base_dtype": base_dtype}
     with LLM(write_base(root / "base"), adapters=adapters, backend="native", dtype=dtype, device="cpu", **options) as llm:
         model = llm._engine.model
         assert isinstance(model, NativeModel)
