@@ -39,10 +39,11 @@ class _PackedBase:
     def __init__(self, config: ModelConfig, weights: BaseWeights) -> None:
         self.dtype = weights.embed.dtype
         self._kept: list[Tensor] = []
+        self._memory = packing.HugePages()
         self.projections: list[LayerWeights] = []  # what the prompt's keys and values are made with
         layers = (lib.LayerStruct * config.num_layers)()
         tied = weights.head is weights.embed
-        head = self._keep(packing.pack(weights.head, self.dtype))
+        head = self._pack(weights.head)
         embed = head if tied else self._keep(packing.pad_columns(weights.embed).contiguous())
         weights.head = weights.embed = torch.empty(0, dtype=self.dtype)
         for index in range(config.num_layers):
@@ -71,14 +72,18 @@ class _PackedBase:
         self._kept.append(tensor)
         return tensor
 
+    def _pack(self, weight: Tensor) -> Tensor:
+        return self._keep(packing.pack(weight, self.dtype, memory=self._memory))
+
     def _vector(self, values: Tensor | None) -> int | None:
         return None if values is None else self._keep(packing.vector(values)).data_ptr()
 
     def _layer(self, config: ModelConfig, layer: LayerWeights) -> lib.LayerStruct:
         sizes = [config.q_size, config.kv_size, config.kv_size]
-        fused = packing.pack_sections(list(torch.split(layer.qkv, sizes)), self.dtype)
+        fused = self._keep(packing.pack_sections(list(torch.split(layer.qkv, sizes)), self.dtype, memory=self._memory))
         bias = None if layer.qkv_bias is None else torch.cat([packing.pad_columns(part) for part in torch.split(layer.qkv_bias, sizes)])
-        gate_up = packing.pack(packing.interleave(*layer.gate_up.chunk(2)), self.dtype)
+        gate, up = layer.gate_up.chunk(2)
+        gate_up = self._keep(packing.pack_pair(gate, up, self.dtype, memory=self._memory))
         gate_up_bias = None if layer.gate_up_bias is None else packing.interleave(*layer.gate_up_bias.chunk(2))
         struct = lib.LayerStruct(
             attention_norm=self._vector(layer.attention_norm),
@@ -89,10 +94,10 @@ class _PackedBase:
             ffn_norm=self._vector(layer.ffn_norm),
             gate_up_bias=self._vector(gate_up_bias),
             down_bias=self._vector(layer.down_bias),
-            qkv=self._keep(fused).data_ptr(),
-            o=self._keep(packing.pack(layer.o, self.dtype)).data_ptr(),
-            gate_up=self._keep(gate_up).data_ptr(),
-            down=self._keep(packing.pack(layer.down, self.dtype)).data_ptr(),
+            qkv=fused.data_ptr(),
+            o=self._pack(layer.o).data_ptr(),
+            gate_up=gate_up.data_ptr(),
+            down=self._pack(layer.down).data_ptr(),
         )
         self.projections.append(_Projection(config, fused, layer.qkv_bias, layer.k_norm))  # type: ignore[arg-type]  # has what is read
         layer.qkv = layer.o = layer.gate_up = layer.down = torch.empty(0, dtype=self.dtype)
