@@ -94,7 +94,7 @@ def read_config(folder: Path) -> ModelConfig:
 def _locate(model: str | Path | None, console: Console) -> tuple[Path, str]:
     """The folder that holds the model, made or fetched where it must be, and the name under which it is served."""
     if model is None:
-        from moa_serve.model.default_base import NAME, default_base_folder  # here: rarely needed, and it brings the gguf package
+        from moa_serve.model.default_base import NAME, default_base_folder  # here: not every base is this one
 
         return default_base_folder(console), NAME
     path = Path(model).expanduser()
