@@ -13,6 +13,7 @@ from families import FAMILIES, TINY, random_adapter, write_base, write_family, w
 from native_tools import SETS, a_tensor, overflow
 
 from moa_serve import LLM, AdapterSource, SamplingParams
+from moa_serve.adapter.adapter import Adapter
 from moa_serve.adapter.checkpoint import write_adapter
 from moa_serve.errors import (
     AdapterError,
@@ -26,6 +27,7 @@ from moa_serve.errors import (
     InvalidRequest,
     MoaError,
 )
+from moa_serve.model.backend import PreparedAdapter
 from moa_serve.model.transformer import Transformer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -165,6 +167,26 @@ def test_unloading_frees_the_tensors(llm: LLM, tmp_path: Path) -> None:
     assert [reference() for reference in alive] == [None] * len(alive)
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=pytest.mark.skipif(not SETS, reason="it is not built"))])
+def test_an_adapter_is_laid_out_once(base: Path, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its self-test has put it into a slot already."""
+    prepared = []
+    with LLM(base, backend=backend, device="cpu", kv_cache_bytes=2**21) as llm:
+        prepare = llm._engine.model.prepare
+
+        def counted(adapter: Adapter) -> PreparedAdapter:
+            prepared.append(adapter.revision)
+            return prepare(adapter)
+
+        monkeypatch.setattr(llm._engine.model, "prepare", counted)
+        loaded = llm.load_adapter("a", write_family(tmp_path / "a", "soft"))
+        tokens(llm, "a")
+        assert prepared == [loaded.revision]
+        with pytest.raises(AdapterError):
+            llm.load_adapter("not a name", write_family(tmp_path / "b", "soft", 2))
+        assert set(llm._engine.slot_table.revisions) == {None, loaded.revision}
+
+
 def test_more_adapters_than_slots_and_than_memory(base: Path, tmp_path: Path) -> None:
     """They queue for slots, and leave and enter host memory, and nothing of that shows in the tokens."""
     folders = {family: write_family(tmp_path / family, family) for family in FAMILIES}
@@ -217,7 +239,7 @@ def test_an_adapter_that_cannot_be_read_again_fails_alone(base: Path, tmp_path: 
     with LLM(base, adapters=folders, device="cpu", kv_cache_bytes=2**21) as roomy:
         expected = {name: tokens(roomy, name) for name in (*folders, None)}
         size = max(roomy._store.cache.num_bytes, 1)
-    with LLM(base, adapters=folders, device="cpu", kv_cache_bytes=2**21, adapter_cache_bytes=size - 1) as llm:
+    with LLM(base, adapters=folders, device="cpu", kv_cache_bytes=2**21, num_slots=1, adapter_cache_bytes=size - 1) as llm:
         gone = next(name for name in folders if llm._store.get(name).revision not in llm._store.cache)
         (folders[gone] / "adapter.json").unlink()
         kept = next(name for name in folders if name != gone)
