@@ -16,10 +16,11 @@ from torch import Tensor
 
 from moa_serve.adapter.adapter import Adapter
 from moa_serve.config import ModelConfig
-from moa_serve.errors import EngineError, InvalidRequest
+from moa_serve.errors import EngineError, InvalidRequest, ModelUnsupported
 from moa_serve.model.attention import CachedSpan
 from moa_serve.model.batch import ForwardBatch, RoutingTrace, Segment
 from moa_serve.model.build import build
+from moa_serve.model.memory import available_bytes
 from moa_serve.model.moa import Routed
 from moa_serve.model.ops import inverse_frequencies
 from moa_serve.model.weights import BaseWeights, LayerWeights
@@ -67,6 +68,10 @@ class _PackedBase:
             head_dim=config.head_dim,
             embed_is_head=tied,
         )
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._kept)
 
     def _keep(self, tensor: Tensor) -> Tensor:
         self._kept.append(tensor)
@@ -160,7 +165,7 @@ class NativeModel:
         instruction_set: one of `library.instruction_sets()`; None for the best.
         threads: None for the physical cores.
     Raises:
-        NativeUnavailable: there is no library, or the processor cannot run it.
+        NativeUnavailable: there is no library, or the processor cannot run it. ModelUnsupported: memory is short.
     """
 
     name = "native"
@@ -180,6 +185,7 @@ class NativeModel:
         self.instruction_set = instruction_set or lib.instruction_sets()[0]
         self.threads = threads or num_threads()
         self._library = lib.library()
+        _check_room(weights)
         self._base = _PackedBase(config, weights)
         self._has_tiles = lib.has_tiles(self.instruction_set, self.dtype)
         self._packed = PackedAdapters(digest, self.dtype, has_tiles=self._has_tiles)
@@ -191,6 +197,21 @@ class NativeModel:
         keys, values = ctypes.c_int64(), ctypes.c_int64()
         self._library.moa_page_bytes(self._base.struct, keys, values)
         return keys.value, values.value
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._base.num_bytes
+
+    def step_bytes(self, num_tokens: int, context: int) -> int:
+        """What `MoaEngine::reserve` of library.cpp takes, and the logits."""
+        c, element = self.config, self.dtype.itemsize
+        hidden, inner, query, key = (padded(size) for size in (c.hidden_size, c.intermediate_size, c.q_size, c.kv_size))
+        head, vocab = padded(c.head_dim, packing.LANES), padded(c.vocab_size)
+        floats = 2 * hidden + query + 2 * key + c.num_heads * head + 2 * inner + c.head_dim + vocab
+        token = 4 * floats + element * (2 * hidden + query + inner) + 4 * (2 + self.threads)
+        queries, longest = c.num_heads // c.num_kv_heads * head, padded(context, PAGE)
+        scratch = max(queries + 4 * longest, 32 * head + 16 * longest, 4 * max(hidden, inner, query), num_tokens)
+        return num_tokens * token + self.threads * 4 * scratch
 
     def bytes_per_block(self, block_size: int) -> int:
         if block_size != PAGE:
@@ -279,6 +300,17 @@ class NativeModel:
             for number, view in enumerate(views):
                 view.fill(number, batch.trace)
         return logits[:, : self.config.vocab_size]
+
+
+def _check_room(weights: BaseWeights) -> None:
+    """Raises ModelUnsupported: there is no room for the largest tensor beside the weights, which packing takes for a moment."""
+    needed, free = weights.head.nbytes, available_bytes(torch.device("cpu"))
+    if needed > free:
+        raise ModelUnsupported(
+            f"packing the base takes {needed} bytes for a moment beside its {weights.num_bytes} bytes of weights, but {free} are free; "
+            f"free some, or choose a smaller base",
+            param="model",
+        )
 
 
 class _SegmentView:
