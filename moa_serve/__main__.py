@@ -5,6 +5,7 @@ Whatever loads torch is imported inside the commands, so that `--help` and mista
 """
 
 import dataclasses
+import gc
 import inspect
 import json
 import os
@@ -404,6 +405,7 @@ def _serve(*, config: Path | None, **flags: Any) -> None:
     counts before the variable, and that before the file. Stops after SIGTERM, when running requests have ended: exit 0.
     """
     settings = load_settings(flags, config)
+    gc.disable()  # until it is ready: what is imported and loaded stays, and to look through it again and again takes a tenth of the start
     with terminal.spinner("Loading torch"):
         from moa_serve.shell.server import serve
     raise typer.Exit(serve(settings))

@@ -273,8 +273,13 @@ class LLM:
         self._check_open()
         source = _source(name, source)
         adapter = self._store.read(name, source)
-        adapter = self._self_test(name, adapter)
-        self._store.publish(name, source, adapter)
+        try:
+            adapter = self._self_test(name, adapter)
+            self._store.publish(name, source, adapter)
+        except BaseException:
+            if adapter.revision not in self._revisions():
+                self._engine.drop(adapter.revision)
+            raise
         self._manifests[name] = adapter.manifest
         self._engine.pardon(adapter.revision)
         return adapter
@@ -297,7 +302,7 @@ class LLM:
         return self._store.names()
 
     def routing_totals(self, adapter: str) -> RoutingTotals | None:
-        """What the adapter's routers decided since it was loaded, its self-test included; None before its first token."""
+        """What the adapter's routers decided since it was loaded; None before its first token."""
         self._check_open()
         revision, _ = self._resolve(adapter)
         return None if revision is None else self._engine.routing_totals(revision)
@@ -324,7 +329,7 @@ class LLM:
         finally:
             del self._on_trial[adapter.revision]
             if adapter.revision not in self._revisions():
-                self._engine.drop(adapter.revision)
+                self._engine.forget_routing(adapter.revision)
         assert base is not None
         assert logits is not None
         return judge(name, adapter, base, logits, routing)

@@ -478,8 +478,12 @@ class AdapterRegistry:
         try:
             async with self._loads:
                 adapter = await asyncio.to_thread(self._read, known.name, source)
-                adapter = await self._tried(known.name, adapter, room_seconds)
-                settle(adapter)
+                try:
+                    adapter = await self._tried(known.name, adapter, room_seconds)
+                    settle(adapter)
+                except BaseException:
+                    self._retire(adapter.revision)
+                    raise
             result, revision = "ok", adapter.revision
             return adapter
         except MoaError as error:

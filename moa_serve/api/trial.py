@@ -31,19 +31,15 @@ class AdapterTrial:
         Args:
             room_seconds: how long to wait for a place while the engine is full.
         Raises:
-            AdapterNotFinite, AdapterIneffective: it must not be served; the engine has forgotten it.
+            AdapterNotFinite, AdapterIneffective: it must not be served.
             Overloaded: the engine stayed full. EngineError: it failed, or stops.
         """
         prompt = trial_prompt(self._engine.engine.model.config.vocab_size, self._engine.engine.max_model_len)
         if self._base_logits is None:
             self._base_logits, _ = await self._score(prompt, None, room_seconds)
-        try:
-            logits, routing = await self._score(prompt, adapter, room_seconds)
-            self._engine.forget_routing(adapter.revision)
-            return await asyncio.to_thread(judge, name, adapter, self._base_logits, logits, routing)
-        except BaseException:
-            self._engine.drop(adapter.revision)
-            raise
+        logits, routing = await self._score(prompt, adapter, room_seconds)
+        self._engine.forget_routing(adapter.revision)
+        return await asyncio.to_thread(judge, name, adapter, self._base_logits, logits, routing)
 
     async def _score(self, prompt: Sequence[int], adapter: Adapter | None, room_seconds: float) -> tuple[Tensor, Routing | None]:
         manifest = adapter.manifest if adapter else None

@@ -13,7 +13,7 @@ import torch
 from moa_serve.adapter.manifest import BaseShape
 from moa_serve.bench.gathered import gathered
 from moa_serve.bench.timing import seconds
-from moa_serve.engine.memory import peak_memory_bytes, reset_peak_memory
+from moa_serve.model.memory import peak_memory_bytes, reset_peak_memory
 from moa_serve.model.moa import MoaWeights
 from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import Base

@@ -14,8 +14,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from moa_serve.adapter.adapter import Adapter
-from moa_serve.engine.memory import available_bytes
-from moa_serve.engine.pools import BlockPool, SlotTable
+from moa_serve.engine.pools import SLOT_BYTES, BlockPool, SlotTable
 from moa_serve.engine.request import Request, Sequence, TokenLogprob, kv_root, shown
 from moa_serve.engine.routing import RoutedLayers
 from moa_serve.engine.runner import ModelRunner, StepOutput
@@ -30,8 +29,9 @@ from moa_serve.errors import (
     MoaError,
 )
 from moa_serve.model.backend import Backend
-from moa_serve.model.bank import AdapterBank
+from moa_serve.model.bank import AdapterBank, bytes_per_slot
 from moa_serve.model.counters import RoutingTotals
+from moa_serve.model.memory import available_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Engine:
     def __init__(self, model: Backend, options: EngineOptions, *, lease: Lease, base_digest: str) -> None:
         self.model, self.options, self.backend, self._base_digest = model, options, model.name, base_digest
         self._lease = lease
-        num_blocks, self.max_model_len = plan_kv_cache(model, options)
+        num_blocks, self.max_model_len = plan_memory(model, options)
         self.block_pool = BlockPool(num_blocks, options.block_size)
         self.slot_table = SlotTable(options.num_slots)
         self._cache = model.new_cache(num_blocks, options.block_size)
@@ -388,33 +388,42 @@ def _nothing_to_choose() -> MoaError:
     return InvalidRequest("logit_bias, min_tokens and stop_token_ids leave no token to choose", param="logit_bias")
 
 
-def plan_kv_cache(model: Backend, options: EngineOptions) -> tuple[int, int]:
-    """(blocks, served context in tokens) under `options` and the memory that is free now.
+def plan_memory(model: Backend, options: EngineOptions) -> tuple[int, int]:
+    """(blocks, served context in tokens) under `options` and the memory that is free now, beside the base's weights.
 
     Raises:
-        InvalidRequest: a size that was asked for does not fit, with both sizes in the message.
+        InvalidRequest: the sizes that were asked for do not fit together; the message has the bytes of each part.
     """
     per_block = model.bytes_per_block(options.block_size)
-    free = available_bytes(model.device)
     context = options.max_model_len or model.config.max_position
     if context > model.config.max_position:
         raise InvalidRequest(
             f"max_model_len {context} is more than the {model.config.max_position} tokens that the base was made for; lower it",
             param="max_model_len",
         )
+    free = available_bytes(model.device)
+    parts = {
+        "max_batch_tokens": model.step_bytes(options.max_batch_tokens, context),
+        "num_slots": options.num_slots * (bytes_per_slot(model.config, model.dtype) + SLOT_BYTES),
+    }
     one_context = -(-context // options.block_size)
     if options.kv_cache_bytes is not None:
-        if options.kv_cache_bytes > free:
-            raise InvalidRequest(
-                f"kv_cache_bytes {options.kv_cache_bytes} does not fit: {free} bytes are free on {model.device}", param="kv_cache_bytes"
-            )
         blocks = options.kv_cache_bytes // per_block
     else:
-        blocks = min(max(free // 4 // per_block, one_context), free * 3 // 4 // per_block)
-        blocks = min(blocks, options.max_num_seqs * one_context)  # more could never be used
+        most = max((free - sum(parts.values())) * 3 // 4 // per_block, 1)
+        blocks = min(max(free // 4 // per_block, one_context), most, options.max_num_seqs * one_context)  # more could never be used
+    parts["kv_cache_bytes"] = options.kv_cache_bytes or blocks * per_block
+    if sum(parts.values()) > free:
+        largest = max(parts, key=lambda name: parts[name])
+        raise InvalidRequest(
+            f"memory is short on {model.device}: beside the base's {model.weight_bytes} bytes of weights {free} are free, but buffers for "
+            f"max_batch_tokens {options.max_batch_tokens} take {parts['max_batch_tokens']} bytes, num_slots {options.num_slots} takes "
+            f"{parts['num_slots']}, and the KV cache {parts['kv_cache_bytes']}; lower {largest}",
+            param=largest,
+        )
     if blocks < 1:
         raise InvalidRequest(
-            f"the KV cache has no room for a page of {options.block_size} tokens ({per_block} bytes); free on {model.device}: {free} bytes",
+            f"the KV cache has no room for a page of {options.block_size} tokens ({per_block} bytes); raise kv_cache_bytes",
             param="kv_cache_bytes",
         )
     served = min(context, blocks * options.block_size)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from moa_serve.errors import EngineError
 
+SLOT_BYTES = 256  # of the table for each slot, about
+
 
 class BlockPool:
     """Block ids 1 .. num_blocks - 1, each held by one sequence or free.

@@ -44,6 +44,15 @@ class Backend(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of the base, as it is held."""
+        ...
+
+    def step_bytes(self, num_tokens: int, context: int) -> int:
+        """Of a step's buffers, about: `num_tokens` of sequences of up to `context`, all of whose logits are wanted; adapters add little."""
+        ...
+
     def bytes_per_block(self, block_size: int) -> int:
         """Of the cache: a page of all layers."""
         ...

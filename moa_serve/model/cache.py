@@ -23,6 +23,7 @@ from moa_serve.errors import ModelNotFound
 logger = logging.getLogger(__name__)
 _DIGESTS = "file-digests.json"
 _MARKER = "complete.json"  # written last: a folder without it was not finished
+CONVERSION = 1  # of a GGUF file, part of its folder's name: raise it where gguf.py converts the same file differently
 _STALE_SECONDS = 24 * 3600  # an unfinished folder older than this belongs to a process that was killed
 
 

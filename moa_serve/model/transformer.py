@@ -113,6 +113,16 @@ class Transformer:
     def device(self) -> torch.device:
         return self.weights.embed.device
 
+    @property
+    def weight_bytes(self) -> int:
+        return self.weights.num_bytes
+
+    def step_bytes(self, num_tokens: int, context: int) -> int:
+        c = self.config
+        layer = 4 * c.hidden_size + 2 * c.q_size + 4 * c.kv_size + 3 * c.intermediate_size  # what is alive of one at once, about
+        gathered, mask = 2 * context * c.kv_size, num_tokens * context  # of one sequence
+        return (num_tokens * layer + gathered + mask) * self.dtype.itemsize + 2 * num_tokens * c.vocab_size * 4
+
     def bytes_per_block(self, block_size: int) -> int:
         return KVCache.bytes_per_block(self.config, block_size, self.dtype)
 

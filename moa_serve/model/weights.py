@@ -21,6 +21,7 @@ from torch import Tensor
 from moa_serve.config import ModelConfig, token_ids
 from moa_serve.errors import ModelCorrupt, ModelNotFound, ModelUnsupported
 from moa_serve.model.cache import file_sha256
+from moa_serve.model.memory import available_bytes
 from moa_serve.model.safetensors_file import SafetensorsFile
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -55,6 +56,12 @@ class BaseWeights:
     layers: list[LayerWeights]
     norm: Tensor  # (D,)
     head: Tensor  # (V, D); the same tensor object as `embed` where the config ties them
+
+    @property
+    def num_bytes(self) -> int:
+        layers = [getattr(layer, name) for layer in self.layers for name in LayerWeights.__slots__]
+        tensors = [self.embed, self.norm, *([] if self.head is self.embed else [self.head]), *layers]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 @dataclass(eq=False, slots=True)
@@ -94,7 +101,7 @@ def read_config(folder: Path) -> ModelConfig:
 def _locate(model: str | Path | None, console: Console) -> tuple[Path, str]:
     """The folder that holds the model, made or fetched where it must be, and the name under which it is served."""
     if model is None:
-        from moa_serve.model.default_base import NAME, default_base_folder  # here: rarely needed, and it brings the gguf package
+        from moa_serve.model.default_base import NAME, default_base_folder  # here: not every base is this one
 
         return default_base_folder(console), NAME
     path = Path(model).expanduser()
@@ -138,6 +145,7 @@ def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dty
     files = [SafetensorsFile(folder / file) for file in _weight_files(folder)]
     owners = _owners(files)
     _check(folder, config, owners)
+    _check_room(name, allocate(config, torch.device("meta"), dtype).num_bytes, device, dtype)
     with torch.inference_mode(False):  # weights may be trained against; an inference tensor could not
         weights = allocate(config, device, dtype)
     for key, destination in named_tensors(config, weights):
@@ -256,6 +264,17 @@ def _check(folder: Path, config: ModelConfig, owners: Mapping[str, SafetensorsFi
     problems = misfits(config, {name: file.tensors[name].shape for name, file in owners.items() if name not in extra})
     if problems:
         raise ModelCorrupt(f"{folder}: the weights do not fit config.json: {first(problems)}", problems=problems)
+
+
+def _check_room(name: str, needed: int, device: torch.device, dtype: torch.dtype) -> None:
+    free = available_bytes(device)
+    if needed > free:
+        smaller = ", dtype bfloat16" if dtype == torch.float32 else ""
+        raise ModelUnsupported(
+            f"model {name}: its weights take {needed} bytes in {str(dtype).removeprefix('torch.')}, but {free} bytes are free on {device}; "
+            f"free some{smaller}, or choose a smaller base",
+            param="model",
+        )
 
 
 def misfits(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

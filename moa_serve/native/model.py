@@ -17,10 +17,11 @@ from torch import Tensor
 
 from moa_serve.adapter.adapter import Adapter
 from moa_serve.config import ModelConfig
-from moa_serve.errors import EngineError, InvalidRequest
+from moa_serve.errors import EngineError, InvalidRequest, ModelUnsupported
 from moa_serve.model.attention import CachedSpan
 from moa_serve.model.batch import ForwardBatch, RoutingTrace, Segment
 from moa_serve.model.build import build
+from moa_serve.model.memory import available_bytes
 from moa_serve.model.moa import Routed
 from moa_serve.model.ops import inverse_frequencies
 from moa_serve.model.weights import BaseWeights, LayerWeights
@@ -39,13 +40,15 @@ class _PackedBase:
     """All that the library reads of the base. Takes `weights` over layer by layer, so that there is never a second copy of them all."""
 
     def __init__(self, config: ModelConfig, weights: BaseWeights, *, is_int8: bool) -> None:
-        self.dtype, self._is_int8 = weights.embed.dtype, is_int8
+        self.dtype = weights.embed.dtype
+        self._form: packing.Format = packing.Int8() if is_int8 else packing.Plain(self.dtype)
         self._kept: list[Tensor] = []
+        self._memory = packing.HugePages()
         self.projections: list[LayerWeights] = []  # what the prompt's keys and values are made with
         layers = (lib.LayerStruct * config.num_layers)()
         tied = weights.head is weights.embed
-        head, _ = self._matrix(weights.head)
-        embed = head if tied else self._keep(packing.pad_columns(weights.embed).contiguous()).data_ptr()
+        head = self._pack(weights.head)
+        embed = head if tied else self._keep(packing.pad_columns(weights.embed).contiguous())
         weights.head = weights.embed = torch.empty(0, dtype=self.dtype)
         for index in range(config.num_layers):
             layers[index] = self._layer(config, weights.layers[index])
@@ -54,8 +57,8 @@ class _PackedBase:
         self.struct = lib.ModelStruct(
             layers=layers,
             norm=self._vector(weights.norm),
-            embed=embed,
-            head=head,
+            embed=embed.data_ptr(),
+            head=head.data_ptr(),
             inverse_frequencies=frequencies.data_ptr(),
             eps=config.rms_norm_eps,
             dtype=lib.BFLOAT16 if self.dtype == torch.bfloat16 else lib.FLOAT32,
@@ -70,25 +73,26 @@ class _PackedBase:
             base_format=lib.BASE_INT8 if is_int8 else lib.BASE_PLAIN,
         )
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._kept)
+
     def _keep(self, tensor: Tensor) -> Tensor:
         self._kept.append(tensor)
         return tensor
 
-    def _matrix(self, weight: Tensor) -> "tuple[int, _Unpack]":
-        """Where (N, K) stands, packed, and how to have rows of it back."""
-        if self._is_int8:
-            panels = packing.Int8Panels.of(weight)
-            return self._keep(panels.data).data_ptr(), panels.rows
-        packed = self._keep(packing.pack(weight, self.dtype))
-        return packed.data_ptr(), partial(packing.unpack, packed)
+    def _pack(self, *sections: Tensor) -> Tensor:
+        return self._keep(packing.pack_sections(sections, self._form, memory=self._memory))
 
     def _vector(self, values: Tensor | None) -> int | None:
         return None if values is None else self._keep(packing.vector(values)).data_ptr()
 
     def _layer(self, config: ModelConfig, layer: LayerWeights) -> lib.LayerStruct:
         sizes = [config.q_size, config.kv_size, config.kv_size]
-        qkv, rows_of_qkv = self._matrix(packing.sections(torch.split(layer.qkv, sizes)))
+        fused = self._pack(*torch.split(layer.qkv, sizes))
         bias = None if layer.qkv_bias is None else torch.cat([packing.pad_columns(part) for part in torch.split(layer.qkv_bias, sizes)])
+        gate, up = layer.gate_up.chunk(2)
+        gate_up = self._keep(packing.pack_pair(gate, up, self._form, memory=self._memory))
         gate_up_bias = None if layer.gate_up_bias is None else packing.interleave(*layer.gate_up_bias.chunk(2))
         struct = lib.LayerStruct(
             attention_norm=self._vector(layer.attention_norm),
@@ -99,12 +103,12 @@ class _PackedBase:
             ffn_norm=self._vector(layer.ffn_norm),
             gate_up_bias=self._vector(gate_up_bias),
             down_bias=self._vector(layer.down_bias),
-            qkv=qkv,
-            o=self._matrix(layer.o)[0],
-            gate_up=self._matrix(packing.interleave(*layer.gate_up.chunk(2)))[0],
-            down=self._matrix(layer.down)[0],
+            qkv=fused.data_ptr(),
+            o=self._pack(layer.o).data_ptr(),
+            gate_up=gate_up.data_ptr(),
+            down=self._pack(layer.down).data_ptr(),
         )
-        self.projections.append(_Projection(config, rows_of_qkv, layer.qkv_bias, layer.k_norm))  # type: ignore[arg-type]  # has what is read
+        self.projections.append(_Projection(config, partial(self._form.unpack, fused), layer.qkv_bias, layer.k_norm))  # type: ignore[arg-type]  # has what is read
         layer.qkv = layer.o = layer.gate_up = layer.down = torch.empty(0, dtype=self.dtype)
         return struct
 
@@ -164,6 +168,7 @@ class NativeModel:
         is_int8: keep the base's matrices in eight bits, with a scale and a minimum for each 32 inputs (src/int8.h); needs bfloat16.
     Raises:
         NativeUnavailable: there is no library, or the processor cannot run it.
+        ModelUnsupported: memory is short.
         ModelError: a weight does not fit into eight bits.
     """
 
@@ -187,6 +192,7 @@ class NativeModel:
         self.threads = threads or num_threads()
         self._library = lib.library()
         self.base_dtype = "int8" if is_int8 else str(self.dtype).removeprefix("torch.")
+        _check_room(weights)
         self._base = _PackedBase(config, weights, is_int8=is_int8)
         self._has_tiles = lib.has_tiles(self.instruction_set, self.dtype)
         # A prompt's keys and values are made with the base as it is computed.
@@ -199,6 +205,21 @@ class NativeModel:
         keys, values = ctypes.c_int64(), ctypes.c_int64()
         self._library.moa_page_bytes(self._base.struct, keys, values)
         return keys.value, values.value
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._base.num_bytes
+
+    def step_bytes(self, num_tokens: int, context: int) -> int:
+        """What `MoaEngine::reserve` of library.cpp takes, and the logits."""
+        c, element = self.config, self.dtype.itemsize
+        hidden, inner, query, key = (padded(size) for size in (c.hidden_size, c.intermediate_size, c.q_size, c.kv_size))
+        head, vocab = padded(c.head_dim, packing.LANES), padded(c.vocab_size)
+        floats = 2 * hidden + query + 2 * key + c.num_heads * head + 2 * inner + c.head_dim + vocab
+        token = 4 * floats + element * (2 * hidden + query + inner) + 4 * (2 + self.threads)
+        queries, longest = c.num_heads // c.num_kv_heads * head, padded(context, PAGE)
+        scratch = max(queries + 4 * longest, 32 * head + 16 * longest, 4 * max(hidden, inner, query), num_tokens)
+        return num_tokens * token + self.threads * 4 * scratch
 
     def bytes_per_block(self, block_size: int) -> int:
         if block_size != PAGE:
@@ -287,6 +308,17 @@ class NativeModel:
             for number, view in enumerate(views):
                 view.fill(number, batch.trace)
         return logits[:, : self.config.vocab_size]
+
+
+def _check_room(weights: BaseWeights) -> None:
+    """Raises ModelUnsupported: there is no room for the largest tensor beside the weights, which packing takes for a moment."""
+    needed, free = weights.head.nbytes, available_bytes(torch.device("cpu"))
+    if needed > free:
+        raise ModelUnsupported(
+            f"packing the base takes {needed} bytes for a moment beside its {weights.num_bytes} bytes of weights, but {free} are free; "
+            f"free some, or choose a smaller base",
+            param="model",
+        )
 
 
 class _SegmentView:

@@ -7,6 +7,7 @@ Everything is refused before the port is told to anyone: a port in use, a base t
 """
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -126,6 +127,8 @@ async def _run(settings: ServerSettings, base: Base, backend: str, listener: soc
         except AdapterError as error:
             raise InvalidRequest(str(error), param="adapters_dir") from None
         http = _Http(uvicorn_config(build_app(server), settings), server)
+        gc.freeze()  # what is there now stays: a full collection would stop everything for a tenth of a second to find that out
+        gc.enable()
         log_event("starting", **_facts(server, listener), seconds=round(time.monotonic() - started, 2))
         if sys.stderr.isatty():  # a person, who wants less than the log says
             names = ", ".join(item.name for item in server.registry.items()) or "none"

@@ -19,11 +19,11 @@ from torch import Tensor
 from moa_serve.adapter.checkpoint import replace_file
 from moa_serve.adapter.manifest import Manifest
 from moa_serve.engine.activity import Activity
-from moa_serve.engine.memory import peak_memory_bytes
 from moa_serve.engine.routing import assemble
 from moa_serve.errors import DataInvalid, InvalidRequest
 from moa_serve.model.batch import RoutingTrace
 from moa_serve.model.counters import RouterCounters
+from moa_serve.model.memory import peak_memory_bytes
 from moa_serve.model.transformer import Transformer
 from moa_serve.train.batches import TokenBatch, num_inputs, plan_steps, split_by_tokens
 from moa_serve.train.health import RouterHealth

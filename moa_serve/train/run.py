@@ -16,9 +16,9 @@ import torch
 
 from moa_serve.adapter.checkpoint import is_own_folder, write_adapter
 from moa_serve.adapter.manifest import BaseShape, Manifest
-from moa_serve.engine.memory import reset_peak_memory
 from moa_serve.errors import AdapterExists, DataInvalid, InvalidRequest
 from moa_serve.llm import resolve_device
+from moa_serve.model.memory import reset_peak_memory
 from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import Base, load_base
 from moa_serve.text import Tokenizer

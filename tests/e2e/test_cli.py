@@ -158,6 +158,13 @@ def test_help_and_mistakes_in_flags_do_not_wait_for_torch(folder: Path) -> None:
     assert "generate" in run(folder, *COMMAND, "--help").stdout
 
 
+def test_a_server_does_not_wait_for_packages_that_it_rarely_needs(folder: Path) -> None:
+    """transformers takes seconds; gguf converts a base once, the default one included."""
+    slow = ("transformers", "gguf", "torch._dynamo", "sympy", "matplotlib", "huggingface_hub")
+    code = f"import sys, moa_serve.shell.server, moa_serve.model.default_base; print([name for name in {slow} if name in sys.modules])"
+    assert run(folder, sys.executable, "-c", code).stdout == "[]\n"
+
+
 def test_output_that_is_not_utf_8_still_comes(folder: Path) -> None:
     process = subprocess.run(
         [*GENERATE, "--adapter", "base", "señor …"],

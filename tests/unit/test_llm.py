@@ -13,7 +13,9 @@ from families import FAMILIES, TINY, random_adapter, write_base, write_family, w
 from native_tools import SETS, a_tensor, overflow
 
 from moa_serve import LLM, AdapterSource, SamplingParams
+from moa_serve.adapter.adapter import Adapter
 from moa_serve.adapter.checkpoint import write_adapter
+from moa_serve.engine.pools import SLOT_BYTES
 from moa_serve.errors import (
     AdapterError,
     AdapterExists,
@@ -25,7 +27,10 @@ from moa_serve.errors import (
     ContextLengthExceeded,
     InvalidRequest,
     MoaError,
+    ModelUnsupported,
 )
+from moa_serve.model.backend import PreparedAdapter
+from moa_serve.model.bank import bytes_per_slot
 from moa_serve.model.transformer import Transformer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -165,6 +170,26 @@ def test_unloading_frees_the_tensors(llm: LLM, tmp_path: Path) -> None:
     assert [reference() for reference in alive] == [None] * len(alive)
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=pytest.mark.skipif(not SETS, reason="it is not built"))])
+def test_an_adapter_is_laid_out_once(base: Path, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its self-test has put it into a slot already."""
+    prepared = []
+    with LLM(base, backend=backend, device="cpu", kv_cache_bytes=2**21) as llm:
+        prepare = llm._engine.model.prepare
+
+        def counted(adapter: Adapter) -> PreparedAdapter:
+            prepared.append(adapter.revision)
+            return prepare(adapter)
+
+        monkeypatch.setattr(llm._engine.model, "prepare", counted)
+        loaded = llm.load_adapter("a", write_family(tmp_path / "a", "soft"))
+        tokens(llm, "a")
+        assert prepared == [loaded.revision]
+        with pytest.raises(AdapterError):
+            llm.load_adapter("not a name", write_family(tmp_path / "b", "soft", 2))
+        assert set(llm._engine.slot_table.revisions) == {None, loaded.revision}
+
+
 def test_more_adapters_than_slots_and_than_memory(base: Path, tmp_path: Path) -> None:
     """They queue for slots, and leave and enter host memory, and nothing of that shows in the tokens."""
     folders = {family: write_family(tmp_path / family, family) for family in FAMILIES}
@@ -217,7 +242,7 @@ def test_an_adapter_that_cannot_be_read_again_fails_alone(base: Path, tmp_path: 
     with LLM(base, adapters=folders, device="cpu", kv_cache_bytes=2**21) as roomy:
         expected = {name: tokens(roomy, name) for name in (*folders, None)}
         size = max(roomy._store.cache.num_bytes, 1)
-    with LLM(base, adapters=folders, device="cpu", kv_cache_bytes=2**21, adapter_cache_bytes=size - 1) as llm:
+    with LLM(base, adapters=folders, device="cpu", kv_cache_bytes=2**21, num_slots=1, adapter_cache_bytes=size - 1) as llm:
         gone = next(name for name in folders if llm._store.get(name).revision not in llm._store.cache)
         (folders[gone] / "adapter.json").unlink()
         kept = next(name for name in folders if name != gone)
@@ -398,7 +423,9 @@ def test_mistakes_are_told_by_field(llm: LLM, case: str) -> None:
         ({"max_rows": 3}, "max_rows"),
         ({"num_slots": 0}, "num_slots"),
         ({"num_slots": True}, "num_slots"),
-        ({"kv_cache_bytes": 2**60}, "kv_cache_bytes"),
+        ({"kv_cache_bytes": 2**60}, "lower kv_cache_bytes"),
+        ({"num_slots": 10**12}, "lower num_slots"),
+        ({"max_batch_tokens": 10**12}, "lower max_batch_tokens"),
         ({"kv_cache_bytes": 10}, "KV cache"),
         ({"kv_cache_bytes": 2**16, "max_model_len": 512}, "max_model_len"),
         ({"max_model_len": 100_000}, "max_model_len"),
@@ -411,6 +438,44 @@ def test_mistakes_are_told_by_field(llm: LLM, case: str) -> None:
 def test_options_are_checked_when_the_engine_is_made(base: Path, arguments: dict[str, Any], match: str) -> None:
     with pytest.raises(MoaError, match=match):
         LLM(base, **arguments)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=pytest.mark.skipif(not SETS, reason="it is not built"))])
+def test_what_does_not_fit_together_is_refused_with_the_bytes_of_each_part(
+    base: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LLM(base, backend=backend, device="cpu", kv_cache_bytes=2**20) as llm:
+        model, options = llm._engine.model, llm._engine.options
+        step, weights = model.step_bytes(options.max_batch_tokens, model.config.max_position), model.weight_bytes
+    slots = options.num_slots * (bytes_per_slot(model.config, model.dtype) + SLOT_BYTES)
+    room = step + slots + 2**20
+    monkeypatch.setattr("moa_serve.engine.engine.available_bytes", lambda _: room)
+    with LLM(base, backend=backend, device="cpu", kv_cache_bytes=2**20):
+        pass
+    monkeypatch.setattr("moa_serve.engine.engine.available_bytes", lambda _: room - 1)
+    with pytest.raises(InvalidRequest) as caught:
+        LLM(base, backend=backend, device="cpu", kv_cache_bytes=2**20)
+    largest = max([(step, "max_batch_tokens"), (slots, "num_slots"), (2**20, "kv_cache_bytes")])[1]
+    assert str(caught.value) == (
+        f"memory is short on cpu: beside the base's {weights} bytes of weights {room - 1} are free, but buffers for max_batch_tokens 256 "
+        f"take {step} bytes, num_slots 8 takes {slots}, and the KV cache {2**20}; lower {largest}"
+    )
+    assert caught.value.param == largest
+    with LLM(base, backend=backend, device="cpu") as llm:  # the KV cache takes what is left
+        assert llm._engine.block_pool.max_tokens * model.bytes_per_block(16) // 16 <= 2**20 * 3 // 4
+
+
+def test_a_base_that_does_not_fit_is_not_begun(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moa_serve.model.weights.available_bytes", lambda _: 1000)
+    with pytest.raises(ModelUnsupported, match=r"its weights take \d+ bytes in float32, but 1000 bytes are free on cpu; .*bfloat16"):
+        LLM(base, device="cpu", backend="torch")
+
+
+@pytest.mark.skipif(not SETS, reason="the native library is not built")
+def test_a_base_that_cannot_be_packed_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moa_serve.native.model.available_bytes", lambda _: 1000)
+    with pytest.raises(ModelUnsupported, match=r"packing the base takes \d+ bytes .* its \d+ bytes of weights, but 1000 are free"):
+        LLM(base, device="cpu", backend="native")
 
 
 def test_a_closed_llm_says_so(base: Path) -> None:

@@ -685,6 +685,28 @@ def test_the_least_recently_used_leaves_and_is_read_again(base: Path, tmp_path: 
     serve(base, folder, body, max_bytes=int(size * 2.5))
 
 
+def test_what_is_refused_after_its_trial_is_forgotten(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was laid out for the backend and stood in a slot: nobody would ever name it again, and free that."""
+    folder, forgotten = tmp_path / "adapters", list[str]()
+    for seed, name in enumerate(("a", "b")):
+        write_family(folder / name, "soft", seed)
+    size = sum(tensor.numel() * 4 for tensor in random_adapter("soft")[1].values())
+    monkeypatch.setattr(Transformer, "forget", lambda _, revision: forgotten.append(revision))
+
+    async def body(place: Place) -> None:
+        held = await place.registry.lease("a")
+        refused(await place.load("x", "b"), 503, "adapter_memory")
+        with pytest.raises(AdapterMemory):
+            await place.registry.lease("b")
+        await place.settle()
+        other = await asyncio.to_thread(place.store.read, "b", AdapterSource("b"))
+        assert forgotten == [other.revision] * 2
+        assert set(place.engine.engine.slot_table.revisions) == {None, held.adapter.revision}
+        held.release()
+
+    serve(base, folder, body, max_bytes=int(size * 1.5))
+
+
 def test_an_evicted_adapter_whose_files_changed(base: Path, tmp_path: Path) -> None:
     """What an operator chose is never swapped behind his back; what requests found is what lies there."""
     folder = tmp_path / "adapters"

@@ -18,15 +18,19 @@ from moa_serve.model.weights import Base, load_base
 from moa_serve.native import library as lib
 from moa_serve.native import packing
 from moa_serve.native.model import NativeModel
-from moa_serve.native.packing import Int8Panels
+from moa_serve.native.packing import Int8
 
 SHAPES = [(32, 32), (7, 5), (100, 33), (64, 300), (33, 544)]
 with_library = pytest.mark.skipif(not SETS, reason="the native library is not built")
 
 
+def packed(weight: Tensor) -> Tensor:
+    return packing.pack_sections([weight], Int8())
+
+
 def stands_for(weight: Tensor) -> Tensor:
     """What a matrix is after eight bits."""
-    return Int8Panels.of(weight).rows(slice(0, len(weight)), weight.shape[1])
+    return Int8().unpack(packed(weight), slice(0, len(weight)), weight.shape[1])
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
@@ -62,7 +66,7 @@ def test_a_constant_and_zeros_are_kept() -> None:
     found = stands_for(weight)
     assert bool((found[:, :32] == 0.75).all())
     assert not found[:, 32:].any()
-    assert not Int8Panels.of(weight).data[1, :, 8 * 2 : 32 * 2].any(), "outputs that pad a panel have no scale"
+    assert not packed(weight)[1, :, 8 * 2 : 32 * 2].any(), "outputs that pad a panel have no scale"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e6])
@@ -70,7 +74,7 @@ def test_what_eight_bits_cannot_hold_is_refused(bad: float) -> None:
     weight = torch.ones(32, 64)
     weight[3, 40] = bad
     with pytest.raises(ModelError, match=r"not finite, or too large for eight bits; serve it with base_dtype 'auto'"):
-        Int8Panels.of(weight)
+        packed(weight)
 
 
 @with_library
@@ -82,7 +86,7 @@ def test_a_product_is_bitwise_that_of_the_same_weights_in_bfloat16(isa: str, row
     weight = torch.randn(out, size, generator=generator)
     bias, x = torch.randn(packing.padded(out), generator=generator), torch.randn(rows, size, generator=generator).bfloat16()
     x = packing.pad_columns(x).contiguous()
-    panels, plain = Int8Panels.of(weight).data, packing.pack(stands_for(weight), torch.bfloat16)
+    panels, plain = packed(weight), packing.pack(stands_for(weight), torch.bfloat16)
     found, expected = torch.empty(2, rows, packing.padded(out))
     shape = (bias.data_ptr(), packing.padded(out))
     library, name = lib.library(), isa.encode()

@@ -19,7 +19,7 @@ def test_unpack_gives_back_what_was_packed(dtype: torch.dtype, rows: int, column
     packed = packing.pack(weight, dtype)
     step = packing.per_lane(dtype)
     assert packed.shape == (packing.padded(rows) // 32, packing.padded(columns) // step, 32, step)
-    assert torch.equal(packing.unpack(packed, slice(0, rows), columns), weight)
+    assert torch.equal(packing.Plain(dtype).unpack(packed, slice(0, rows), columns), weight)
     assert packed.float().abs().sum() == pytest.approx(float(weight.float().abs().sum()), rel=1e-3)
 
 
@@ -38,6 +38,37 @@ def test_interleaved_panels() -> None:
     assert bool((whole[96:104] == 1).all())
     assert whole[104:].sum() == 0
     assert packing.interleave(gate[:, 0], up[:, 0]).shape == (128,)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("memory", [None, packing.HugePages()], ids=["own memory", "huge pages"])
+def test_several_linears_are_packed_as_if_they_were_one(dtype: torch.dtype, memory: packing.HugePages | None) -> None:
+    parts = [torch.randn(rows, 40) for rows in (64, 7, 33)]
+    whole = torch.cat([packing.pad_rows(part) for part in parts])
+    assert torch.equal(packing.pack_sections(parts, packing.Plain(dtype), memory=memory), packing.pack(whole, dtype))
+    gate, up = torch.randn(40, 33), torch.randn(40, 33)
+    assert torch.equal(packing.pack_pair(gate, up, packing.Plain(dtype), memory=memory), packing.pack(packing.interleave(gate, up), dtype))
+
+
+def test_what_is_packed_does_not_change_with_its_source() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.randn(32, 32).to(dtype)
+        packed, expected = packing.pack(weight, dtype), weight.clone()
+        weight.zero_()
+        assert torch.equal(packing.Plain(dtype).unpack(packed, slice(0, 32), 32), expected)
+
+
+def test_huge_pages_hold_any_number_of_tensors_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing.HugePages, "_CHUNK_BYTES", 2**16)
+    memory, kept = packing.HugePages(), []
+    for number, size in enumerate((3, 20_000, 20_000, 100_000, 1)):
+        tensor = memory.empty((size, 1), torch.float32)
+        assert tensor.shape == (size, 1)
+        assert tensor.data_ptr() % 64 == 0
+        kept.append(tensor.fill_(number))
+    del memory
+    for number, tensor in enumerate(kept):
+        assert bool((tensor == number).all()), "no tensor lies in another, and what it lies in stays"
 
 
 def test_pages_of_a_prompt() -> None:

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from families import FAMILIES, TINY, base_tensors, layer_router, lora, raw_manifest, write_base, write_family
@@ -14,6 +15,10 @@ from moa_serve import LLM, SamplingParams
 from moa_serve.adapter.checkpoint import write_adapter
 from moa_serve.adapter.manifest import Manifest
 from moa_serve.errors import AdapterNonfiniteOutput
+from moa_serve.model.attention import CachedSpan
+from moa_serve.model.batch import ForwardBatch
+from moa_serve.model.memory import reset_peak_memory
+from moa_serve.model.weights import load_base
 from moa_serve.native.model import NativeModel
 
 pytestmark = pytest.mark.skipif(not SETS, reason="the native library is not built")
@@ -82,3 +87,22 @@ def test_a_shared_factor_is_skipped_where_no_expert_needs_it(tmp_path: Path, mon
                 costs.append(model.ticks()["experts"])
             ticks[threshold] = min(costs)
     assert ticks[1.0] < 0.5 * ticks[0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_buffers_of_a_step_take_what_was_planned(dtype: torch.dtype, tmp_path: Path) -> None:
+    shape: dict[str, Any] = TINY | {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 8192, "max_position_embeddings": 4096}
+    count = 2048
+    base = load_base(write_base(tmp_path, shape), dtype=dtype)
+    model = NativeModel(base.config, base.weights)
+    cache = model.new_cache(count // 16 + 1, 16)
+    batch = ForwardBatch(torch.arange(count) % 8192, torch.arange(count))
+    attention = cache.attention([CachedSpan(0, count, 0, range(1, count // 16 + 1))])
+    pages = model.bytes_per_block(16) * count // 16
+    reset_peak_memory(model.device)  # what loading freed goes back to the system, so that nothing is taken from it
+    before = psutil.Process().memory_info().rss
+    logits = model.forward(batch, attention)
+    taken = psutil.Process().memory_info().rss - before - pages
+    assert logits.shape == (count, 8192)
+    planned = model.step_bytes(count, count)
+    assert 0.9 * planned < taken < 1.1 * planned

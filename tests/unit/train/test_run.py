@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from moa_serve import LLM, SamplingParams
 from moa_serve.__main__ import app
 from moa_serve.adapter.manifest import Manifest
-from moa_serve.engine.memory import peak_memory_bytes, reset_peak_memory
 from moa_serve.errors import AdapterExists, DataInvalid, InvalidRequest
+from moa_serve.model.memory import peak_memory_bytes, reset_peak_memory
 from moa_serve.train.loop import TrainSettings
 from moa_serve.train.recipe import Recipe
 from moa_serve.train.run import Trained, TrainingRun, train

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from moa_serve.engine.memory import _rooms, available_bytes
 from moa_serve.model.control_groups import groups
+from moa_serve.model.memory import _rooms, available_bytes
 
 GIB = 2**30
 
