@@ -185,10 +185,11 @@ struct MoaEngine {
     at.gates = buffers.gates.reserve<float>(tokens * at.gate_stride);
     at.coefficients = buffers.coefficients.reserve<char>(tokens * coefficients, bytes);
     const int64_t group = model.heads / model.kv_heads, queries = group * head;
-    const int64_t attention = std::max(queries + 4 * padded(longest, kPage), 32 * head + 16 * padded(longest, kPage));  // by heads, or by tiles
-    const int64_t prompt = std::max(2 * queries + 5 * padded(rows, kPage), 32 * head + 32 * padded(rows, kPage));
+    const int64_t by_heads = std::max(queries + 4 * padded(longest, kPage), 2 * queries + 5 * padded(rows, kPage));
+    const int64_t by_tiles = 32 * head + 16 * padded(rows, kPage) + 16 * std::max(padded(longest, kPage), padded(rows, kPage));
+    const int64_t attention = std::max(by_heads, by_tiles);
     const int64_t routing = 4 * std::max({hidden, inner, query}) + adapter_scratch;
-    at.scratch_stride = padded(std::max({attention, prompt, routing, tokens}) + kLanes, kLanes);
+    at.scratch_stride = padded(std::max({attention, routing, tokens}) + kLanes, kLanes);
     at.scratch = buffers.scratch.reserve<float>(threads * at.scratch_stride);
     at.lists = buffers.lists.reserve<int32_t>(threads * tokens);
   }

@@ -248,12 +248,16 @@ struct Step {
         while (count < kTile / together && row + count < rows().end && at.token_span[row + count] == at.token_span[row]) count++;
         Sight sights[kTile];
         for (int member = 0; member < count; member++) sights[member] = sight_of(row + member);
-        float *found = scratch + kTile * q_stride, *scores = found + kTile * width;
+        float* const found = scratch + kTile * q_stride;
+        const PromptTile prompt = prompt_tile(index, row, count, found + kTile * width);
+        float* const scores = found + kTile * width + kTile * prompt.weights_stride();
         for_head_tiles([&](int kv_head, int head, int heads) {
-          attend_tile(count, heads, narrow_queries(row, count, head, heads), q_stride, key_head(kv_head), value_head(kv_head), key_page_stride(),
-                      value_page_stride(), pages_of(row), sights, page, nullptr, 0, scores, found);
+          const Element* queries = narrow_queries(row, count, head, heads);
+          attend_tile(count, heads, queries, q_stride, key_head(kv_head), value_head(kv_head), key_page_stride(), value_page_stride(), pages_of(row),
+                      sights, page, nullptr, 0, scores, found);
           for (int member = 0; member < count; member++)
             memcpy(at.heads + (row + member) * heads_width + head * width, found + member * heads * width, (size_t)(heads * width) * sizeof(float));
+          if (prompt.is_wanted) add_prompt_tile(prompt, row, count, kv_head, head, heads, queries, scores, found);
         });
         row += count;
         continue;
@@ -267,7 +271,7 @@ struct Step {
       }
       row++;
     }
-    add_prompts(index);
+    if constexpr (!N::kIsOnTiles) add_prompts(index);
     for (int64_t row = rows().begin; row < rows().end; row++) join_heads(at.heads + row * heads_width, (Element*)at.mixed + row * query);
   }
 
@@ -286,6 +290,47 @@ struct Step {
     for (int member = 0; member < count * heads; member++)
       narrow_head(at.qkv + (row + member / heads) * fused + (head + member % heads) * model.head_dim, q + member * padded(model.head_dim, kLanes));
     return q;
+  }
+#endif
+
+#if defined(__AMX_BF16__)
+  // The prompt that some tokens of a sequence have, and how much each of them wants of its rows.
+  struct PromptTile {
+    const uint8_t* blob;
+    const MoaPrompt* prompt;
+    const float* weights;  // (tokens, weights_stride)
+    bool is_wanted;
+
+    int num_pages() const { return prompt == nullptr ? 0 : (prompt->num_rows + kPage - 1) / kPage; }
+    int64_t weights_stride() const { return num_pages() * kPage; }
+  };
+
+  PromptTile prompt_tile(int index, int64_t row, int count, float* weights) const {
+    PromptTile tile = {};
+    for (int number = 0; number < batch.num_segments && tile.prompt == nullptr; number++) {
+      const MoaSegment& segment = batch.segments[number];
+      if (row < segment.start || row >= segment.end) continue;
+      tile = {segment.adapter, &adapter_layer(segment, index).prompt, weights, false};
+      for (int member = 0; member < count && tile.prompt->num_rows > 0; member++)
+        tile.is_wanted |= prompt_weights(tile.blob, *tile.prompt, row + member, weights + member * tile.weights_stride());
+    }
+    return tile;
+  }
+
+  // While the queries are there.
+  void add_prompt_tile(const PromptTile& tile, int64_t row, int num_tokens, int kv_head, int head, int heads, const Element* queries, float* scores,
+                       float* found) {
+    count(MOA_PART_ATTENTION);
+    const uint16_t *keys = (const uint16_t*)(tile.blob + tile.prompt->keys_at), *values = (const uint16_t*)(tile.blob + tile.prompt->values_at);
+    const int64_t key_stride = page.keys<Bfloat16>(), value_stride = page.values();
+    Sight sights[kTile];
+    for (Sight& sight : sights) sight = {0, 0, tile.prompt->num_rows - 1};
+    attend_tile(num_tokens, heads, queries, padded(model.head_dim, kLanes), keys + kv_head * tile.num_pages() * key_stride,
+                values + kv_head * tile.num_pages() * value_stride, key_stride, value_stride, [](int place) { return (int64_t)place; }, sights, page,
+                tile.weights, tile.weights_stride(), scores, found);
+    for (int member = 0; member < num_tokens; member++)
+      add_to_heads(tile.blob, *tile.prompt, row + member, head, heads, found + member * heads * page.value_width());
+    count(MOA_PART_EXPERTS);
   }
 #endif
 
@@ -327,10 +372,7 @@ struct Step {
       if (!is_any) count(MOA_PART_ATTENTION);
       is_any = true;
       const int64_t begin = segment.start > rows().begin ? segment.start : rows().begin, end = segment.end < rows().end ? segment.end : rows().end;
-      if constexpr (N::kIsOnTiles)
-        add_prompt_by_tiles(segment.adapter, prompt, begin, end);
-      else
-        add_prompt(segment.adapter, prompt, begin, end);
+      add_prompt(segment.adapter, prompt, begin, end);
     }
     if (is_any) count(MOA_PART_EXPERTS);
   }
@@ -372,31 +414,6 @@ struct Step {
         add_to_heads(blob, prompt, row, head * group, group, found);
       }
     }
-  }
-
-  void add_prompt_by_tiles(const uint8_t* blob, const MoaPrompt& prompt, int64_t begin, int64_t end) {
-#if defined(__AMX_BF16__)
-    const int group = model.heads / model.kv_heads, together = group < kTile ? group : kTile, num_pages = (prompt.num_rows + kPage - 1) / kPage;
-    const int64_t width = page.value_width(), weights_stride = num_pages * kPage;
-    const uint16_t *keys = (const uint16_t*)(blob + prompt.keys_at), *values = (const uint16_t*)(blob + prompt.values_at);
-    float *found = scratch + kTile * padded(model.head_dim, kLanes), *weights = found + kTile * width, *scores = weights + kTile * weights_stride;
-    Sight sights[kTile];
-    for (Sight& sight : sights) sight = {0, 0, prompt.num_rows - 1};
-    for (int64_t row = begin; row < end; row += kTile / together) {
-      const int count = end - row < kTile / together ? (int)(end - row) : kTile / together;
-      bool is_wanted = false;
-      for (int member = 0; member < count; member++) is_wanted |= prompt_weights(blob, prompt, row + member, weights + member * weights_stride);
-      if (!is_wanted) continue;
-      for_head_tiles([&](int kv_head, int head, int heads) {
-        const Element* q = narrow_queries(row, count, head, heads);
-        attend_tile(count, heads, q, padded(model.head_dim, kLanes), keys + kv_head * num_pages * page.keys<Bfloat16>(),
-                    values + kv_head * num_pages * page.values(), page.keys<Bfloat16>(), page.values(), [](int place) { return (int64_t)place; },
-                    sights, page, weights, weights_stride, scores, found);
-        for (int member = 0; member < count; member++)
-          add_to_heads(blob, prompt, row + member, head, heads, found + member * heads * width);
-      });
-    }
-#endif
   }
 
   // -- adapters
