@@ -179,7 +179,7 @@ def measure(
     """
     prefill = max((num_pages(tokens) * PAGE for tokens in plan.prefills), default=0)
     on_progress("filling the cache and making adapters")
-    pages = Pages(model, rows=max(plan.rows), context=plan.context, spare=max(SPARE_TOKENS, prefill))
+    pages = Pages(model, [plan.context] * max(plan.rows), spare=max(SPARE_TOKENS, prefill))
     bank = _Bank(pages, plan)
     sizes = []
     for rows, tokens in [*((rows, 1) for rows in plan.rows), *((1, tokens) for tokens in plan.prefills)]:
