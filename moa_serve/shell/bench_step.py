@@ -241,13 +241,13 @@ def _title(base: str, report: "StepReport | GrowthReport | ReferenceReport") -> 
 def show_step(report: "StepReport", title: str) -> None:
     """A table of all cases at each size, and one of the ratios between them."""
     console = terminal.output()
-    cases = _table(title, ("rows", "tokens", "case"), ("ms", "to base", "tokens/s", "selected"))
-    ratios = _table("ratios", ("rows", "tokens", "of"), ("found", "goal"))
+    cases = new_table(title, ("rows", "tokens", "case"), ("ms", "to base", "tokens/s", "selected"))
+    ratios = new_table("ratios", ("rows", "tokens", "of"), ("found", "goal"))
     for size in report.sizes:
         shape = (str(size.rows), str(size.tokens))
         for name, case in size.cases.items():
             selected = "" if case.selected_share is None else f"{case.selected_share:.0%}"
-            cases.add_row(*shape, name, _spread(case.ms, 2), judged(case.to_base), f"{case.tokens_per_second:.0f}", selected)
+            cases.add_row(*shape, name, spread(case.ms, 2), judged(case.to_base), f"{case.tokens_per_second:.0f}", selected)
         for name, found in size.ratios.items():
             ratios.add_row(*shape, name, judged(found), goal_of(found))
     terminal.print_table(console, cases)
@@ -261,14 +261,14 @@ def show_growth(report: "GrowthReport", title: str) -> None:
     from moa_serve.bench.workload import CONTEXT
 
     console = terminal.output()
-    table = _table(title, ("varied", "value", "case"), ("ms", "to base", "to the first base", "tokens/s", "selected"))
+    table = new_table(title, ("varied", "value", "case"), ("ms", "to base", "to the first base", "tokens/s", "selected"))
     for growth in report.grown:
         for value, cases in growth.points.items():
             for name, one in cases.items():
                 timing = one.timing
-                cells = [growth.thing, "" if value is None else _value(growth, value), name, _spread(timing.ms, 2), judged(timing.to_base)]
+                cells = [growth.thing, "" if value is None else _value(growth, value), name, spread(timing.ms, 2), judged(timing.to_base)]
                 selected = "" if timing.selected_share is None else f"{timing.selected_share:.0%}"
-                table.add_row(*cells, _spread(one.to_first, 3), f"{timing.tokens_per_second:.0f}", selected)
+                table.add_row(*cells, spread(one.to_first, 3), f"{timing.tokens_per_second:.0f}", selected)
     terminal.print_table(console, table)
     console.print(f"where it is not varied: {ROWS} rows, {CONTEXT} tokens of context, one adapter of the paper's sizes")
     console.print(_footer(report, min(growth.cpu_share for growth in report.grown)))
@@ -286,7 +286,7 @@ def _footer(report: "StepReport | GrowthReport", busy: float) -> str:
 def show_reference(report: "ReferenceReport", title: str) -> None:
     """One line for each comparison: theirs, ours, and how often ours goes into theirs."""
     console = terminal.output()
-    table = _table(title, ("rows", "against"), ("theirs, ms", "ours, ms", "theirs/ours", "goal"))
+    table = new_table(title, ("rows", "against"), ("theirs, ms", "ours, ms", "theirs/ours", "goal"))
     for size in report.sizes:
         lines: Mapping[str, tuple[str, str, Judged]] = {
             "authors' way": ("authors", "ours", size.adapter),
@@ -294,12 +294,12 @@ def show_reference(report: "ReferenceReport", title: str) -> None:
             "control": ("control", "base", size.control),
         }
         for name, (theirs, ours, found) in lines.items():
-            table.add_row(str(size.rows), name, _spread(size.ms[theirs], 2), _spread(size.ms[ours], 2), judged(found), goal_of(found))
+            table.add_row(str(size.rows), name, spread(size.ms[theirs], 2), spread(size.ms[ours], 2), judged(found), goal_of(found))
     terminal.print_table(console, table)
     console.print(f"medians (quartiles) of {report.rounds} rounds, context {report.context}; ! misses its goal")
 
 
-def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Any:
+def new_table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Any:
     from rich import box
     from rich.table import Table
 
@@ -311,12 +311,12 @@ def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Any:
     return table
 
 
-def _spread(spread: "Spread", digits: int) -> str:
-    return f"{spread.median:.{digits}f} ({spread.low:.{digits}f}-{spread.high:.{digits}f})"
+def spread(found: "Spread", digits: int) -> str:
+    return f"{found.median:.{digits}f} ({found.low:.{digits}f}-{found.high:.{digits}f})"
 
 
 def judged(found: "Judged") -> str:
-    return _spread(found.found, 3) + (" !" if found.is_met is False else "")
+    return spread(found.found, 3) + (" !" if found.is_met is False else "")
 
 
 def goal_of(found: "Judged") -> str:
