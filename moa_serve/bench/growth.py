@@ -30,6 +30,7 @@ percentage of a Sparse MoA's experts that is selected."""
 
 _LIMITS = {"rows": (1, 256), "context": (1, 2**20), "adapters": (1, ROWS), "experts": (2, 64), "active": (0, 100)}
 _BASE, _CONTROL = "base", "control"
+_ALONE = "1 row"  # behind the name of a case: an expert that no row of a batch wants is skipped, and of one row there are many
 
 Cases = dict[int | None, dict[str, Workload]]  # by value; None for what does not change with it
 
@@ -66,13 +67,20 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Grown:
-    """One case at one value; `to_first` is its step over the base's at the first value."""
+    """One case at one value.
+
+    Args:
+        to_first: its step over the base's at the first value.
+        adapter_part: ticks of its routers and experts over the same at the first value; None without, or where the backend does not count.
+    """
 
     timing: CaseTiming
     to_first: Spread
+    adapter_part: Spread | None
 
     def to_json(self) -> dict[str, Any]:
-        return self.timing.to_json() | {"to_first": self.to_first.to_json()}
+        part = None if self.adapter_part is None else self.adapter_part.to_json()
+        return self.timing.to_json() | {"to_first": self.to_first.to_json(), "adapter_part": part}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +152,10 @@ class _Bank:
         if thing == "context":
             return {value: self._one_adapter(ROWS, value) for value in values}
         of = {"adapters": self._adapters, "experts": self._experts, "active": self._active}[thing]
-        return {None: self._base(ROWS, CONTEXT)} | {value: of(value) for value in values}
+        fixed = self._base(ROWS, CONTEXT)
+        if thing == "active":
+            fixed |= {f"{name} {_ALONE}": work for name, work in self._base(1, CONTEXT).items()}
+        return {None: fixed} | {value: of(value) for value in values}
 
     def _base(self, rows: int, context: int) -> dict[str, Workload]:
         return {name: self._work([None] * rows, context) for name in (_BASE, _CONTROL)}
@@ -163,8 +174,8 @@ class _Bank:
 
     def _active(self, percent: int) -> dict[str, Workload]:
         model = self._pages.model
-        adapter = tuned(self._pages, synthetic("sparse_moa", model.config, 0), share=percent / 100)
-        return {"sparse_moa": self._work([model.prepare(adapter)] * ROWS)}
+        adapter = model.prepare(tuned(self._pages, synthetic("sparse_moa", model.config, 0), share=percent / 100))
+        return {"sparse_moa": self._work([adapter] * ROWS), f"sparse_moa {_ALONE}": self._work([adapter])}
 
     def _usual(self, family: str, seed: int) -> PreparedAdapter:
         """In the paper's sizes and, where it is sparse, with its share of active experts."""
@@ -181,18 +192,27 @@ def _measure_thing(model: Backend, thing: str, cases: Cases, plan: Plan) -> Grow
     named = {_key(name, value): work for value, works in cases.items() for name, work in works.items()}
     steps = {key: plan.inner_steps or steps_for(work.run) for key, work in named.items()}
     times = interleaved({key: clock.measurement(key, [work], steps[key]) for key, work in named.items()}, plan.rounds, warmups=WARMUPS)
-    first = times[_key(_BASE, next(iter(cases)))]
+    ticks = clock.adapter_ticks()
+    first_value = next(value for value in cases if value is not None)
     points: dict[int | None, dict[str, Grown]] = {}
     for value, works in cases.items():
-        base = times[_key(_BASE, value if _BASE in works else None)]
         points[value] = {}
         for name, work in works.items():
-            own = times[_key(name, value)]
-            is_judged = name in ALWAYS and (thing != "adapters" or value == 1)
+            own, base = times[_key(name, value)], _base_of(name)
+            to_base = times[_key(base, value if base in works else None)]
+            to_first = times[_key(base, next(iter(cases)))]
+            is_judged = name.split(" ")[0] in ALWAYS and (thing != "adapters" or value == 1)
             goal = goals.adapter_to_base(work.num_tokens, 1) if is_judged else None
-            timing = clock.timing(_key(name, value), own, base, work.num_tokens, selected_share(work.trace()), goal)
-            points[value][name] = Grown(timing, ratio(own, first))
+            timing = clock.timing(_key(name, value), own, to_base, work.num_tokens, selected_share(work.trace()), goal)
+            has_part = bool(work.batch.segments) and _key(name, value) in ticks
+            part = ratio(ticks[_key(name, value)], ticks[_key(name, first_value)]) if has_part else None
+            points[value][name] = Grown(timing, ratio(own, to_first), part)
     return Growth(thing, points, clock.cpu_share)
+
+
+def _base_of(name: str) -> str:
+    """The base of a case has as many rows."""
+    return _BASE + name[name.index(" ") :] if " " in name else _BASE
 
 
 def _key(name: str, value: int | None) -> str:

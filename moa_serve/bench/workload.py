@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from moa_serve.bench.timing import seconds
+from moa_serve.engine.memory import available_bytes
+from moa_serve.errors import InvalidRequest
 from moa_serve.model.attention import CachedSpan
 from moa_serve.model.backend import Backend, PreparedAdapter
 from moa_serve.model.batch import ForwardBatch, PooledRows, RoutingTrace, Segment
@@ -49,12 +51,21 @@ class Pages:
     Args:
         contexts: tokens of each sequence.
         spare: tokens that have pages beside these, to prefill into.
+    Raises:
+        InvalidRequest: so many tokens do not fit memory.
     """
 
     def __init__(self, model: Backend, contexts: Sequence[int], *, spare: int = 0) -> None:
         self.model, self.contexts = model, tuple(contexts)
         ends = list(itertools.accumulate((num_pages(context + 1) for context in contexts), initial=1))  # page 0 is padding to torch
         used = range(1, ends[-1] + num_pages(spare))
+        needed, free = used.stop * model.bytes_per_block(PAGE), available_bytes(model.device)
+        if needed > free:
+            raise InvalidRequest(
+                f"a cache for {len(contexts)} rows with a context of up to {max(contexts)} tokens takes {needed} bytes, but {free} are "
+                f"free; measure fewer rows or a shorter context",
+                param="context",
+            )
         self.cache = model.new_cache(used.stop, PAGE)
         self.cache.zero(used)
         self.tables = [list(range(start, end)) for start, end in itertools.pairwise(ends)]

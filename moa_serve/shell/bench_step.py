@@ -111,8 +111,9 @@ def bench_growth(
     """How what a decode step costs grows with rows, context, adapters, experts, and the share of them that is active.
 
     One thing is varied at a time, in the values that its option lists (an empty one leaves it out); the others stay at 8 rows, 128 tokens
-    of context and one adapter. "to base" is against the base at the same value, "to the first base" against the base at the first one.
-    Nothing else should run meanwhile: the control, the base against itself, tells how much the machine wavers.
+    of context and one adapter. "to base" is against the base at the same value, "to the first base" against the base at the first one;
+    "adapter part" is what routers and experts alone take, by the processor's counter, against the same at the first value (the native
+    backend counts it). Nothing else should run meanwhile: the control, the base against itself, tells how much the machine wavers.
     """
     plots = drawing_module("bench_plots", option="--plot", without="the tables need none") if plot is not None else None
     with terminal.spinner("Loading torch"):
@@ -261,14 +262,15 @@ def show_growth(report: "GrowthReport", title: str) -> None:
     from moa_serve.bench.workload import CONTEXT
 
     console = terminal.output()
-    table = new_table(title, ("varied", "value", "case"), ("ms", "to base", "to the first base", "tokens/s", "selected"))
+    table = new_table(title, ("varied", "value", "case"), ("ms", "to base", "to the first base", "adapter part", "selected"))
     for growth in report.grown:
         for value, cases in growth.points.items():
             for name, one in cases.items():
                 timing = one.timing
                 cells = [growth.thing, "" if value is None else _value(growth, value), name, spread(timing.ms, 2), judged(timing.to_base)]
                 selected = "" if timing.selected_share is None else f"{timing.selected_share:.0%}"
-                table.add_row(*cells, spread(one.to_first, 3), f"{timing.tokens_per_second:.0f}", selected)
+                part = "" if one.adapter_part is None else spread(one.adapter_part, 2)
+                table.add_row(*cells, spread(one.to_first, 3), part, selected)
     terminal.print_table(console, table)
     console.print(f"where it is not varied: {ROWS} rows, {CONTEXT} tokens of context, one adapter of the paper's sizes")
     console.print(_footer(report, min(growth.cpu_share for growth in report.grown)))

@@ -24,18 +24,23 @@ def test_one_thing_is_varied_at_a_time(fresh_model: Backend) -> None:
     fixed = {None: {"base", "control"}}
     assert cases["adapters"] == fixed | {value: {"soft_moa", "sparse_moa"} for value in (1, 8)}
     assert cases["experts"] == fixed | {value: {"molora", "hydralora", "mola"} for value in (2, 3)}
-    assert cases["active"] == fixed | {value: {"sparse_moa"} for value in (0, 50, 100)}
+    both = {None: {"base", "control", "base 1 row", "control 1 row"}}
+    assert cases["active"] == both | {value: {"sparse_moa", "sparse_moa 1 row"} for value in (0, 50, 100)}
 
     for thing, points in varied.items():
-        first = points.get(None, points[ALL[thing][0]])["base"]["ms"]["median"]
         for value, of in points.items():
-            base = of.get("base", points.get(None, {}).get("base"))["ms"]["median"]
-            rows = value if thing == "rows" else ROWS
-            for case in of.values():
-                ms = case["ms"]["median"]
-                assert case["to_base"]["median"] == pytest.approx(ms / base)
+            for name, case in of.items():
+                base = "base 1 row" if name.endswith("1 row") else "base"
+                ms, first = case["ms"]["median"], points.get(None, points[ALL[thing][0]])[base]["ms"]["median"]
+                assert case["to_base"]["median"] == pytest.approx(ms / of.get(base, points.get(None, {}).get(base))["ms"]["median"])
                 assert case["to_first"]["median"] == pytest.approx(ms / first)
+                rows = 1 if name.endswith("1 row") else value if thing == "rows" else ROWS
                 assert case["tokens_per_second"] == pytest.approx(1e3 * rows / ms)
+                if name.startswith(("base", "control")) or fresh_model.name == "torch":
+                    assert case["adapter_part"] is None
+                else:
+                    own, start = case["adapter_ticks"], points[ALL[thing][0]][name]["adapter_ticks"]
+                    assert case["adapter_part"]["median"] == pytest.approx(own / start)
 
     shares = {value: of["sparse_moa"]["selected_share"] for value, of in varied["active"].items() if value is not None}
     assert (shares[0], shares[100]) == (0, 1)

@@ -6,6 +6,7 @@ import torch
 from moa_serve.bench import workload
 from moa_serve.bench.synthetic import FAMILIES, synthetic
 from moa_serve.bench.workload import Pages, Workload, selected_share
+from moa_serve.errors import InvalidRequest
 from moa_serve.model.attention import CausalAttention
 from moa_serve.model.backend import Backend, PreparedAdapter
 from moa_serve.model.batch import ForwardBatch
@@ -60,6 +61,16 @@ def test_contexts_of_any_length_and_the_beginnings_of_them(
             torch.testing.assert_close(logits, expected(pages, base.weights, row, context, last), atol=2e-4, rtol=1e-4)
     with pytest.raises(AssertionError, match="hold less than 40 tokens"):
         Workload(pages, [None, None])
+
+
+def test_a_cache_that_does_not_fit_is_refused(fresh_model: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = fresh_model.bytes_per_block(16)
+    monkeypatch.setattr(workload, "available_bytes", lambda _: 8 * page - 1)
+    with pytest.raises(
+        InvalidRequest, match=f"2 rows with a context of up to 50 tokens takes {8 * page} bytes, but {8 * page - 1} are free"
+    ):
+        Pages(fresh_model, [40, 50])
+    Pages(fresh_model, [40, 40])
 
 
 def test_a_row_does_not_depend_on_the_others(pages: Pages) -> None:

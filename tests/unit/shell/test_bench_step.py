@@ -60,23 +60,22 @@ def test_shapes_take_the_place_of_a_base(tmp_path: Path, monkeypatch: pytest.Mon
     """And what `MOA_MODEL` says for other commands does not stand in their way."""
     monkeypatch.setenv("MOA_MODEL", str(tmp_path / "nowhere"))
     monkeypatch.setitem(shapes.SHAPES, "tiny", ModelConfig.from_hf(TINY))
-    for command in ("step", "growth"):
-        done = CliRunner().invoke(app, [*QUICK[command], "--shapes", "tiny", "--json"])
+    step = ["step", *COMMON, "--rows", "1", "--prefill", "", "--families", "none"]
+    growth = ["growth", *COMMON, "--rows", "", "--adapters", "", "--experts", "2", "--active", ""]
+    for arguments in (step, growth):
+        done = CliRunner().invoke(app, [*arguments, "--shapes", "tiny", "--json"])
         assert done.exit_code == 0, done.output
         assert json.loads(done.stdout)["base"] == "made-up tiny"
 
 
-@pytest.mark.parametrize("backend", ["torch", "native"])
-def test_two_threads_are_used_and_told(backend: str, tmp_path: Path) -> None:
-    if backend == "native":
-        try:
-            instruction_sets()
-        except NativeUnavailable as error:
-            pytest.skip(f"no native backend here: {error}")
-    arguments = [*QUICK["step"], "--threads", "2", "--backend", backend]
-    assert json.loads(run(tmp_path, *arguments, "--json").stdout)["threads"] == 2
-    done = run(tmp_path, *arguments)
-    assert f"{backend}, float32, 2 threads" in done.stdout
+def test_two_threads_are_used_and_told(tmp_path: Path) -> None:
+    try:
+        instruction_sets()
+    except NativeUnavailable as error:
+        pytest.skip(f"no native backend here: {error}")
+    done = run(tmp_path, "step", *COMMON, "--rows", "1", "--prefill", "", "--families", "none", "--threads", "2", "--backend", "native")
+    assert done.exit_code == 0, done.output
+    assert "native, float32, 2 threads" in done.stdout
     assert "the goals are of one thread" in done.stdout
 
 
