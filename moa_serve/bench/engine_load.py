@@ -7,7 +7,7 @@ those of `moa-serve serve` without options. Owns its engine until `close`.
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from moa_serve.adapter.adapter import Adapter, AdapterSource
 from moa_serve.adapter.store import AdapterStore
 from moa_serve.bench.serve import TRIAL_PROMPT, TRIAL_TOKENS, Answer, Computed, Served
 from moa_serve.bench.step import num_threads
-from moa_serve.engine.engine import Engine, EngineOptions, TokenEvent
+from moa_serve.engine.engine import Engine, EngineOptions
 from moa_serve.engine.request import Request, SamplingParams
 from moa_serve.engine.request import Sequence as EngineSequence
 from moa_serve.errors import AdapterNotFound, InvalidRequest, MoaError
@@ -99,7 +99,7 @@ class EngineLoad:
         """
         self._asked = [self._model(name) for name in models or [self._base_name]]
         for model in self._asked:
-            self._run([iter([self._request(model, TRIAL_PROMPT, TRIAL_TOKENS)])])
+            run_streams(self.engine, [iter([self._request(model, TRIAL_PROMPT, TRIAL_TOKENS)])], self._told)
 
     def _model(self, name: str) -> _Model:
         if name not in self._known:
@@ -130,7 +130,7 @@ class EngineLoad:
             for stream, prompts in enumerate(streams)
         ]
         gc.collect()  # what the client of a server left; from here on the collector runs as it does in a server's process
-        return self._run([iter(behind) for behind in requests])
+        return run_streams(self.engine, [iter(behind) for behind in requests], self._told)
 
     def _request(self, model: _Model, prompt: str, max_tokens: int) -> Request:
         """As a server makes it of the body that `Client.content` sends."""
@@ -138,37 +138,45 @@ class EngineLoad:
         ids = self._tokenizer.encode(prompt, parse_special=False)
         return Request(tuple(ids), params, model.revision, is_pooled=model.is_pooled)
 
-    def _run(self, streams: Sequence[Iterator[Request]]) -> tuple[float, list[Answer]]:
-        engine = self.engine
-        running: dict[EngineSequence, _Running] = {}
-        ended: list[_Running] = []
-
-        def send_next(requests: Iterator[Request]) -> None:
-            if (request := next(requests, None)) is not None:
-                sent = time.perf_counter()
-                running[engine.add(request)] = _Running(requests, sent)
-
-        start = time.perf_counter()
-        try:
-            for requests in streams:
-                send_next(requests)
-            while running:
-                events = engine.step()
-                now = time.perf_counter()
-                for event in events:
-                    one = running[event.sequence]
-                    if event.error is not None:
-                        raise self._told(event, event.error)
-                    one.times.append(now)
-                    if event.finish_reason is not None:
-                        ended.append(running.pop(event.sequence))
-                        send_next(one.behind)
-            seconds = time.perf_counter() - start
-        finally:
-            for sequence in running:
-                engine.end(sequence, "abort")
-        return seconds, [one.answer for one in ended]
-
-    def _told(self, event: TokenEvent, error: MoaError) -> MoaError:
-        model = self._name_of(event.sequence.request.adapter)
+    def _told(self, request: Request, error: MoaError) -> MoaError:
+        model = self._name_of(request.adapter)
         return type(error)(f"{self.name}: model {model!r}: {error}", param=error.param)
+
+
+def run_streams(
+    engine: Engine, streams: Sequence[Iterator[Request]], told: Callable[[Request, MoaError], MoaError] = lambda _, error: error
+) -> tuple[float, list[Answer]]:
+    """Seconds of one wave and its answers: all streams at the same time, the requests of each one after another.
+
+    Args:
+        engine: without work; it has none afterwards, whatever happens.
+        told: the error to raise where a request ended with one.
+    """
+    running: dict[EngineSequence, _Running] = {}
+    ended: list[_Running] = []
+
+    def send_next(requests: Iterator[Request]) -> None:
+        if (request := next(requests, None)) is not None:
+            sent = time.perf_counter()
+            running[engine.add(request)] = _Running(requests, sent)
+
+    start = time.perf_counter()
+    try:
+        for requests in streams:
+            send_next(requests)
+        while running:
+            events = engine.step()
+            now = time.perf_counter()
+            for event in events:
+                one = running[event.sequence]
+                if event.error is not None:
+                    raise told(event.sequence.request, event.error)
+                one.times.append(now)
+                if event.finish_reason is not None:
+                    ended.append(running.pop(event.sequence))
+                    send_next(one.behind)
+        seconds = time.perf_counter() - start
+    finally:
+        for sequence in running:
+            engine.end(sequence, "abort")
+    return seconds, [one.answer for one in ended]

@@ -12,6 +12,9 @@ SPARSE_TO_SOFT = 1.02  # a whole step, at every size
 SPARSE_TO_SOFT_TICKS = 0.85  # routers and experts alone
 TOGETHER_TO_APART = 4.0  # eight tenants one after the other, over the same in one batch
 BANDWIDTH_SHARE = 0.75  # of what memory was measured to give, at one row
+SWAP_GAP = 1.5  # 99th percentile of the gaps between tokens with twice as many adapters as slots, over all of them resident
+SWAP_THROUGHPUT = 0.9  # the same, tokens/s, over as many adapters as slots
+IDLE_THROUGHPUT = 0.99  # the base alone with adapters in all slots, over none
 MIXED_ADAPTERS = 8  # the goals for mixed batches are of this many
 _LARGE_BASE = 800_000_000  # weights; from here on an adapter's bytes hardly count beside the base's
 

@@ -367,7 +367,7 @@ def compare(
     if model.config.architecture != "llama":
         raise InvalidRequest(f"the authors' way is written for LLaMA; this base is {model.config.architecture}", param="model")
     on_progress("filling the cache and making an adapter")
-    pages = Pages(model, rows=max(rows), context=context, spare=SPARE_TOKENS)
+    pages = Pages(model, [context] * max(rows), spare=SPARE_TOKENS)
     adapter = made_up(pages, family, seed=0)
     prepared = model.prepare(adapter)
     on_progress("loading transformers")
@@ -393,7 +393,7 @@ def _compare(pages: Pages, ours: Mapping[str, Workload], theirs: Mapping[str, Au
     rows = len(next_ids)
     cases: dict[str, Callable[[], float]] = {name: partial(_our_seconds, work, steps_for(work.run)) for name, work in ours.items()}
     for name, way in theirs.items():
-        way.prefill(pages.token_ids[:rows])
+        way.prefill(torch.stack(pages.token_ids[:rows]))
         cases[name] = partial(_their_seconds, way, next_ids, steps_for(partial(_their_seconds, way, next_ids, 1)))
     times = interleaved(cases, rounds)
     backend = pages.model.name

@@ -10,7 +10,9 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +34,7 @@ ROWS, PREFILL = (1, 2, 4, 8, 16, 32), 256
 ALWAYS = ("soft_moa", "sparse_moa")  # what every run measures, one adapter and several
 OTHERS = tuple(family for family in FAMILIES if family not in ALWAYS)
 _BASE, _CONTROL, _MIXED, _APART, _READING = "base", "control", "_mixed", "sparse_moa_apart", "reading"
-_WARMUPS = 1
+WARMUPS = 1  # rounds that do not count
 
 Bandwidth = Callable[[], float]  # bytes/s that memory gives, measured by the call
 
@@ -152,39 +154,45 @@ def _much_memory() -> Tensor:
     return torch.ones(_PROBE_FLOATS)  # ones, because untouched zeros would all be one page
 
 
-def read_bandwidth() -> float:
-    """Bytes/s at which one thread adds up 256 MiB with the processor's widest loads; with numpy where there is no native library.
+def read_bandwidth(threads: int = 1) -> float:
+    """Bytes/s at which so many threads add up 256 MiB with the processor's widest loads; with numpy where there is no native library.
 
     numpy's is a lower bound of what memory gives, so that shares of it come out too high.
     """
-    memory = _much_memory()
+    parts = _much_memory().chunk(threads)
+    read = _reader()
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(part.nbytes for part in parts) / seconds(lambda: list(pool.map(read, parts)))
+
+
+def _reader() -> Callable[[Tensor], object]:
     try:
         best = lib.instruction_sets()[0].encode()
     except lib.NativeUnavailable:
-        whole = memory.numpy().view(np.int64)
-        return whole.nbytes / seconds(whole.max)
-    total = ctypes.c_float()
-    return memory.nbytes / seconds(lambda: lib.library().moa_probe_read(best, memory.data_ptr(), len(memory), total))
+        return lambda part: part.numpy().view(np.int64).max()
+    probe = lib.library().moa_probe_read
+    return lambda part: probe(best, part.data_ptr(), len(part), ctypes.c_float())
 
 
 def measure(
-    model: Backend, plan: Plan, *, bandwidth: Bandwidth = read_bandwidth, on_progress: Callable[[str], None] = lambda _: None
+    model: Backend, plan: Plan, *, bandwidth: Bandwidth | None = None, on_progress: Callable[[str], None] = lambda _: None
 ) -> StepReport:
     """Measure every case of the plan.
 
     Args:
         model: without a cache yet; it has one afterwards.
-        bandwidth: probe of this process's memory, called once a round at one row.
+        bandwidth: probe of this process's memory, called once a round at one row; None for `read_bandwidth` by as many threads.
         on_progress: gets a line for each part of the work.
     """
     prefill = max((num_pages(tokens) * PAGE for tokens in plan.prefills), default=0)
     on_progress("filling the cache and making adapters")
-    pages = Pages(model, rows=max(plan.rows), context=plan.context, spare=max(SPARE_TOKENS, prefill))
+    probe = partial(read_bandwidth, num_threads(model)) if bandwidth is None else bandwidth
+    pages = Pages(model, [plan.context] * max(plan.rows), spare=max(SPARE_TOKENS, prefill))
     bank = _Bank(pages, plan)
     sizes = []
     for rows, tokens in [*((rows, 1) for rows in plan.rows), *((1, tokens) for tokens in plan.prefills)]:
         on_progress(f"decoding {rows} rows" if tokens == 1 else f"prefilling {tokens} tokens")
-        sizes.append(_measure_size(pages, bank, plan, rows, tokens, bandwidth))
+        sizes.append(_measure_size(pages, bank, plan, rows, tokens, probe))
     return StepReport(model.name, str(model.dtype).removeprefix("torch."), num_threads(model), plan, sizes)
 
 
@@ -212,7 +220,7 @@ class _Bank:
         return cases
 
 
-class _Clock:
+class Clock:
     """Times steps of a model; notes how much of a core they had and, where the backend counts them, the ticks of the adapters' own part."""
 
     def __init__(self, model: Backend) -> None:
@@ -247,7 +255,20 @@ class _Clock:
 
     def adapter_ticks(self) -> dict[str, list[float]]:
         """By case, of the rounds that count; empty where the backend does not count them."""
-        return {name: values[_WARMUPS:] for name, values in self._adapter_ticks.items()}
+        return {name: values[WARMUPS:] for name, values in self._adapter_ticks.items()}
+
+    def timing(
+        self, name: str, times: Sequence[float], base: Sequence[float], tokens: int, share: float | None, goal: float | None
+    ) -> CaseTiming:
+        """Of the case `name`: its seconds and the base's, round by round, for a step of so many new tokens."""
+        ticks = self.adapter_ticks().get(name)
+        return CaseTiming(
+            Spread.of([1e3 * value for value in times]),
+            Judged(ratio(times, base), goal),
+            tokens / statistics.median(times),
+            share,
+            None if ticks is None else statistics.median(ticks),
+        )
 
 
 def _measure_size(pages: Pages, bank: _Bank, plan: Plan, rows: int, tokens: int, bandwidth: Bandwidth) -> SizeTiming:
@@ -257,23 +278,16 @@ def _measure_size(pages: Pages, bank: _Bank, plan: Plan, rows: int, tokens: int,
         work[_APART] = [Workload(pages, [adapter], first_row=row) for row, adapter in enumerate(bank.several["sparse_moa"])]
     shares = {name: selected_share(own[0].trace()) for name, own in work.items()}
     steps = plan.inner_steps or steps_for(work[_BASE][0].run)
-    clock = _Clock(model)
+    clock = Clock(model)
     cases = {name: clock.measurement(name, own, steps) for name, own in work.items()}
     if rows == tokens == 1:
         cases[_READING] = lambda: step_bytes(model.config, model.dtype) / bandwidth()
-    times = interleaved(cases, plan.rounds, warmups=_WARMUPS)
-    ticks = clock.adapter_ticks()
+    times = interleaved(cases, plan.rounds, warmups=WARMUPS)
+    goal = goals.adapter_to_base(rows, tokens)
     timings = {
-        name: CaseTiming(
-            Spread.of([1e3 * value for value in times[name]]),
-            Judged(ratio(times[name], times[_BASE]), goals.adapter_to_base(rows, tokens) if name in ALWAYS else None),
-            rows * tokens / statistics.median(times[name]),
-            shares[name],
-            statistics.median(ticks[name]) if name in ticks else None,
-        )
-        for name in work
+        name: clock.timing(name, times[name], times[_BASE], rows * tokens, shares[name], goal if name in ALWAYS else None) for name in work
     }
-    return SizeTiming(rows, tokens, steps, clock.cpu_share, timings, _ratios(times, ticks, plan, model))
+    return SizeTiming(rows, tokens, steps, clock.cpu_share, timings, _ratios(times, clock.adapter_ticks(), plan, model))
 
 
 def _ratios(times: Mapping[str, Sequence[float]], ticks: Mapping[str, Sequence[float]], plan: Plan, model: Backend) -> dict[str, Judged]:

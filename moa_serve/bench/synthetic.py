@@ -32,17 +32,23 @@ FAMILIES = {
     "nested_hydralora": Recipe(variant="soft_moa", inner="hydralora"),
 }
 SELECTED_SHARE, SHARE_TOLERANCE = 0.59, 0.02  # 3.55 of 6 experts are active in the paper's Sparse MoA
+_BEYOND = 10.0  # logits that a router's margin is kept away from where all tokens or none are to be selected
 _TUNING_ROWS, _TUNING_TOKENS = 4, 128
 SPARE_TOKENS = _TUNING_ROWS * num_pages(_TUNING_TOKENS) * PAGE  # that `tuned` needs beside a workload's pages
 
 
 def synthetic(family: str, config: ModelConfig, seed: int, *, scale: float = 0.02) -> Adapter:
-    """A random adapter of a family in `FAMILIES`, for a base of this shape; another seed gives another one.
+    """A random adapter of a family in `FAMILIES`, for a base of this shape; another seed gives another one."""
+    return of_recipe(FAMILIES[family], config, seed, scale=scale)
+
+
+def of_recipe(recipe: Recipe, config: ModelConfig, seed: int, *, scale: float = 0.02) -> Adapter:
+    """A random adapter of any family and any sizes.
 
     Args:
         scale: standard deviation of the output factors, which in a fresh adapter are zero and would leave every logit as it is.
     """
-    manifest = manifest_of(FAMILIES[family], BaseShape.of(config))
+    manifest = manifest_of(recipe, BaseShape.of(config))
     generator = torch.Generator().manual_seed(seed + 1_000_000)  # not the numbers that the fresh tensors come from
     tensors = {
         name: scale * torch.randn(tensor.shape, generator=generator) if name.endswith(OUTPUT_FACTORS) else tensor
@@ -64,6 +70,7 @@ def tuned(pages: Pages, adapter: Adapter, *, share: float = SELECTED_SHARE, tole
     the bias of R_e moves the margin by as much for every token, so adding minus the (1 - share) quantile of m_e over some random tokens
     makes the layer select `share` of them, given what it reads. That depends on the layers before it, so all layers are moved at once and
     traced again, until the mean over all of them is within half the tolerance. After n passes the first n layers are final, so it ends.
+    For a share of 0 or 1 the margin moves far beyond what any token has, so that no token is an exception.
 
     Args:
         pages: of the model that computes it; the spare ones have room for `SPARE_TOKENS`.
@@ -85,10 +92,16 @@ def tuned(pages: Pages, adapter: Adapter, *, share: float = SELECTED_SHARE, tole
             assert routed.threshold is not None, "a Sparse MoA has thresholds"
             margin = (_logit(routed.scores) - _logit(routed.threshold)).cpu()  # (T, E)
             name = f"layers.{layer}.{bias}"
-            tensors[name] = tensors[name] - torch.quantile(margin, 1 - share, dim=0)
+            tensors[name] = tensors[name] - _cut(margin, share)
     if abs(found - share) > tolerance:
         raise EngineError(f"the routers of a made-up adapter cannot be tuned to select {share:.0%}: {found:.1%} is the nearest")
     return _adapter(adapter.manifest, tensors)
+
+
+def _cut(margin: Tensor, share: float) -> Tensor:
+    """(T, E) margins -> (E,): `share` of the tokens have at least this."""
+    beyond = {0.0: _BEYOND, 1.0: -_BEYOND}.get(share, 0.0)
+    return torch.quantile(margin, 1 - share, dim=0) + beyond
 
 
 def _logit(probability: Tensor) -> Tensor:

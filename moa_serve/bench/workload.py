@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from moa_serve.bench.timing import seconds
+from moa_serve.engine.memory import available_bytes
+from moa_serve.errors import InvalidRequest
 from moa_serve.model.attention import CachedSpan
 from moa_serve.model.backend import Backend, PreparedAdapter
 from moa_serve.model.batch import ForwardBatch, PooledRows, RoutingTrace, Segment
@@ -19,6 +21,7 @@ from moa_serve.model.counters import RouterCounters
 
 PAGE = 16  # tokens; the native backend knows no other size
 CONTEXT = 128  # tokens before a decoded one, by default
+_CHUNK = 512  # tokens of a context that are computed at once; all of a long one would need buffers as large as the cache
 _MEASURED_SECONDS, _MOST_STEPS = 0.1, 64  # of one measurement: long against a clock's ticks, short against a machine's moods
 
 
@@ -40,34 +43,45 @@ def random_ids(model: Backend, rows: int, tokens: int, seed: int) -> Tensor:
 
 
 class Pages:
-    """The cache of a model, with `rows` sequences of `context` random tokens in it.
+    """The cache of a model, with a sequence of random tokens in it for each row of a batch.
 
     All workloads of a model go on from the same pages: what a step costs depends on how many tokens it attends to, not on their keys and
     values, so the base computes them once, and every step writes the place behind them again. One a model, as its cache is.
 
     Args:
+        contexts: tokens of each sequence.
         spare: tokens that have pages beside these, to prefill into.
+    Raises:
+        InvalidRequest: so many tokens do not fit memory.
     """
 
-    def __init__(self, model: Backend, *, rows: int, context: int = CONTEXT, spare: int = 0) -> None:
-        self.model, self.context = model, context
-        per_row = num_pages(context + 1)
-        end = 1 + rows * per_row
-        used = range(1, end + num_pages(spare))  # page 0 is padding to the torch backend
+    def __init__(self, model: Backend, contexts: Sequence[int], *, spare: int = 0) -> None:
+        self.model, self.contexts = model, tuple(contexts)
+        ends = list(itertools.accumulate((num_pages(context + 1) for context in contexts), initial=1))  # page 0 is padding to torch
+        used = range(1, ends[-1] + num_pages(spare))
+        needed, free = used.stop * model.bytes_per_block(PAGE), available_bytes(model.device)
+        if needed > free:
+            raise InvalidRequest(
+                f"a cache for {len(contexts)} rows with a context of up to {max(contexts)} tokens takes {needed} bytes, but {free} are "
+                f"free; measure fewer rows or a shorter context",
+                param="context",
+            )
         self.cache = model.new_cache(used.stop, PAGE)
         self.cache.zero(used)
-        self.tables = [list(range(start, start + per_row)) for start in range(1, end, per_row)]
-        self._spare = list(range(end, used.stop))
-        self.token_ids = random_ids(model, rows, context, seed=0)  # (rows, context)
-        if context:
-            self._fill()
+        self.tables = [list(range(start, end)) for start, end in itertools.pairwise(ends)]
+        self._spare = list(range(ends[-1], used.stop))
+        drawn = random_ids(model, len(contexts), max(contexts), seed=0)
+        self.token_ids = [ids[:context] for ids, context in zip(drawn, contexts, strict=True)]  # of each row (context,)
+        self._fill()
 
     @torch.inference_mode()
     def _fill(self) -> None:
-        positions = torch.arange(self.context, device=self.model.device)
         for token_ids, table in zip(self.token_ids, self.tables, strict=True):
-            batch = ForwardBatch(token_ids, positions, logit_rows=positions[-1:])
-            self.model.forward(batch, self.cache.attention([CachedSpan(0, self.context, 0, table)]))
+            for start in range(0, len(token_ids), _CHUNK):
+                chunk = token_ids[start : start + _CHUNK]
+                positions = torch.arange(start, start + len(chunk), device=self.model.device)
+                batch = ForwardBatch(chunk, positions, logit_rows=positions[-1:] - start)
+                self.model.forward(batch, self.cache.attention([CachedSpan(0, len(chunk), start, table)]))
 
     def spare_tables(self, rows: int, tokens: int) -> list[list[int]]:
         """Pages for `rows` new sequences of `tokens` tokens; whoever asks next gets the same."""
@@ -83,17 +97,29 @@ class Workload:
     they are in serving.
 
     Args:
-        tokens: of each row: one behind the pages' context, or several with nothing before them.
+        tokens: of each row: one behind its context, or several with nothing before them.
+        context: tokens before a decoded one; None for all that the first row's pages hold. Fewer than they hold write into the midst of
+            them, which no other workload's cost depends on.
         first_row: of the pages, where not all of their rows decode.
     """
 
     def __init__(
-        self, pages: Pages, adapters: Sequence[PreparedAdapter | None], *, tokens: int = 1, first_row: int = 0, seed: int = 1
+        self,
+        pages: Pages,
+        adapters: Sequence[PreparedAdapter | None],
+        *,
+        tokens: int = 1,
+        context: int | None = None,
+        first_row: int = 0,
+        seed: int = 1,
     ) -> None:
         rows, end, device = len(adapters), first_row + len(adapters), pages.model.device
-        computed = pages.context if tokens == 1 else 0
         tables = pages.tables[first_row:end] if tokens == 1 else pages.spare_tables(rows, tokens)
         assert len(tables) == rows, f"the pages hold {len(pages.tables)} rows"
+        computed = 0
+        if tokens == 1:
+            computed = pages.contexts[first_row] if context is None else context
+            assert computed <= min(pages.contexts[first_row:end]), f"the pages of these rows hold less than {computed} tokens"
         # For all of the pages' rows, so that a row has the same tokens whichever others are in the batch.
         token_ids = random_ids(pages.model, max(len(pages.tables), end), tokens, seed)[first_row:end]
         self.pages, self.num_tokens = pages, rows * tokens

@@ -7,12 +7,15 @@ import typer
 
 from moa_serve.shell.bench_quality import bench_quality
 from moa_serve.shell.bench_serve import bench_serve
-from moa_serve.shell.bench_step import bench_reference, bench_step
+from moa_serve.shell.bench_step import bench_growth, bench_reference, bench_step
+from moa_serve.shell.bench_swap import bench_swap
 
 bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure on this machine, as ratios of two things in one interleaved run.")
 bench.command("step")(bench_step)
+bench.command("growth")(bench_growth)
 bench.command("reference")(bench_reference)
 bench.command("serve")(bench_serve)
+bench.command("swap")(bench_swap)
 bench.command("quality")(bench_quality)
 
 

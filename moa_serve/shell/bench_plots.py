@@ -1,4 +1,4 @@
-"""The figures of `moa-serve bench step` and `bench reference`, by matplotlib: an extra, so it is imported only where one is wanted.
+"""The figures of `moa-serve bench step`, `growth` and `reference`, by matplotlib: an extra, so it is imported only where one is wanted.
 
 Made without pyplot, under matplotlib's own defaults, whatever a user's matplotlibrc says.
 """
@@ -16,10 +16,18 @@ from moa_serve.bench.timing import Spread
 from moa_serve.shell.figure_style import figure_style
 
 if TYPE_CHECKING:
+    from moa_serve.bench.growth import GrowthReport
     from moa_serve.bench.reference import ReferenceReport
     from moa_serve.bench.step import StepReport
 
 _MOST_LINES = 8  # in one figure; more cases are drawn one below the other
+_LABELS = {
+    "rows": "rows",
+    "context": "tokens of context",
+    "adapters": "different adapters",
+    "experts": "experts at each linear",
+    "active": "% of the experts that are active",
+}
 _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -72,6 +80,28 @@ def _write_families(report: "StepReport", names: Sequence[str], title: str, path
             axis.set_yticks(list(places), list(names))
             axis.grid(color="0.92")
         axes[0].legend()
+        figure.savefig(path, format="png")
+
+
+def write_growth(report: "GrowthReport", title: str, path: Path) -> None:
+    """A panel for each thing that was varied: steps over the base's at the first value, a line for each case. Raises OSError."""
+    with figure_style(_STYLE):
+        figure = Figure(figsize=(2.2 + 2.8 * len(report.grown), 3.6), layout="constrained")
+        figure.suptitle(f"{title}: step over the base's at the first value, median and quartiles", x=0.01, ha="left")
+        colours: dict[str, str] = {}  # of a case, the same in all panels
+        for axis, growth in zip(figure.subplots(1, len(report.grown), squeeze=False)[0], report.grown, strict=True):
+            values = [value for value in growth.points if value is not None]
+            for name in growth.points[values[-1]]:
+                colour = "0.6" if name == "control" else "0.2" if name == "base" else colours.setdefault(name, f"C{len(colours)}")
+                _line(axis, values, [growth.points[value][name].to_first for value in values], name, colour)
+            if growth.thing != "active":
+                axis.set_xscale("log", base=2)
+            axis.set_xticks(values, list(map(str, values)))
+            axis.minorticks_off()
+            axis.set_xlabel(_LABELS[growth.thing])
+            axis.set_ylim(bottom=0)
+            axis.grid(color="0.92")
+            axis.legend(loc="lower right")
         figure.savefig(path, format="png")
 
 

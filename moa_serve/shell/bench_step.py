@@ -1,4 +1,4 @@
-"""`moa-serve bench step` and `bench reference`: steps of the model against each other, and against the authors' way of computing them.
+"""`moa-serve bench step`, `growth` and `reference`: steps of the model against each other, and against the authors' way of computing them.
 
 Light, so that `--help` answers at once: what loads torch is imported inside. What is measured, and how, is in bench/.
 """
@@ -17,7 +17,10 @@ from moa_serve.shell import terminal
 from moa_serve.shell.drawing import drawing_module, write_figure
 
 if TYPE_CHECKING:
+    from torch import dtype as Dtype
+
     from moa_serve.bench.goals import Judged
+    from moa_serve.bench.growth import Growth, GrowthReport
     from moa_serve.bench.reference import ReferenceReport
     from moa_serve.bench.step import StepReport
     from moa_serve.bench.timing import Spread
@@ -33,12 +36,18 @@ _Rounds = Annotated[int, typer.Option("--rounds", min=1, help="In which every ca
 _Context = Annotated[int, typer.Option("--context", min=1, help="Tokens that stand before a decoded one.")]
 _Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 _Plot = Annotated[Path | None, typer.Option("--plot", dir_okay=False, help="Write a figure, as PNG.", metavar="PNG", show_default=False)]
-_Base = Annotated[str | None, typer.Option("--model", envvar="MOA_MODEL", help="Base.", show_default="SmolLM2-135M-Instruct")]
+_Dtype = Annotated[str, typer.Option(help="auto (bfloat16 of the native backend, else float32), bfloat16 or float32.")]
+BaseOption = Annotated[str | None, typer.Option("--model", envvar="MOA_MODEL", help="Base.", show_default="SmolLM2-135M-Instruct")]
+ShapesOption = Annotated[
+    str | None,
+    typer.Option("--shapes", help="In place of --model a base with made-up weights: llama-3.2-1b.", metavar="NAME", show_default=False),
+]
 
 
 def bench_step(
+    command: typer.Context,
     backend: _Backend = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (bfloat16 of the native backend, else float32), bfloat16 or float32.")] = "auto",
+    dtype: _Dtype = "auto",
     threads: _Threads = 1,
     core: _Core = None,
     rows: Annotated[str, typer.Option(help="Sequences that decode a token each, one batch size after the other.")] = "1,2,4,8,16,32",
@@ -51,7 +60,8 @@ def bench_step(
     rounds: _Rounds = 15,
     as_json: _Json = False,
     plot: _Plot = None,
-    model: _Base = None,
+    model: BaseOption = None,
+    shapes: ShapesOption = None,
 ) -> None:
     """What a step of the model costs with one adapter and with several, as ratios to the base alone.
 
@@ -61,6 +71,7 @@ def bench_step(
     plots = drawing_module("bench_plots", option="--plot", without="the tables need none") if plot is not None else None
     with terminal.spinner("Loading torch"):
         from moa_serve.bench import step
+    refuse_two_bases(command, shapes)
     plan = step.Plan(
         rows=_numbers("rows", rows),
         prefills=_numbers("prefill", prefill) if prefill else (),
@@ -69,7 +80,7 @@ def bench_step(
         rounds=rounds,
         context=context,
     )
-    with _opened(model, backend, dtype, threads, core) as (opened, base):
+    with _opened(model, backend, dtype, threads, core, shapes) as (opened, base):
         report = step.measure(opened, plan, on_progress=terminal.note)
     title = _title(base.name, report)
     if as_json:
@@ -78,6 +89,47 @@ def bench_step(
         show_step(report, title)
     if plots is not None and plot is not None:
         write_figure(plot, partial(plots.write_step, report, title))
+
+
+def bench_growth(
+    command: typer.Context,
+    backend: _Backend = "auto",
+    dtype: _Dtype = "auto",
+    threads: _Threads = 1,
+    core: _Core = None,
+    rows: Annotated[str, typer.Option(help="Sequences that decode a token each.")] = "1,2,4,8",
+    context: Annotated[str, typer.Option(help="Tokens before the decoded one of each of the 8 rows.")] = "128,512,1024,2048,4096",
+    adapters: Annotated[str, typer.Option(help="Different adapters among the 8 rows.")] = "1,2,4,8",
+    experts: Annotated[str, typer.Option(help="Experts at each linear of molora, hydralora and mola.")] = "2,4,8,16",
+    active: Annotated[str, typer.Option(help="Percentage of a Sparse MoA's experts that is selected.")] = "0,25,50,75,100",
+    rounds: _Rounds = 15,
+    as_json: _Json = False,
+    plot: _Plot = None,
+    model: BaseOption = None,
+    shapes: ShapesOption = None,
+) -> None:
+    """How what a decode step costs grows with rows, context, adapters, experts, and the share of them that is active.
+
+    One thing is varied at a time, in the values that its option lists (an empty one leaves it out); the others stay at 8 rows, 128 tokens
+    of context and one adapter. "to base" is against the base at the same value, "to the first base" against the base at the first one;
+    "adapter part" is what routers and experts alone take, by the processor's counter, against the same at the first value (the native
+    backend counts it). Nothing else should run meanwhile: the control, the base against itself, tells how much the machine wavers.
+    """
+    plots = drawing_module("bench_plots", option="--plot", without="the tables need none") if plot is not None else None
+    with terminal.spinner("Loading torch"):
+        from moa_serve.bench import growth
+    refuse_two_bases(command, shapes)
+    given = {"rows": rows, "context": context, "adapters": adapters, "experts": experts, "active": active}
+    plan = growth.Plan(values={thing: _numbers(thing, text) for thing, text in given.items() if text}, rounds=rounds)
+    with _opened(model, backend, dtype, threads, core, shapes) as (opened, base):
+        report = growth.measure(opened, plan, on_progress=terminal.note)
+    title = _title(base.name, report)
+    if as_json:
+        typer.echo(json.dumps({"base": base.name} | report.to_json()))
+    else:
+        show_growth(report, title)
+    if plots is not None and plot is not None:
+        write_figure(plot, partial(plots.write_growth, report, title))
 
 
 def bench_reference(
@@ -91,7 +143,7 @@ def bench_reference(
     rounds: _Rounds = 15,
     as_json: _Json = False,
     plot: _Plot = None,
-    model: _Base = None,
+    model: BaseOption = None,
 ) -> None:
     """Decode steps against the authors' way of computing on transformers, and the base alone against transformers.
 
@@ -129,8 +181,17 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         raise InvalidRequest(f"{option} is {text!r}, but must be whole numbers, as 1,8,16", param=option) from None
 
 
+def refuse_two_bases(command: typer.Context, shapes: str | None) -> None:
+    """MOA_MODEL may be there for other commands; --model must be meant."""
+    source = command.get_parameter_source("model")
+    if shapes is not None and source is not None and source.name == "COMMANDLINE":
+        raise InvalidRequest("--shapes is a base of its own; give it or --model", param="shapes")
+
+
 @contextmanager
-def _opened(model: str | None, backend: str, dtype: str, threads: int, core: int | None) -> "Iterator[tuple[Model, Base]]":
+def _opened(
+    model: str | None, backend: str, dtype: str, threads: int, core: int | None, shapes: str | None = None
+) -> "Iterator[tuple[Model, Base]]":
     """The base under its backend on the CPU, with the process pinned and without the garbage collector."""
     import os
 
@@ -139,7 +200,6 @@ def _opened(model: str | None, backend: str, dtype: str, threads: int, core: int
     from moa_serve.bench.timing import quiet
     from moa_serve.llm import resolve_backend, resolve_dtype
     from moa_serve.model.transformer import Transformer
-    from moa_serve.model.weights import load_base
     from moa_serve.native.model import NativeModel
 
     if core is not None and threads > 1:
@@ -149,7 +209,7 @@ def _opened(model: str | None, backend: str, dtype: str, threads: int, core: int
         raise InvalidRequest(f"core is {core}, but this process may use {', '.join(map(str, allowed))}", param="core")
     device = torch.device("cpu")
     resolved = resolve_backend(backend, device)
-    base = load_base(model, dtype=resolve_dtype(dtype, device, resolved))
+    base = opened_base(model, shapes, resolve_dtype(dtype, device, resolved))
     torch.set_num_threads(threads)
     # The native backend's threads stay where they are made, so it is made behind the pinning.
     with quiet(core):
@@ -160,7 +220,19 @@ def _opened(model: str | None, backend: str, dtype: str, threads: int, core: int
             yield opened, base
 
 
-def _title(base: str, report: "StepReport | ReferenceReport") -> str:
+def opened_base(model: str | None, shapes: str | None, dtype: "Dtype") -> "Base":
+    """On the CPU, the one that --shapes or --model names."""
+    from moa_serve.bench.shapes import made_up_base, shapes_of
+    from moa_serve.model.weights import load_base
+
+    if shapes is None:
+        return load_base(model, dtype=dtype)
+    config = shapes_of(shapes)
+    terminal.note(f"making up weights for {shapes}")
+    return made_up_base(shapes, config, dtype)
+
+
+def _title(base: str, report: "StepReport | GrowthReport | ReferenceReport") -> str:
     return f"{base}, {report.backend}, {report.dtype}, {terminal.counted(report.threads, 'thread')}"
 
 
@@ -170,25 +242,53 @@ def _title(base: str, report: "StepReport | ReferenceReport") -> str:
 def show_step(report: "StepReport", title: str) -> None:
     """A table of all cases at each size, and one of the ratios between them."""
     console = terminal.output()
-    cases = _table(title, ("rows", "tokens", "case"), ("ms", "to base", "tokens/s", "selected"))
-    ratios = _table("ratios", ("rows", "tokens", "of"), ("found", "goal"))
+    cases = new_table(title, ("rows", "tokens", "case"), ("ms", "to base", "tokens/s", "selected"))
+    ratios = new_table("ratios", ("rows", "tokens", "of"), ("found", "goal"))
     for size in report.sizes:
         shape = (str(size.rows), str(size.tokens))
         for name, case in size.cases.items():
             selected = "" if case.selected_share is None else f"{case.selected_share:.0%}"
-            cases.add_row(*shape, name, _spread(case.ms, 2), judged(case.to_base), f"{case.tokens_per_second:.0f}", selected)
+            cases.add_row(*shape, name, spread(case.ms, 2), judged(case.to_base), f"{case.tokens_per_second:.0f}", selected)
         for name, found in size.ratios.items():
             ratios.add_row(*shape, name, judged(found), goal_of(found))
     terminal.print_table(console, cases)
     terminal.print_table(console, ratios)
-    busy = min(size.cpu_share for size in report.sizes)
-    console.print(f"medians (quartiles) of {report.plan.rounds} rounds; ! misses its goal; at least {busy:.2f} cores were ours meanwhile")
+    console.print(_footer(report, min(size.cpu_share for size in report.sizes)))
+
+
+def show_growth(report: "GrowthReport", title: str) -> None:
+    """One line for each case at each value, what was varied one below the other."""
+    from moa_serve.bench.growth import ROWS
+    from moa_serve.bench.workload import CONTEXT
+
+    console = terminal.output()
+    table = new_table(title, ("varied", "value", "case"), ("ms", "to base", "to the first base", "adapter part", "selected"))
+    for growth in report.grown:
+        for value, cases in growth.points.items():
+            for name, one in cases.items():
+                timing = one.timing
+                cells = [growth.thing, "" if value is None else _value(growth, value), name, spread(timing.ms, 2), judged(timing.to_base)]
+                selected = "" if timing.selected_share is None else f"{timing.selected_share:.0%}"
+                part = "" if one.adapter_part is None else spread(one.adapter_part, 2)
+                table.add_row(*cells, spread(one.to_first, 3), part, selected)
+    terminal.print_table(console, table)
+    console.print(f"where it is not varied: {ROWS} rows, {CONTEXT} tokens of context, one adapter of the paper's sizes")
+    console.print(_footer(report, min(growth.cpu_share for growth in report.grown)))
+
+
+def _value(growth: "Growth", value: int) -> str:
+    return f"{value} %" if growth.thing == "active" else str(value)
+
+
+def _footer(report: "StepReport | GrowthReport", busy: float) -> str:
+    more = "; the goals are of one thread" if report.threads > 1 else ""
+    return f"medians (quartiles) of {report.plan.rounds} rounds; ! misses its goal{more}; at least {busy:.2f} cores were ours meanwhile"
 
 
 def show_reference(report: "ReferenceReport", title: str) -> None:
     """One line for each comparison: theirs, ours, and how often ours goes into theirs."""
     console = terminal.output()
-    table = _table(title, ("rows", "against"), ("theirs, ms", "ours, ms", "theirs/ours", "goal"))
+    table = new_table(title, ("rows", "against"), ("theirs, ms", "ours, ms", "theirs/ours", "goal"))
     for size in report.sizes:
         lines: Mapping[str, tuple[str, str, Judged]] = {
             "authors' way": ("authors", "ours", size.adapter),
@@ -196,12 +296,12 @@ def show_reference(report: "ReferenceReport", title: str) -> None:
             "control": ("control", "base", size.control),
         }
         for name, (theirs, ours, found) in lines.items():
-            table.add_row(str(size.rows), name, _spread(size.ms[theirs], 2), _spread(size.ms[ours], 2), judged(found), goal_of(found))
+            table.add_row(str(size.rows), name, spread(size.ms[theirs], 2), spread(size.ms[ours], 2), judged(found), goal_of(found))
     terminal.print_table(console, table)
     console.print(f"medians (quartiles) of {report.rounds} rounds, context {report.context}; ! misses its goal")
 
 
-def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Any:
+def new_table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Any:
     from rich import box
     from rich.table import Table
 
@@ -213,12 +313,12 @@ def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Any:
     return table
 
 
-def _spread(spread: "Spread", digits: int) -> str:
-    return f"{spread.median:.{digits}f} ({spread.low:.{digits}f}-{spread.high:.{digits}f})"
+def spread(found: "Spread", digits: int) -> str:
+    return f"{found.median:.{digits}f} ({found.low:.{digits}f}-{found.high:.{digits}f})"
 
 
 def judged(found: "Judged") -> str:
-    return _spread(found.found, 3) + (" !" if found.is_met is False else "")
+    return spread(found.found, 3) + (" !" if found.is_met is False else "")
 
 
 def goal_of(found: "Judged") -> str:

@@ -33,12 +33,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 @pytest.fixture(scope="module")
 def torch_pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
-    return Pages(open_model("torch", tmp_path_factory.mktemp("torch")), rows=8, context=20, spare=SPARE_TOKENS)
+    return Pages(open_model("torch", tmp_path_factory.mktemp("torch")), [20] * 8, spare=SPARE_TOKENS)
 
 
 @pytest.fixture(scope="module")
 def native_pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
-    return Pages(open_model("native", tmp_path_factory.mktemp("native")), rows=8, context=20, spare=SPARE_TOKENS)
+    return Pages(open_model("native", tmp_path_factory.mktemp("native")), [20] * 8, spare=SPARE_TOKENS)
 
 
 @pytest.fixture(params=["torch", "native"])

@@ -3,13 +3,15 @@
 import pytest
 import torch
 
+from moa_serve.bench import workload
 from moa_serve.bench.synthetic import FAMILIES, synthetic
 from moa_serve.bench.workload import Pages, Workload, selected_share
+from moa_serve.errors import InvalidRequest
 from moa_serve.model.attention import CausalAttention
-from moa_serve.model.backend import PreparedAdapter
+from moa_serve.model.backend import Backend, PreparedAdapter
 from moa_serve.model.batch import ForwardBatch
 from moa_serve.model.transformer import Transformer
-from moa_serve.model.weights import Base
+from moa_serve.model.weights import Base, BaseWeights
 
 
 def prepared(pages: Pages, family: str, seed: int = 0) -> PreparedAdapter:
@@ -29,15 +31,46 @@ def test_backends_agree(family: str, tokens: int, torch_pages: Pages, native_pag
     torch.testing.assert_close(logits[0], logits[1], atol=2e-4, rtol=1e-4)
 
 
+def expected(pages: Pages, base: BaseWeights, row: int, context: int, last: torch.Tensor) -> torch.Tensor:
+    """(V,) logits behind so many of a row's tokens and `last`, all computed in one go."""
+    token_ids = torch.cat([pages.token_ids[row][:context], last.view(1)])
+    with torch.inference_mode():
+        whole = Transformer(pages.model.config, base).forward(
+            ForwardBatch(token_ids, torch.arange(len(token_ids))), CausalAttention([(0, len(token_ids))])
+        )
+    return whole[-1]
+
+
 def test_the_context_is_there(pages: Pages, base: Base) -> None:
     work = Workload(pages, [None, None])
-    model = Transformer(base.config, base.weights)
     for row, logits in enumerate(work.run()):
-        token_ids = torch.cat([pages.token_ids[row], work.batch.token_ids[row : row + 1]])
-        batch = ForwardBatch(token_ids, torch.arange(len(token_ids)))
-        with torch.inference_mode():
-            whole = model.forward(batch, CausalAttention([(0, len(token_ids))]))
-        torch.testing.assert_close(logits, whole[-1], atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(logits, expected(pages, base.weights, row, 20, work.batch.token_ids[row]), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_contexts_of_any_length_and_the_beginnings_of_them(
+    chunk: int, fresh_model: Backend, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Computed in chunks where they are long."""
+    monkeypatch.setattr(workload, "_CHUNK", chunk)
+    pages = Pages(fresh_model, [40, 23])
+    for first_row, context in ((1, 23), (0, 17)):
+        work = Workload(pages, [None] * (2 - first_row), first_row=first_row, context=context)
+        for row, logits in enumerate(work.run(), start=first_row):
+            last = work.batch.token_ids[row - first_row]
+            torch.testing.assert_close(logits, expected(pages, base.weights, row, context, last), atol=2e-4, rtol=1e-4)
+    with pytest.raises(AssertionError, match="hold less than 40 tokens"):
+        Workload(pages, [None, None])
+
+
+def test_a_cache_that_does_not_fit_is_refused(fresh_model: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = fresh_model.bytes_per_block(16)
+    monkeypatch.setattr(workload, "available_bytes", lambda _: 8 * page - 1)
+    with pytest.raises(
+        InvalidRequest, match=f"2 rows with a context of up to 50 tokens takes {8 * page} bytes, but {8 * page - 1} are free"
+    ):
+        Pages(fresh_model, [40, 50])
+    Pages(fresh_model, [40, 40])
 
 
 def test_a_row_does_not_depend_on_the_others(pages: Pages) -> None:
