@@ -136,7 +136,7 @@ def measure(model: Backend, plan: Plan, *, on_progress: Callable[[str], None] = 
     for thing, values in plan.values.items():
         on_progress(f"varying {thing}: {', '.join(map(str, values))}")
         grown.append(_measure_thing(model, thing, bank.cases(thing, values), plan))
-    return GrowthReport(model.name, str(model.dtype).removeprefix("torch."), num_threads(model), plan, grown)
+    return GrowthReport(model.name, model.base_dtype, num_threads(model), plan, grown)
 
 
 class _Bank:

@@ -29,11 +29,13 @@ from moa_serve.config import ModelConfig, linear_shape
 from moa_serve.errors import InvalidRequest
 from moa_serve.model.backend import Backend, PreparedAdapter
 from moa_serve.native import library as lib
+from moa_serve.native.packing import INT8_GROUP
 
 ROWS, PREFILL = (1, 2, 4, 8, 16, 32), 256
 ALWAYS = ("soft_moa", "sparse_moa")  # what every run measures, one adapter and several
 OTHERS = tuple(family for family in FAMILIES if family not in ALWAYS)
 _BASE, _CONTROL, _MIXED, _APART, _READING = "base", "control", "_mixed", "sparse_moa_apart", "reading"
+_PLAIN = "base_bfloat16"
 WARMUPS = 1  # rounds that do not count
 
 Bandwidth = Callable[[], float]  # bytes/s that memory gives, measured by the call
@@ -135,10 +137,15 @@ class StepReport:
         return run | plan | {"sizes": [size.to_json() for size in self.sizes]}
 
 
-def step_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of the base's weights that a step reads, of however many rows: all linears and the head. Embeddings and norms hardly count."""
+def step_weights(config: ModelConfig) -> int:
+    """Of the base that a step reads, of however many rows: all linears and the head. Embeddings and norms hardly count."""
     layer = sum(math.prod(linear_shape(config, target)) for target in TARGETS)
-    return (config.num_layers * layer + config.vocab_size * config.hidden_size) * dtype.itemsize
+    return config.num_layers * layer + config.vocab_size * config.hidden_size
+
+
+def weight_bytes(model: Backend) -> float:
+    """Of one of them; in eight bits with its share of a scale and a minimum."""
+    return 1 + 4 / INT8_GROUP if model.base_dtype == "int8" else model.dtype.itemsize
 
 
 def num_threads(model: Backend) -> int:
@@ -175,12 +182,18 @@ def _reader() -> Callable[[Tensor], object]:
 
 
 def measure(
-    model: Backend, plan: Plan, *, bandwidth: Bandwidth | None = None, on_progress: Callable[[str], None] = lambda _: None
+    model: Backend,
+    plan: Plan,
+    *,
+    plain: Backend | None = None,
+    bandwidth: Bandwidth | None = None,
+    on_progress: Callable[[str], None] = lambda _: None,
 ) -> StepReport:
     """Measure every case of the plan.
 
     Args:
         model: without a cache yet; it has one afterwards.
+        plain: the base of `model`, which keeps it in eight bits, in bfloat16, likewise without a cache.
         bandwidth: probe of this process's memory, called once a round at one row; None for `read_bandwidth` by as many threads.
         on_progress: gets a line for each part of the work.
     """
@@ -188,12 +201,13 @@ def measure(
     on_progress("filling the cache and making adapters")
     probe = partial(read_bandwidth, num_threads(model)) if bandwidth is None else bandwidth
     pages = Pages(model, [plan.context] * max(plan.rows), spare=max(SPARE_TOKENS, prefill))
+    beside = None if plain is None else Pages(plain, [plan.context] * max(plan.rows), spare=prefill)
     bank = _Bank(pages, plan)
     sizes = []
     for rows, tokens in [*((rows, 1) for rows in plan.rows), *((1, tokens) for tokens in plan.prefills)]:
         on_progress(f"decoding {rows} rows" if tokens == 1 else f"prefilling {tokens} tokens")
-        sizes.append(_measure_size(pages, bank, plan, rows, tokens, probe))
-    return StepReport(model.name, str(model.dtype).removeprefix("torch."), num_threads(model), plan, sizes)
+        sizes.append(_measure_size(pages, beside, bank, plan, rows, tokens, probe))
+    return StepReport(model.name, model.base_dtype, num_threads(model), plan, sizes)
 
 
 class _Bank:
@@ -271,17 +285,19 @@ class Clock:
         )
 
 
-def _measure_size(pages: Pages, bank: _Bank, plan: Plan, rows: int, tokens: int, bandwidth: Bandwidth) -> SizeTiming:
+def _measure_size(pages: Pages, beside: Pages | None, bank: _Bank, plan: Plan, rows: int, tokens: int, bandwidth: Bandwidth) -> SizeTiming:
     model = pages.model
     work = {name: [Workload(pages, adapters, tokens=tokens)] for name, adapters in bank.cases(rows, tokens).items()}
     if rows == plan.num_adapters and tokens == 1:
         work[_APART] = [Workload(pages, [adapter], first_row=row) for row, adapter in enumerate(bank.several["sparse_moa"])]
+    if beside is not None:
+        work[_PLAIN] = [Workload(beside, [None] * rows, tokens=tokens)]
     shares = {name: selected_share(own[0].trace()) for name, own in work.items()}
     steps = plan.inner_steps or steps_for(work[_BASE][0].run)
     clock = Clock(model)
     cases = {name: clock.measurement(name, own, steps) for name, own in work.items()}
     if rows == tokens == 1:
-        cases[_READING] = lambda: step_bytes(model.config, model.dtype) / bandwidth()
+        cases[_READING] = lambda: step_weights(model.config) * weight_bytes(model) / bandwidth()
     times = interleaved(cases, plan.rounds, warmups=WARMUPS)
     goal = goals.adapter_to_base(rows, tokens)
     timings = {
@@ -308,10 +324,10 @@ def _ratios(times: Mapping[str, Sequence[float]], ticks: Mapping[str, Sequence[f
     compare("sparse_to_soft_no_prompt", times, sparse, "soft_moa_no_prompt", goals.SPARSE_TO_SOFT)
     compare("sparse_to_soft_no_prompt_ticks", ticks, sparse, "soft_moa_no_prompt", goals.SPARSE_TO_SOFT_TICKS)
     is_judged = plan.num_adapters == goals.MIXED_ADAPTERS
-    num_weights = step_bytes(model.config, model.dtype) // model.dtype.itemsize
-    floor = goals.mixed_throughput(num_weights) if is_judged else None
+    floor = goals.mixed_throughput(step_weights(model.config)) if is_judged else None
     compare("soft_mixed_throughput", times, soft, soft + _MIXED, floor, is_floor=True)
     compare("sparse_mixed_throughput", times, sparse, sparse + _MIXED, floor, is_floor=True)
     compare("together_to_apart", times, _APART, sparse + _MIXED, goals.TOGETHER_TO_APART if is_judged else None, is_floor=True)
+    compare("int8_to_bfloat16", times, _BASE, _PLAIN, goals.INT8_TO_BFLOAT16 if _READING in times else None)
     compare("bandwidth_share", times, _READING, _BASE, goals.BANDWIDTH_SHARE, is_floor=True)
     return found

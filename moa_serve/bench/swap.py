@@ -305,9 +305,8 @@ def _report(base: Base, model: Backend, library: _Library, engines: Mapping[str,
         "swap_throughput": compare(speed, SWAPPED, FEW, goals.SWAP_THROUGHPUT if is_judged else None),
         "idle_throughput": compare(speed, IDLE, NONE, goals.IDLE_THROUGHPUT),
     }
-    dtype = str(model.dtype).removeprefix("torch.")
     return SwapReport(
-        Computed(base.name, model.name, str(model.device), dtype, num_threads(model)),
+        Computed(base.name, model.name, str(model.device), model.base_dtype, num_threads(model)),
         plan,
         list(measured.values()),
         {name: statistics.median(one.swaps[_WARMUPS:]) for name, one in engines.items()},

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from moa_serve.bench.timing import seconds
-from moa_serve.engine.memory import available_bytes
 from moa_serve.errors import InvalidRequest
 from moa_serve.model.attention import CachedSpan
 from moa_serve.model.backend import Backend, PreparedAdapter
 from moa_serve.model.batch import ForwardBatch, PooledRows, RoutingTrace, Segment
 from moa_serve.model.counters import RouterCounters
+from moa_serve.model.memory import available_bytes
 
 PAGE = 16  # tokens; the native backend knows no other size
 CONTEXT = 128  # tokens before a decoded one, by default

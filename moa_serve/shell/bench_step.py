@@ -5,7 +5,7 @@ Light, so that `--help` answers at once: what loads torch is imported inside. Wh
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,6 +36,7 @@ _Rounds = Annotated[int, typer.Option("--rounds", min=1, help="In which every ca
 _Context = Annotated[int, typer.Option("--context", min=1, help="Tokens that stand before a decoded one.")]
 _Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 _Plot = Annotated[Path | None, typer.Option("--plot", dir_okay=False, help="Write a figure, as PNG.", metavar="PNG", show_default=False)]
+_BaseDtype = Annotated[str, typer.Option(help="auto (the base's weights are in --dtype) or int8 (native backend only).")]
 _Dtype = Annotated[str, typer.Option(help="auto (bfloat16 of the native backend, else float32), bfloat16 or float32.")]
 BaseOption = Annotated[str | None, typer.Option("--model", envvar="MOA_MODEL", help="Base.", show_default="SmolLM2-135M-Instruct")]
 ShapesOption = Annotated[
@@ -48,6 +49,7 @@ def bench_step(
     command: typer.Context,
     backend: _Backend = "auto",
     dtype: _Dtype = "auto",
+    base_dtype: _BaseDtype = "auto",
     threads: _Threads = 1,
     core: _Core = None,
     rows: Annotated[str, typer.Option(help="Sequences that decode a token each, one batch size after the other.")] = "1,2,4,8,16,32",
@@ -66,11 +68,13 @@ def bench_step(
     """What a step of the model costs with one adapter and with several, as ratios to the base alone.
 
     Adapters are made up in the paper's sizes; Sparse ones are tuned so that 59 % of their experts are selected. Nothing else should run
-    meanwhile: the control, the base against itself, tells how much the machine wavers.
+    meanwhile: the control, the base against itself, tells how much the machine wavers. With --base-dtype int8, the base in bfloat16 takes
+    its turns as well.
     """
     plots = drawing_module("bench_plots", option="--plot", without="the tables need none") if plot is not None else None
     with terminal.spinner("Loading torch"):
         from moa_serve.bench import step
+        from moa_serve.native.model import NativeModel
     refuse_two_bases(command, shapes)
     plan = step.Plan(
         rows=_numbers("rows", rows),
@@ -80,8 +84,13 @@ def bench_step(
         rounds=rounds,
         context=context,
     )
-    with _opened(model, backend, dtype, threads, core, shapes) as (opened, base):
-        report = step.measure(opened, plan, on_progress=terminal.note)
+    with _opened(model, backend, dtype, threads, core, shapes, base_dtype) as (opened, base):
+        plain = None
+        if opened.base_dtype == "int8":
+            again = opened_base(model, shapes, opened.dtype)
+            plain = NativeModel(again.config, again.weights, threads=threads)
+        with nullcontext() if plain is None else closing(plain):
+            report = step.measure(opened, plan, plain=plain, on_progress=terminal.note)
     title = _title(base.name, report)
     if as_json:
         typer.echo(json.dumps({"base": base.name} | report.to_json()))
@@ -190,7 +199,7 @@ def refuse_two_bases(command: typer.Context, shapes: str | None) -> None:
 
 @contextmanager
 def _opened(
-    model: str | None, backend: str, dtype: str, threads: int, core: int | None, shapes: str | None = None
+    model: str | None, backend: str, dtype: str, threads: int, core: int | None, shapes: str | None = None, base_dtype: str = "auto"
 ) -> "Iterator[tuple[Model, Base]]":
     """The base under its backend on the CPU, with the process pinned and without the garbage collector."""
     import os
@@ -198,7 +207,7 @@ def _opened(
     import torch
 
     from moa_serve.bench.timing import quiet
-    from moa_serve.llm import resolve_backend, resolve_dtype
+    from moa_serve.llm import check_base_dtype, resolve_backend, resolve_dtype
     from moa_serve.model.transformer import Transformer
     from moa_serve.native.model import NativeModel
 
@@ -209,12 +218,16 @@ def _opened(
         raise InvalidRequest(f"core is {core}, but this process may use {', '.join(map(str, allowed))}", param="core")
     device = torch.device("cpu")
     resolved = resolve_backend(backend, device)
-    base = opened_base(model, shapes, resolve_dtype(dtype, device, resolved))
+    computed = resolve_dtype(dtype, device, resolved)
+    check_base_dtype(base_dtype, computed, resolved)
+    base = opened_base(model, shapes, computed)
     torch.set_num_threads(threads)
     # The native backend's threads stay where they are made, so it is made behind the pinning.
     with quiet(core):
         opened: Model = (
-            NativeModel(base.config, base.weights, threads=threads) if resolved == "native" else Transformer(base.config, base.weights)
+            NativeModel(base.config, base.weights, threads=threads, is_int8=base_dtype == "int8")
+            if resolved == "native"
+            else Transformer(base.config, base.weights)
         )
         with closing(opened):
             yield opened, base

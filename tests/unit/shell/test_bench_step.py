@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import typer
 from families import TINY
+from native_tools import SETS
 from training import tiny_base
 from typer.testing import CliRunner
 
@@ -66,6 +67,19 @@ def test_shapes_take_the_place_of_a_base(tmp_path: Path, monkeypatch: pytest.Mon
         done = CliRunner().invoke(app, [*arguments, "--shapes", "tiny", "--json"])
         assert done.exit_code == 0, done.output
         assert json.loads(done.stdout)["base"] == "made-up tiny"
+
+
+@pytest.mark.skipif(not SETS, reason="the native library is not built")
+def test_a_base_in_eight_bits_is_measured_beside_bfloat16(tmp_path: Path) -> None:
+    quick = ["--rounds", "1", "--context", "8", "--rows", "1,2", "--adapters", "2", "--prefill", "16", "--families", "none"]
+    done = run(tmp_path, "step", "--backend", "native", "--base-dtype", "int8", *quick, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["backend"], found["dtype"]) == ("native", "int8")
+    for size in found["sizes"]:
+        assert size["cases"]["base_bfloat16"]["ms"]["median"] > 0
+        assert size["ratios"]["int8_to_bfloat16"]["median"] > 0
+    assert [size["ratios"]["int8_to_bfloat16"]["goal"] for size in found["sizes"]] == [0.62, None, None]
 
 
 def test_two_threads_are_used_and_told(tmp_path: Path) -> None:
