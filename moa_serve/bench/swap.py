@@ -59,7 +59,7 @@ class Plan:
     adapters: int = 16
     slots: int = 8
     streams: int = 8
-    requests: int = 4
+    requests: int = 2
     prompt_tokens: int = 64
     max_tokens: int = 32
     rounds: int = 7

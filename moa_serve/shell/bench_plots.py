@@ -99,9 +99,8 @@ def write_growth(report: "GrowthReport", title: str, path: Path) -> None:
             axis.set_xticks(values, list(map(str, values)))
             axis.minorticks_off()
             axis.set_xlabel(_LABELS[growth.thing])
-            axis.set_ylim(bottom=0)
             axis.grid(color="0.92")
-            axis.legend(loc="lower right")
+            axis.legend()
         figure.savefig(path, format="png")
 
 

@@ -18,7 +18,7 @@ def bench_swap(
     adapters: Annotated[int, typer.Option(min=2, help="Adapters that the traffic asks for; more than there are slots.")] = 16,
     slots: Annotated[int, typer.Option(min=1, help="Slots that they share.")] = 8,
     streams: Annotated[int, typer.Option(min=1, help="Streams at the same time; more than there are slots wait for each other.")] = 8,
-    requests: Annotated[int, typer.Option(min=2, help="Requests that each stream sends, one after another.")] = 4,
+    requests: Annotated[int, typer.Option(min=2, help="Requests that each stream sends, one after another.")] = 2,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 64,
     max_tokens: Annotated[int, typer.Option(min=4, help="Tokens to generate for a request, in the mean.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="In which every engine has its turn; medians and quartiles are shown.")] = 7,
