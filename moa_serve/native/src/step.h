@@ -220,10 +220,7 @@ struct Step {
     const int group = model.heads / model.kv_heads;
     const int64_t width = page.value_width(), q_stride = padded(model.head_dim, kLanes);
     const int64_t heads_width = model.heads * width;
-    const auto pages_of = [this](int64_t row) {
-      const int32_t* pages = batch.spans[at.token_span[row]].pages;
-      return [pages](int place) { return (int64_t)pages[place]; };
-    };
+    const auto pages_of = [this](int64_t row) { return Pages{batch.spans[at.token_span[row]].pages}; };
     const auto sight_of = [this](int64_t row) { return Sight{batch.seen_until[row], batch.seen_from[row], at.token_index[row]}; };
     const auto key_head = [&](int head) { return keys + head * page.keys<N>(); };
     const auto value_head = [&](int head) { return values + head * page.values(); };
@@ -356,7 +353,7 @@ struct Step {
           memcpy(q + member * q_stride, at.qkv + row * fused + (head * group + member) * model.head_dim, (size_t)model.head_dim * sizeof(float));
         attend_group<Float32>(
             group, q, q_stride, keys + head * num_pages * page.keys<Float32>(), values + head * num_pages * page.values(), page.keys<Float32>(),
-            page.values(), [](int place) { return (int64_t)place; }, Sight{0, 0, prompt.num_rows - 1}, page, weights, scores, found);
+            page.values(), Pages{nullptr}, Sight{0, 0, prompt.num_rows - 1}, page, weights, scores, found);
         add_to_heads(blob, prompt, row, head * group, group, found);
       }
     }
@@ -378,7 +375,7 @@ struct Step {
       for_head_tiles([&](int kv_head, int head, int heads) {
         const Element* q = narrow_queries(row, count, head, heads);
         attend_tile(count, heads, q, padded(model.head_dim, kLanes), keys + kv_head * num_pages * page.keys<Bfloat16>(),
-                    values + kv_head * num_pages * page.values(), page.keys<Bfloat16>(), page.values(), [](int place) { return (int64_t)place; },
+                    values + kv_head * num_pages * page.values(), page.keys<Bfloat16>(), page.values(), Pages{nullptr},
                     sights, page, weights, weights_stride, scores, found);
         for (int member = 0; member < count; member++)
           add_to_heads(blob, prompt, row + member, head, heads, found + member * heads * width);
