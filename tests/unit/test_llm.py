@@ -474,9 +474,7 @@ def test_a_base_that_does_not_fit_is_not_begun(base: Path, monkeypatch: pytest.M
 @pytest.mark.skipif(not SETS, reason="the native library is not built")
 def test_a_base_that_cannot_be_packed_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moa_serve.native.model.available_bytes", lambda _: 1000)
-    with pytest.raises(
-        ModelUnsupported, match=r"packing the base takes \d+ bytes .* its \d+ bytes of weights, but 1000 are free"
-    ):
+    with pytest.raises(ModelUnsupported, match=r"packing the base takes \d+ bytes .* its \d+ bytes of weights, but 1000 are free"):
         LLM(base, device="cpu", backend="native")
 
 
