@@ -18,6 +18,7 @@ from pathlib import Path
 SOURCES = Path(__file__).resolve().parent / "src"
 LIBRARY = Path(__file__).resolve().parent / "_moa_native.so"
 
+# One that a compiler does not know is left out of the library.
 INSTRUCTION_SETS = {  # in the order of preference
     "amx": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DMOA_BFLOAT16_ONLY"),
     "avx512_bf16": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-DMOA_BFLOAT16_ONLY"),
@@ -44,7 +45,7 @@ def stamp() -> str:
 
 
 def compile_library(output: Path) -> None:
-    """Write the library to `output`, whole or not at all.
+    """Write the library to `output`, whole or not at all; without the instruction sets that the compiler does not know, which it tells.
 
     Raises:
         CannotCompile: no compiler, a processor or system that the kernels are not written for, or the compiler's own words.
@@ -59,12 +60,15 @@ def compile_library(output: Path) -> None:
 def compile_objects(folder: Path, flags: Sequence[str]) -> list[Path]:
     """The library's object files in `folder`, with these flags for optimisation or sanitizers. Raises as `compile_library`."""
     compiler = _compiler()
-    jobs: list[tuple[Path, Path, tuple[str, ...]]] = [
-        (source, folder / f"{source.stem}.o", (f'-DMOA_STAMP="{stamp()}"',)) for source in _plain_sources()
-    ]
-    for name, machine in INSTRUCTION_SETS.items():
-        jobs.insert(0, (SOURCES / "kernels.cpp", folder / f"kernels_{name}.o", (*machine, f"-DMOA_TABLE=moa_kernels_{name}")))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
+        unknown = [name for name, reason in zip(INSTRUCTION_SETS, pool.map(_why_not, INSTRUCTION_SETS.values()), strict=True) if reason]
+        if len(unknown) == len(INSTRUCTION_SETS):
+            raise CannotCompile(f"{Path(compiler).name} compiles none of {', '.join(unknown)}: {_why_not(INSTRUCTION_SETS[unknown[-1]])}")
+        told = f'-DMOA_STAMP="{" ".join([stamp(), *unknown])}"'
+        jobs: list[tuple[Path, Path, tuple[str, ...]]] = [(source, folder / f"{source.stem}.o", (told,)) for source in _plain_sources()]
+        for name, machine in INSTRUCTION_SETS.items():
+            if name not in unknown:
+                jobs.insert(0, (SOURCES / "kernels.cpp", folder / f"kernels_{name}.o", (*machine, f"-DMOA_TABLE=moa_kernels_{name}")))
         list(pool.map(lambda job: _run([compiler, *_FLAGS, *flags, *job[2], "-c", str(job[0]), "-o", str(job[1])]), jobs))
     return [target for _, target, _ in jobs]
 
@@ -80,6 +84,15 @@ def _compiler() -> str:
         if name and (found := shutil.which(name)):
             return found
     raise CannotCompile("there is no C++ compiler (g++ or clang++); install one and the package again")
+
+
+def _why_not(machine: Sequence[str]) -> str | None:
+    """What the compiler says to these flags; None where it knows them."""
+    try:
+        _run([_compiler(), *machine, "-fsyntax-only", "-x", "c++", os.devnull])
+    except CannotCompile as error:
+        return str(error)
+    return None
 
 
 def _run(command: list[str]) -> None:

@@ -161,7 +161,7 @@ def open_library(path: Path) -> ctypes.CDLL:
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         raise NativeUnavailable(f"{path.name} cannot be loaded ({error}); install the package again") from error
-    built_from = library.moa_stamp().decode()
+    built_from = _built_from(library)[0]
     try:
         ours = stamp()
     except OSError as error:
@@ -177,6 +177,12 @@ def open_library(path: Path) -> ctypes.CDLL:
     return library
 
 
+def _built_from(library: ctypes.CDLL) -> list[str]:
+    """The stamp of its sources, then the instruction sets that its compiler did not know."""
+    stamped: str = library.moa_stamp().decode()
+    return stamped.split()
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The library of this installation. Raises NativeUnavailable."""
@@ -189,7 +195,9 @@ def status() -> str:
         best, *others = instruction_sets()
     except NativeUnavailable as error:
         return f"not available: {error}"
-    return f"available: {best}" + (f" (also {', '.join(others)})" if others else "")
+    unknown = _built_from(library())[1:]
+    without = f"; built without {', '.join(unknown)}, which the compiler does not know" if unknown else ""
+    return f"available: {best}" + (f" (also {', '.join(others)})" if others else "") + without
 
 
 def has_tiles(instruction_set: str, dtype: torch.dtype) -> bool:

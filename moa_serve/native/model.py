@@ -5,6 +5,7 @@ engine thread, but for `prepare`, `warm` and `forget`.
 """
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -239,7 +240,10 @@ class NativeModel:
             num_blocks,
         )
         if not self._engine:
-            raise EngineError(f"the native library cannot run {self.instruction_set} with {self.threads} threads on this machine")
+            if self.instruction_set not in lib.instruction_sets():
+                raise EngineError(f"the native library cannot run {self.instruction_set} on this machine")
+            raise EngineError(f"the system does not give the native library {self.threads} threads; raise its limit of processes or memory")
+        self._process = os.getpid()
         return self._cache
 
     def prepare(self, adapter: Adapter) -> NativeAdapter:
@@ -258,7 +262,7 @@ class NativeModel:
         self._packed.forget(revision)
 
     def close(self) -> None:
-        if self._engine:
+        if self._engine and os.getpid() == self._process:  # a forked process has none of the threads to wait for
             self._library.moa_engine_delete(self._engine)
         self._engine = self._cache = None
 
@@ -275,6 +279,8 @@ class NativeModel:
 
     def forward(self, batch: ForwardBatch, attention: Any) -> Tensor:
         assert self._engine, "a step needs a cache"
+        if os.getpid() != self._process:
+            raise EngineError("the native backend's threads did not come along when this process was forked; load the model after the fork")
         assert batch.observer is None, "experts are observed in the torch backend"
         ids, positions = batch.token_ids.int(), batch.positions.int()
         rows = torch.arange(len(ids), dtype=torch.int32) if batch.logit_rows is None else batch.logit_rows.int()

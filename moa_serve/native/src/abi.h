@@ -189,7 +189,7 @@ struct MoaBatch {
 
 // What the library can run on this machine, best first; a name is "amx", "avx512_bf16", "avx512" or "avx2".
 MOA_API const char* moa_instruction_sets();
-// Digest of the sources that the library was compiled from.
+// Digest of the sources that the library was compiled from, then the names of the instruction sets that the compiler did not know.
 MOA_API const char* moa_stamp();
 // sizeof of each struct that crosses the interface, in the order of their declaration; a mirror that drifted is found at loading.
 MOA_API int32_t moa_struct_sizes(int64_t* sizes, int32_t capacity);

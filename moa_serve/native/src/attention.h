@@ -19,6 +19,12 @@ struct PageShape {
   int64_t values() const { return value_width() * kPage; }
 };
 
+// Where the pages of a sequence stand: its i-th at table[i]; without a table, at i. One type for all: each would compile attention again.
+struct Pages {
+  const int32_t* table;
+  int64_t operator()(int place) const { return table != nullptr ? table[place] : place; }
+};
+
 // Which tokens of its sequence a query sees: [0, until) and [from, last].
 struct Sight {
   int until, from, last;
@@ -39,7 +45,7 @@ inline int next_page(int page, const Sight& sight) {
 inline int first_page(const Sight& sight) { return sight.until > 0 ? 0 : sight.from / kPage; }
 
 // kVectors vectors of the output from `column` on: the values of all pages in sight by their shares, times `inverse`.
-template <class N, int kHeads, int kVectors, class Pages>
+template <class N, int kHeads, int kVectors>
 inline void add_values(const float* shares, const typename N::Element* values, int64_t value_page_stride, Pages pages, const Sight& sight,
                        int64_t width, int64_t column, const F16* inverse, float* out) {
   F16 sum[kHeads][kVectors];
@@ -63,7 +69,7 @@ inline void add_values(const float* shares, const typename N::Element* values, i
 
 // kHeads query heads on one kv head. `pages(i)` is the place of a sequence's i-th page, `weights` (one for each token, or NULL) count the
 // tokens' shares after the softmax. `scores` has room for kHeads * 16 floats a page. Out: (kHeads, value width).
-template <class N, int kHeads, class Pages>
+template <class N, int kHeads>
 inline void attend(const typename N::Element* q, int64_t q_stride, const typename N::Element* keys, const typename N::Element* values,
                    int64_t key_page_stride, int64_t value_page_stride, Pages pages, const Sight& sight, PageShape shape,
                    const float* weights, float* scores, float* out) {
@@ -111,7 +117,7 @@ inline void attend(const typename N::Element* q, int64_t q_stride, const typenam
 }
 
 // Any number of query heads on one kv head.
-template <class N, class Pages>
+template <class N>
 inline void attend_group(int heads, const typename N::Element* q, int64_t q_stride, const typename N::Element* keys,
                          const typename N::Element* values, int64_t key_page_stride, int64_t value_page_stride, Pages pages,
                          const Sight& sight, PageShape shape, const float* weights, float* scores, float* out) {

@@ -66,7 +66,6 @@ inline void add_page(int blocks, const float* shares, const uint16_t* values, in
 
 // q (tokens * heads, q_stride) -> out (tokens * heads, value width). `sights` of each token; `weights` (tokens, weights_stride) count the
 // shares of what it sees after the softmax, or NULL; `scores` has room for 256 floats a page.
-template <class Pages>
 inline void attend_tile(int tokens, int heads, const uint16_t* q, int64_t q_stride, const uint16_t* keys, const uint16_t* values,
                         int64_t key_page_stride, int64_t value_page_stride, Pages pages, const Sight* sights, PageShape shape,
                         const float* weights, int64_t weights_stride, float* scores, float* out) {

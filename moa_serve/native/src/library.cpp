@@ -18,6 +18,10 @@
 #define MOA_STAMP "unstamped"
 #endif
 
+// A set that the compiler does not know is left out, and its table is at NULL.
+extern const MoaKernels moa_kernels_amx __attribute__((weak)), moa_kernels_avx512_bf16 __attribute__((weak));
+extern const MoaKernels moa_kernels_avx512 __attribute__((weak)), moa_kernels_avx2 __attribute__((weak));
+
 namespace {
 
 constexpr int64_t kAlignment = 64;
@@ -51,12 +55,14 @@ const std::vector<InstructionSet>& instruction_sets() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
     const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-    return std::vector<InstructionSet>{
+    std::vector<InstructionSet> known = {
         {"amx", &moa_kernels_amx, avx512_bf16 && may_use_amx()},
         {"avx512_bf16", &moa_kernels_avx512_bf16, avx512_bf16},
         {"avx512", &moa_kernels_avx512, avx512},
         {"avx2", &moa_kernels_avx2, avx2},
     };
+    for (InstructionSet& set : known) set.is_here = set.is_here && set.kernels != nullptr;
+    return known;
   }();
   return sets;
 }
@@ -66,7 +72,7 @@ const MoaKernels* kernels_of(const char* name, int32_t dtype = MOA_BFLOAT16) {
   bool is_found = false;
   for (const InstructionSet& set : instruction_sets()) {
     is_found = is_found || (set.is_here && strcmp(set.name, name) == 0);
-    if (is_found && set.kernels->steps[dtype] != nullptr) return set.kernels;
+    if (is_found && set.is_here && set.kernels->steps[dtype] != nullptr) return set.kernels;
   }
   return nullptr;
 }

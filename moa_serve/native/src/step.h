@@ -232,10 +232,7 @@ struct Step {
     const int group = model.heads / model.kv_heads;
     const int64_t width = page.value_width(), q_stride = padded(model.head_dim, kLanes);
     const int64_t heads_width = model.heads * width;
-    const auto pages_of = [this](int64_t row) {
-      const int32_t* pages = batch.spans[at.token_span[row]].pages;
-      return [pages](int place) { return (int64_t)pages[place]; };
-    };
+    const auto pages_of = [this](int64_t row) { return Pages{batch.spans[at.token_span[row]].pages}; };
     const auto sight_of = [this](int64_t row) { return Sight{batch.seen_until[row], batch.seen_from[row], at.token_index[row]}; };
     const auto key_head = [&](int head) { return keys + head * page.keys<N>(); };
     const auto value_head = [&](int head) { return values + head * page.values(); };
@@ -326,7 +323,7 @@ struct Step {
     Sight sights[kTile];
     for (Sight& sight : sights) sight = {0, 0, tile.prompt->num_rows - 1};
     attend_tile(num_tokens, heads, queries, padded(model.head_dim, kLanes), keys + kv_head * tile.num_pages() * key_stride,
-                values + kv_head * tile.num_pages() * value_stride, key_stride, value_stride, [](int place) { return (int64_t)place; }, sights, page,
+                values + kv_head * tile.num_pages() * value_stride, key_stride, value_stride, Pages{nullptr}, sights, page,
                 tile.weights, tile.weights_stride(), scores, found);
     for (int member = 0; member < num_tokens; member++)
       add_to_heads(tile.blob, *tile.prompt, row + member, head, heads, found + member * heads * page.value_width());
@@ -410,7 +407,7 @@ struct Step {
           memcpy(q + member * q_stride, at.qkv + row * fused + (head * group + member) * model.head_dim, (size_t)model.head_dim * sizeof(float));
         attend_group<Float32>(
             group, q, q_stride, keys + head * num_pages * page.keys<Float32>(), values + head * num_pages * page.values(), page.keys<Float32>(),
-            page.values(), [](int place) { return (int64_t)place; }, Sight{0, 0, prompt.num_rows - 1}, page, weights, scores, found);
+            page.values(), Pages{nullptr}, Sight{0, 0, prompt.num_rows - 1}, page, weights, scores, found);
         add_to_heads(blob, prompt, row, head * group, group, found);
       }
     }

@@ -82,7 +82,12 @@ struct Team {
 Team* team_new(int num_threads) {
   Team* team = new Team;
   team->lost.resize((size_t)num_threads);
-  for (int thread = 1; thread < num_threads; thread++) team->workers.emplace_back([team, thread] { team->loop(thread); });
+  try {
+    for (int thread = 1; thread < num_threads; thread++) team->workers.emplace_back([team, thread] { team->loop(thread); });
+  } catch (...) {  // the system gives no more threads: end those that there are
+    team_delete(team);
+    throw;
+  }
   return team;
 }
 

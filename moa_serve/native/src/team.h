@@ -7,7 +7,7 @@ struct Team;
 
 using TeamWork = void (*)(void* argument, int thread, int num_threads);
 
-Team* team_new(int num_threads);
+Team* team_new(int num_threads);  // throws std::system_error or std::bad_alloc, and then leaves nothing behind
 void team_delete(Team* team);
 int team_size(const Team* team);
 // Runs `work` on the first `num_threads` threads, the caller's among them, and returns when all are done.

@@ -1,11 +1,13 @@
 """Where the library cannot be built, one line says why and torch serves; a compiler's own words are handed on."""
 
+import ctypes
 import logging
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from native_tools import SETS
 
 from moa_serve.errors import InvalidRequest
 from moa_serve.llm import resolve_backend
@@ -53,6 +55,28 @@ def test_a_compiler_that_cannot_be_started_is_named(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("CXX", str(false))
     with pytest.raises(CannotCompile, match=r"cannot be run|failed"):
         compile_library(tmp_path / "library.so")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or "avx2" not in SETS, reason="there is no compiler, or no processor for what it makes")
+def test_what_the_compiler_does_not_know_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """GCC 10 knows no AMX; the other kernels are as good as ever."""
+    old = tmp_path / "old-g++"
+    old.write_text(f'#!/bin/sh\ncase "$*" in *-mavx512*) echo "error: what is that" >&2; exit 1;; esac\nexec {shutil.which("g++")} "$@"\n')
+    old.chmod(0o755)
+    monkeypatch.setenv("CXX", str(old))
+    compile_library(tmp_path / "library.so")
+    library = lib.open_library(tmp_path / "library.so")
+    monkeypatch.setattr(lib, "library", lambda: library)
+    assert lib.instruction_sets() == ["avx2"]
+    assert lib.status() == "available: avx2; built without amx, avx512_bf16, avx512, which the compiler does not know"
+    total = ctypes.c_float()
+    numbers = torch.ones(256)
+    assert library.moa_probe_read(b"amx", numbers.data_ptr(), 256, total) == -1
+    assert library.moa_probe_read(b"avx2", numbers.data_ptr(), 256, total) == 0
+    assert total.value == 256
+    old.write_text('#!/bin/sh\necho "error: what is that" >&2\nexit 1\n')
+    with pytest.raises(CannotCompile, match=r"old-g\+\+ compiles none of amx, .*: .* what is that"):
+        compile_library(tmp_path / "other.so")
 
 
 @pytest.mark.skipif(not LIBRARY.is_file(), reason="the native library is not built")

@@ -1,5 +1,9 @@
 """Cases that a review of the native backend found, each as it was found."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,7 +18,7 @@ from native_tools import SETS
 from moa_serve import LLM, SamplingParams
 from moa_serve.adapter.checkpoint import write_adapter
 from moa_serve.adapter.manifest import Manifest
-from moa_serve.errors import AdapterNonfiniteOutput
+from moa_serve.errors import AdapterNonfiniteOutput, EngineError
 from moa_serve.model.attention import CachedSpan
 from moa_serve.model.batch import ForwardBatch
 from moa_serve.model.memory import reset_peak_memory
@@ -106,3 +110,48 @@ def test_the_buffers_of_a_step_take_what_was_planned(dtype: torch.dtype, tmp_pat
     assert logits.shape == (count, 8192)
     planned = model.step_bytes(count, count)
     assert 0.9 * planned < taken < 1.1 * planned
+
+
+def test_a_forked_process_is_told_instead_of_hanging(tmp_path: Path) -> None:
+    """It has the memory of its parent and none of its threads."""
+    with LLM(write_base(tmp_path), backend="native", device="cpu", kv_cache_bytes=2**22) as llm:
+        llm.generate([[1, 2]], SamplingParams(max_tokens=2))
+        model = llm._engine.model
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:  # no torch operation in here: its threads are not there either
+            signal.alarm(30)
+            try:
+                model.forward(ForwardBatch(torch.empty(0), torch.empty(0)), None)
+                os.write(writing, b"it ran")
+            except EngineError as error:
+                os.write(writing, str(error).encode())
+                model.close()
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading) as pipe:
+            assert "forked" in pipe.read()
+        assert os.waitpid(child, 0)[1] == 0
+        assert llm.generate([[1, 2]], SamplingParams(max_tokens=2)), "the parent goes on"
+
+
+def test_threads_that_cannot_be_had_leave_none_behind(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys, threading, pathlib, torch\n"
+        "from moa_serve.errors import EngineError\n"
+        "from moa_serve.model.weights import load_base\n"
+        "from moa_serve.native.model import NativeModel\n"
+        "base = load_base(sys.argv[1], dtype=torch.bfloat16)\n"
+        "model = NativeModel(base.config, base.weights, threads=100_000)\n"
+        "count = lambda: len(list(pathlib.Path('/proc/self/task').iterdir()))\n"
+        "before = count()\n"
+        "used = int(pathlib.Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, resource.RLIM_INFINITY))\n"
+        "try:\n"
+        "    model.new_cache(2, 16)\n"
+        "except EngineError as error:\n"
+        "    print(error, count() - before)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code, str(write_base(tmp_path))], capture_output=True, text=True, timeout=120)
+    expected = "the system does not give the native library 100000 threads; raise its limit of processes or memory 0\n"
+    assert found.stdout == expected, found.stderr
