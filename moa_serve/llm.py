@@ -639,8 +639,10 @@ def open_base(model: str | Path | None, *, backend: str, device: str, dtype: str
 
 
 def new_model(backend: str, base: Base) -> Backend:
-    """What computes the base. The native backend takes its weights over: they are packed, and `base` has none then."""
-    return NativeModel(base.config, base.weights, digest=base.digest) if backend == "native" else Transformer(base.config, base.weights)
+    """What computes the base. It takes the weights over: they are packed, and `base` has none then that another could read."""
+    return (
+        NativeModel(base.config, base.weights, digest=base.digest) if backend == "native" else Transformer.packed(base.config, base.weights)
+    )
 
 
 def resolve_device(device: str) -> torch.device:

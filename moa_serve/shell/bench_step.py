@@ -154,7 +154,9 @@ def _opened(model: str | None, backend: str, dtype: str, threads: int, core: int
     # The native backend's threads stay where they are made, so it is made behind the pinning.
     with quiet(core):
         opened: Model = (
-            NativeModel(base.config, base.weights, threads=threads) if resolved == "native" else Transformer(base.config, base.weights)
+            NativeModel(base.config, base.weights, threads=threads)
+            if resolved == "native"
+            else Transformer.packed(base.config, base.weights)
         )
         with closing(opened):
             yield opened, base
