@@ -659,9 +659,9 @@ def open_base(
 
 
 def new_model(backend: str, base: Base, base_dtype: str = "auto") -> Backend:
-    """What computes the base. The native backend takes its weights over: they are packed, and `base` has none then."""
+    """What computes the base. It takes the weights over: they are packed, and `base` has none then that another could read."""
     if backend == "torch":
-        return Transformer(base.config, base.weights)
+        return Transformer.packed(base.config, base.weights)
     return NativeModel(base.config, base.weights, digest=base.digest, is_int8=base_dtype == "int8")
 
 

@@ -5,7 +5,7 @@ describe the layout, so that a forward never asks a tensor for a number.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moa_serve.adapter.manifest import Manifest
 from moa_serve.model.counters import RouterCounters
-from moa_serve.model.moa import MoaLayer, MoaWeights, Routed
+from moa_serve.model.moa import Routed
 
 
 class PreparedAdapter(Protocol):
@@ -103,11 +103,3 @@ class ForwardBatch:
     logit_rows: Tensor | None = None
     trace: RoutingTrace | None = None
     observer: Observer | None = None
-
-    def active(self, layer: int) -> Iterator[tuple[int, Segment, MoaLayer]]:
-        """Segments whose adapter has an expert in `layer`, with their number in the batch."""
-        for number, segment in enumerate(self.segments):
-            assert isinstance(segment.adapter, MoaWeights), "the torch backend computes what it prepared"
-            weights = segment.adapter.layers[layer]
-            if weights is not None:
-                yield number, segment, weights

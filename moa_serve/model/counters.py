@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 
 from moa_serve.adapter.manifest import KINDS, Manifest
-from moa_serve.model.moa import Routed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,6 +23,9 @@ class RoutingTotals:
     selected: npt.NDArray[np.float64]
     gate_sum: npt.NDArray[np.float64]
     experts: tuple[tuple[str, ...], ...] = ()
+
+
+Word = tuple[int, str, int]  # a router: its layer, its site, and how many outputs it has
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,26 +63,38 @@ class RouterCounters:
         plans = [manifest.layer(layer) for layer in range(manifest.base.num_layers)]
         names = tuple(tuple(expert.name for expert in plan.experts) for plan in plans)
         self._experts = names if manifest.router.site != "none" else ()
-        self._cells = [
-            {site: (counted.first, torch.tensor(counted.outputs, dtype=torch.int64, device=device)) for site, counted in layer.items()}
-            for layer in counted_outputs(manifest)
-        ]
+        self._counted = counted_outputs(manifest)
+        self._places: dict[tuple[Word, ...], tuple[torch.Tensor, torch.Tensor]] = {}  # one in serving: every step asks the same routers
         shape = (len(plans), max(len(plan.experts) for plan in plans))
         self.selected = torch.zeros(shape, dtype=torch.float64, device=device)
         self.gate_sum = torch.zeros(shape, dtype=torch.float64, device=device)
         self.tokens = 0
 
-    def add(self, layer: int, site: str, routed: Routed) -> None:
-        """Count one router's word on some tokens; those inside nested experts are not counted."""
-        cells = self._cells[layer].get(site)
-        if cells is None:
-            return
-        first, outputs = cells
-        # One row that overflows must not turn the totals into NaN for good.
-        gates = routed.gates.detach()
-        selected, gates = routed.selected.sum(0)[outputs], torch.where(gates.isfinite(), gates, 0.0).sum(0)[outputs]
-        self.selected[layer, first : first + len(outputs)] += selected
-        self.gate_sum[layer, first : first + len(outputs)] += gates
+    def add(self, words: tuple[Word, ...], selected: torch.Tensor, gates: torch.Tensor) -> None:
+        """Count what routers said of some tokens; those inside nested experts are not counted.
+
+        Args:
+            words: the routers.
+            selected, gates: (n,), sums over the tokens of their outputs, side by side in that order.
+        """
+        places = self._places.get(words)
+        if places is None:
+            places = self._places[words] = self._places_of(words)
+        outputs, cells = places
+        self.selected.view(-1).index_add_(0, cells, selected[outputs].double())
+        self.gate_sum.view(-1).index_add_(0, cells, gates[outputs].double())
+
+    def _places_of(self, words: tuple[Word, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the counted outputs: where they stand among all outputs, and their cells."""
+        outputs: list[int] = []
+        cells: list[int] = []
+        start, width, device = 0, self.selected.shape[1], self.selected.device
+        for layer, site, size in words:
+            if counted := self._counted[layer].get(site):
+                outputs += [start + output for output in counted.outputs]
+                cells += range(layer * width + counted.first, layer * width + counted.first + len(counted.outputs))
+            start += size
+        return torch.tensor(outputs, dtype=torch.int64, device=device), torch.tensor(cells, dtype=torch.int64, device=device)
 
     def state(self) -> tuple[int, torch.Tensor, torch.Tensor]:
         """What `restore` takes, to go on counting where an interrupted training run stopped."""

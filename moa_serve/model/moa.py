@@ -10,10 +10,12 @@ is selected away and never multiplied: 0 * NaN is NaN.
 
 Sources: arXiv:2506.05928 (Soft and Sparse MoA), Hydra-/MoLoRA, MoLA and AdaMoLE as the paper's baselines compute them;
 docs/adapter-format.md has the formulas. Tensors in, tensors out; no files, no requests. Owned by the thread that runs the forward.
+
+Where T tokens are said, (S, T) are understood too: the weights of S adapters side by side (stacked.py), each for its own T tokens.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from moa_serve.adapter.manifest import Manifest
 from moa_serve.config import ModelConfig
-from moa_serve.model.ops import rms_norm
+from moa_serve.model.ops import plain, rms_norm
 from moa_serve.model.weights import LayerWeights
 
 
@@ -51,7 +53,9 @@ class Affine:
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        if self.weight.dim() == 2:
+            return F.linear(x, self.weight, self.bias)
+        return torch.bmm(x, self.weight.mT) if self.bias is None else torch.baddbmm(self.bias, x, self.weight.mT)
 
 
 @dataclass(eq=False, slots=True)
@@ -127,13 +131,13 @@ class Router:
 
     def _threshold(self, x: Tensor, scores: Tensor) -> Tensor:
         if self.threshold_fn is None:
-            return scores.new_full((len(scores), 1), self.max_threshold)
+            return scores.new_full((*scores.shape[:-1], 1), self.max_threshold)
         limit = 1.0 / scores.shape[-1] if self.select == "adamole" else self.max_threshold
         return limit * self.threshold_fn(x).sigmoid()
 
     def _keep_largest(self, scores: Tensor) -> Routed:
         # A stable sort, because topk may keep any of several equal scores and the answer must not depend on the batch.
-        order = scores.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.top_k]
         selected = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, True)
         return Routed(scores, None, selected, _normalised(torch.where(selected, scores, 0.0)))
 
@@ -153,7 +157,11 @@ def scaled(values: Tensor, weight: Tensor | None) -> Tensor:
         return values
     if weight.requires_grad:
         return (values * weight).to(values.dtype)
-    return torch.where(weight != 0, values * weight, 0.0).to(values.dtype)
+    return (values * weight).masked_fill_(weight == 0, 0.0).to(values.dtype)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight) if weight.dim() == 2 else torch.bmm(x, weight.mT)
 
 
 @dataclass(eq=False, slots=True)
@@ -173,7 +181,7 @@ class Mixture:
 
     def expert_weights(self, gates: Tensor | None, routed: Routed | None) -> Tensor | None:
         """(T, 1), or (T, E) where there are inner experts; float32; None where everything counts fully."""
-        outer = None if gates is None or self.column is None else gates[:, self.column : self.column + 1]
+        outer = None if gates is None or self.column is None else gates[..., self.column : self.column + 1]
         if routed is None or outer is None:
             return outer if routed is None else routed.gates
         if outer.requires_grad:
@@ -183,7 +191,7 @@ class Mixture:
     def column_weights(self, gates: Tensor | None, routed: Routed | None) -> Tensor | None:
         """The same for each of the C columns: (T, 1) or (T, C)."""
         weights = self.expert_weights(gates, routed)
-        return weights if weights is None or self.inner is None else weights[:, self.inner]
+        return weights if weights is None or self.inner is None else weights[..., self.inner]
 
 
 @dataclass(eq=False, slots=True)
@@ -201,12 +209,31 @@ class LoraExperts:
     mixture: Mixture
 
     def __call__(self, u: Tensor, gates: Tensor | None, routed: Routed | None) -> Tensor:
-        low = F.linear(u, self.a)
+        low = _product(u.to(self.a.dtype), self.a)
         if self.a_row is not None:
-            low = low[:, self.a_row]
+            low = low[..., self.a_row]
         weight = self.mixture.column_weights(gates, routed)
-        weight = self.scale.expand(len(u), -1) if weight is None else weight * self.scale
-        return F.linear(scaled(low, weight), self.b)
+        return _product(scaled(low, self.scale if weight is None else weight * self.scale), self.b)
+
+
+@dataclass(eq=False, slots=True)
+class JoinedLora:
+    """LoRA at linears that read the same: `LoraExperts` of each, side by side (T, sum of out), with their first products in one.
+
+    `a` (sum of R, in) has all of their rows, `b` (out, R) of each its second factor; `column` (sum of R,) int64 names the layer's gate
+    that weighs each row, None where nothing does.
+    """
+
+    a: Tensor
+    b: list[Tensor]
+    scale: Tensor
+    column: Tensor | None
+
+    def __call__(self, u: Tensor, gates: Tensor | None, routed: Routed | None) -> Tensor:
+        weight = self.scale if gates is None or self.column is None else gates.index_select(-1, self.column) * self.scale
+        low = scaled(_product(u.to(self.a.dtype), self.a), weight)
+        parts = torch.split(low, [b.shape[-1] for b in self.b], dim=-1)
+        return torch.cat([_product(part, b) for part, b in zip(parts, self.b, strict=True)], dim=-1)
 
 
 @dataclass(eq=False, slots=True)
@@ -223,10 +250,10 @@ class ParallelAdapter:
     mixture: Mixture
 
     def __call__(self, m: Tensor, gates: Tensor | None, routed: Routed | None) -> Tensor:
-        low = F.silu(self.down(m))
+        low = F.silu(self.down(m.to(self.up.dtype)))
         if self.down_row is not None:
-            low = low[:, self.down_row]
-        out = F.linear(scaled(low, self.mixture.column_weights(gates, routed)), self.up)
+            low = low[..., self.down_row]
+        out = _product(scaled(low, self.mixture.column_weights(gates, routed)), self.up)
         weight = self.mixture.expert_weights(gates, routed)
         return out + (self.up_bias if weight is None else weight.to(out.dtype) @ self.up_bias)
 
@@ -247,15 +274,14 @@ class PromptExpert:
 
     def __call__(self, q: Tensor, gates: Tensor | None, routed: Routed | None) -> Tensor:
         """(T, H, P) -> (T, H, P)."""
-        tokens, heads, size = q.shape
-        grouped = q.float().view(tokens, len(self.keys), -1, size)  # (T, K, H/K, P)
-        scores = torch.einsum("tkgp,knp->tkgn", grouped, self.keys) / math.sqrt(size)
+        grouped = q.float().view(*q.shape[:-2], self.keys.shape[-3], -1, q.shape[-1])  # (T, K, H/K, P)
+        scores = torch.einsum("...tkgp,...knp->...tkgn", grouped, self.keys) / math.sqrt(q.shape[-1])
         share = scores.softmax(-1)
         weight = self.mixture.column_weights(gates, routed)
         if weight is not None:
-            share = scaled(share, weight[:, None, None, :])
-        out = torch.einsum("tkgn,knp->tkgp", share, self.values).reshape(tokens, heads, size)
-        return (out * self.head_gate[:, None]).to(q.dtype)
+            share = scaled(share, weight[..., None, None, :])
+        out = torch.einsum("...tkgn,...knp->...tkgp", share, self.values).flatten(-3, -2)
+        return (out * self.head_gate[..., None]).to(q.dtype)
 
     @staticmethod
     def project(rows: Tensor, base: LayerWeights, config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -263,7 +289,7 @@ class PromptExpert:
         start, size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         both = slice(start, start + 2 * size)
         bias = None if base.qkv_bias is None else base.qkv_bias[both].float()
-        projected = F.linear(rows.float(), base.qkv[both].float(), bias)
+        projected = F.linear(rows.float(), plain(base.qkv)[both].float(), bias)
         keys, values = projected.view(len(rows), 2, config.num_kv_heads, config.head_dim).permute(1, 2, 0, 3)
         if base.k_norm is not None:
             keys = rms_norm(keys, base.k_norm.float(), config.rms_norm_eps)
@@ -279,14 +305,20 @@ class MoaLayer:
     linears: dict[str, LoraExperts]
     prompt: PromptExpert | None
     parallel: ParallelAdapter | None
+    joined: dict[str, JoinedLora] = field(default_factory=dict)  # QKV, GATE_UP: instead of `linears` there
 
 
 @dataclass(eq=False, slots=True)
 class MoaWeights:
-    """One adapter ready to compute: `layers` has None where no expert stands."""
+    """One adapter ready to compute: `layers` has None where no expert stands.
+
+    To serve on a CPU, `joined` (stacked.py) are the same layers in fewer products; those of one `layout` are computed together.
+    """
 
     manifest: Manifest
     layers: list[MoaLayer | None]
+    joined: list[MoaLayer | None] | None = None
+    layout: str | None = None
 
     @property
     def num_layers(self) -> int:

@@ -227,7 +227,7 @@ def _opened(
         opened: Model = (
             NativeModel(base.config, base.weights, threads=threads, is_int8=base_dtype == "int8")
             if resolved == "native"
-            else Transformer(base.config, base.weights)
+            else Transformer.packed(base.config, base.weights)
         )
         with closing(opened):
             yield opened, base

@@ -4,6 +4,7 @@ Nothing here computes an adapter of its own. Owned by the thread that trains.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from moa_serve.model.batch import ForwardBatch, PooledRows, RoutingTrace, Segmen
 from moa_serve.model.build import build
 from moa_serve.model.counters import RouterCounters
 from moa_serve.model.moa import MoaWeights, Router
+from moa_serve.model.stacked import Part
 from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import LayerWeights
 from moa_serve.train.batches import IGNORED, TokenBatch
@@ -25,19 +27,22 @@ class CheckpointedTransformer(Transformer):
     """Keeps the input of each block only, and computes the block again in the backward: less memory for a third more time."""
 
     def block(
-        self, index: int, w: LayerWeights, x: Tensor, rope: tuple[Tensor, Tensor], batch: ForwardBatch, attention: Attention
+        self,
+        index: int,
+        w: LayerWeights,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        batch: ForwardBatch,
+        parts: list[Part],
+        attention: Attention,
     ) -> Tensor:
         if not torch.is_grad_enabled():
-            return super().block(index, w, x, rope, batch, attention)
+            return super().block(index, w, x, rope, batch, parts, attention)
         run: Callable[..., Tensor] = super().block
-        uncounted = ForwardBatch(batch.token_ids, batch.positions, tuple(map(_without_counters, batch.segments)), batch.logit_rows)
-        batches = iter((batch, uncounted))
-        out: Tensor = checkpoint(lambda x: run(index, w, x, rope, next(batches), attention), x, use_reentrant=False)
+        again = replace(batch, trace=None, observer=None), [replace(part, heard=None) for part in parts]
+        runs = iter(((batch, parts), again))
+        out: Tensor = checkpoint(lambda x: run(index, w, x, rope, *next(runs), attention), x, use_reentrant=False)
         return out
-
-
-def _without_counters(segment: Segment) -> Segment:
-    return Segment(segment.start, segment.end, segment.adapter, segment.pooled)
 
 
 class Objective:
