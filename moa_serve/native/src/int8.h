@@ -20,19 +20,22 @@ constexpr float kScaleUnit = 1.0f / 4096;
 
 inline int64_t int8_panel_bytes(int64_t size) { return size / kInt8Group * (int64_t)sizeof(Int8Group); }
 
-constexpr int64_t kInt8FetchBytes = 4096;  // ahead in the weights
+constexpr int64_t kInt8FetchBytes = 8 * sizeof(Int8Group);  // ahead in the weights
+
+constexpr int64_t kFetchStep = sizeof(Int8Group) / kInt8Group;  // less than a cache line: none is left out
 
 // `groups` groups of one panel -> [inputs / 2][32][2].
 inline void widen_int8(const uint8_t* panel, int64_t groups, uint16_t* out) {
   for (int64_t number = 0; number < groups; number++, out += kInt8Group * kPanel) {
     const Int8Group& group = *(const Int8Group*)(panel + number * (int64_t)sizeof(Int8Group));
-    fetch((const char*)&group + kInt8FetchBytes, sizeof(Int8Group));
     for (int half = 0; half < kPanel / kLanes; half++) {
       const F16 scale = f_mul(f_load_half(group.scales + half * kLanes), f_set(kScaleUnit));
       // Bytes are loaded as q + kBytesOffset, which a float holds exactly.
       const F16 minimum = f_fnma(scale, f_set(kBytesOffset), f_load_half(group.minima + half * kLanes));
       for (int pair = 0; pair < kInt8Group / 2; pair++) {
         const uint8_t(&bytes)[2][kLanes] = group.weights[pair][half];
+        // A little each time, so that no burst of it keeps the arithmetic waiting.
+        _mm_prefetch((const char*)&group + kInt8FetchBytes + (half * kInt8Group / 2 + pair) * kFetchStep, _MM_HINT_T0);
         f_store_cut(out + pair * 2 * kPanel + half * 2 * kLanes, f_fma(f_load_bytes(bytes[0]), scale, minimum),
                     f_fma(f_load_bytes(bytes[1]), scale, minimum));
       }
