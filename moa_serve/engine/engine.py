@@ -404,7 +404,7 @@ def plan_memory(model: Backend, options: EngineOptions) -> tuple[int, int]:
     free = available_bytes(model.device)
     parts = {
         "max_batch_tokens": model.step_bytes(options.max_batch_tokens, context),
-        "num_slots": options.num_slots * (bytes_per_slot(model.config, model.dtype) + SLOT_BYTES),
+        "num_slots": options.num_slots * (bytes_per_slot(model.config, model.adapter_dtype) + SLOT_BYTES),
     }
     one_context = -(-context // options.block_size)
     if options.kv_cache_bytes is not None:

@@ -42,6 +42,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def adapter_dtype(self) -> torch.dtype:
+        """Of the matrices of an adapter in its slot."""
+        ...
+
+    @property
     def device(self) -> torch.device: ...
 
     @property

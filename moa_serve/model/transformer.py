@@ -121,6 +121,11 @@ class Transformer:
         return str(self.dtype).removeprefix("torch.")
 
     @property
+    def adapter_dtype(self) -> torch.dtype:
+        """The base's, and on a CPU float32, where small products want it."""
+        return torch.float32 if self.device.type == "cpu" else self.dtype
+
+    @property
     def device(self) -> torch.device:
         return self.weights.embed.device
 
@@ -141,9 +146,8 @@ class Transformer:
         return KVCache(self.config, num_blocks, block_size, self.dtype, self.device)
 
     def prepare(self, adapter: Adapter) -> MoaWeights:
-        """Stack the adapter's tensors on the base's device: in the base's dtype, and on a CPU in float32, where small products want it."""
-        dtype = torch.float32 if self.device.type == "cpu" else self.dtype
-        weights = build(adapter.manifest, adapter.tensors, self.weights, self.config, dtype)
+        """Stack the adapter's tensors on the base's device."""
+        weights = build(adapter.manifest, adapter.tensors, self.weights, self.config, self.adapter_dtype)
         if self._stacks is not None:
             join(weights)
         return weights

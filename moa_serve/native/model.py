@@ -192,6 +192,7 @@ class NativeModel:
         self.instruction_set = instruction_set or lib.instruction_sets()[0]
         self.threads = threads or num_threads()
         self._library = lib.library()
+        self.adapter_dtype = self.dtype
         self.base_dtype = "int8" if is_int8 else str(self.dtype).removeprefix("torch.")
         _check_room(weights)
         self._base = _PackedBase(config, weights, is_int8=is_int8)

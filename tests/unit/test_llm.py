@@ -447,7 +447,7 @@ def test_what_does_not_fit_together_is_refused_with_the_bytes_of_each_part(
     with LLM(base, backend=backend, device="cpu", kv_cache_bytes=2**20) as llm:
         model, options = llm._engine.model, llm._engine.options
         step, weights = model.step_bytes(options.max_batch_tokens, model.config.max_position), model.weight_bytes
-    slots = options.num_slots * (bytes_per_slot(model.config, model.dtype) + SLOT_BYTES)
+    slots = options.num_slots * (bytes_per_slot(model.config, model.adapter_dtype) + SLOT_BYTES)
     room = step + slots + 2**20
     monkeypatch.setattr("moa_serve.engine.engine.available_bytes", lambda _: room)
     with LLM(base, backend=backend, device="cpu", kv_cache_bytes=2**20):
