@@ -73,11 +73,14 @@ inline void attend_tile(int tokens, int heads, const uint16_t* q, int64_t q_stri
   const int64_t width = shape.value_width();
   const F16 scale = f_set(1.0f / sqrtf((float)shape.head_dim));
   const KeyTiles tiles = {rows, key_size / kTileInputs, key_size % kTileInputs};
-  Sight all = sights[0];  // of some token
+  Sight all = sights[0], each = sights[0];  // of some token, and of every one
   for (int token = 1; token < tokens; token++) {
     all.until = all.until > sights[token].until ? all.until : sights[token].until;
     all.from = all.from < sights[token].from ? all.from : sights[token].from;
     all.last = all.last > sights[token].last ? all.last : sights[token].last;
+    each.until = each.until < sights[token].until ? each.until : sights[token].until;
+    each.from = each.from > sights[token].from ? each.from : sights[token].from;
+    each.last = each.last < sights[token].last ? each.last : sights[token].last;
   }
   F16 largest[kTile], total[kTile];
   for (int row = 0; row < rows; row++) largest[row] = f_set(-INFINITY), total[row] = f_zero();
@@ -90,8 +93,10 @@ inline void attend_tile(int tokens, int heads, const uint16_t* q, int64_t q_stri
     fetch(values + pages(page) * value_page_stride, shape.values() * 2);
     tiles.scores(q, q_stride, keys + pages(page) * key_page_stride, place);
     memory_is_seen();
+    const bool is_whole = sees_page(each, page);
     for (int row = 0; row < rows; row++) {
-      const F16 seen = hide(f_mul(f_load(place + row * kPage), scale), sights[row / heads], page * kPage);
+      F16 seen = f_mul(f_load(place + row * kPage), scale);
+      if (!is_whole) seen = hide(seen, sights[row / heads], page * kPage);
       f_store(place + row * kPage, seen);
       largest[row] = f_max(largest[row], seen);
     }
