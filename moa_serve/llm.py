@@ -643,6 +643,21 @@ def resolve_backend(backend: str, device: torch.device, block_size: int = PAGE) 
     return "native"
 
 
+def resolve(
+    backend: str, device: str, dtype: str, base_dtype: str = "auto", *, block_size: int = PAGE
+) -> tuple[str, torch.device, torch.dtype]:
+    """What computes a base, where, and in what; arguments as those of `LLM`.
+
+    Raises:
+        InvalidRequest: what cannot be had, and why.
+    """
+    where = resolve_device(device)
+    resolved = resolve_backend(backend, where, block_size)
+    computed = resolve_dtype(dtype, where, resolved)
+    _check_base_dtype(base_dtype, computed, resolved)
+    return resolved, where, computed
+
+
 def open_base(
     model: str | Path | None, *, backend: str, device: str, dtype: str, base_dtype: str = "auto", block_size: int = PAGE
 ) -> tuple[Base, str]:
@@ -651,10 +666,7 @@ def open_base(
     Raises:
         ModelError, InvalidRequest: what cannot be had, and why.
     """
-    where = resolve_device(device)
-    resolved = resolve_backend(backend, where, block_size)
-    computed = resolve_dtype(dtype, where, resolved)
-    check_base_dtype(base_dtype, computed, resolved)
+    resolved, where, computed = resolve(backend, device, dtype, base_dtype, block_size=block_size)
     return load_base(model, device=where, dtype=computed), resolved
 
 
@@ -685,7 +697,7 @@ def resolve_dtype(dtype: str, device: torch.device, backend: str) -> torch.dtype
     return known[dtype]
 
 
-def check_base_dtype(base_dtype: str, dtype: torch.dtype, backend: str) -> None:
+def _check_base_dtype(base_dtype: str, dtype: torch.dtype, backend: str) -> None:
     """Raises InvalidRequest: the base's weights cannot be kept so by what computes them."""
     if base_dtype not in ("auto", "int8"):
         raise InvalidRequest(f"base_dtype {shown(base_dtype)} is unknown; use 'auto' or 'int8'", param="base_dtype")

@@ -19,7 +19,7 @@ from torch import Tensor
 from moa_serve.adapter.adapter import AdapterSource
 from moa_serve.bench.texts import PROMPTS
 from moa_serve.errors import InvalidRequest, MoaError
-from moa_serve.llm import LLM, check_base_dtype, resolve_backend, resolve_device, resolve_dtype
+from moa_serve.llm import LLM, resolve
 
 GOAL_TOP1, GOAL_KL = 0.98, 0.01
 
@@ -46,9 +46,8 @@ class Setting:
 
     def check(self, device: str) -> None:
         """Raises InvalidRequest: it cannot be had here."""
-        found, options = resolve_device(device), self.options
-        backend = resolve_backend(self.backend, found)
-        check_base_dtype(options["base_dtype"], resolve_dtype(options["dtype"], found, backend), backend)
+        options = self.options
+        resolve(self.backend, device, options["dtype"], options["base_dtype"])
 
     @property
     def options(self) -> dict[str, str]:

@@ -152,8 +152,8 @@ class Int8:
         minima = (minima - _BYTES_OFFSET * scales).float().double()
         q = part[..., 4 * PANEL :].view(panels, groups, INT8_GROUP // 2, 2, 2, LANES).permute(0, 3, 5, 1, 2, 4)
         q = q.reshape(panels, PANEL, groups, INT8_GROUP).double()  # outputs, groups, inputs
-        by_output = (factor.transpose(1, 2).unsqueeze(-1) for factor in (scales, minima))
-        wide = ((q + _BYTES_OFFSET) * next(by_output) + next(by_output)).float()
+        scale, minimum = (factor.transpose(1, 2).unsqueeze(-1) for factor in (scales, minima))
+        wide = ((q + _BYTES_OFFSET) * scale + minimum).float()
         cut = (wide.view(torch.int32) & -(2**16)).view(torch.float32).bfloat16()
         return cut.view(panels * PANEL, -1)[: rows.stop - rows.start, :columns]
 

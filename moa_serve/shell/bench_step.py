@@ -4,7 +4,7 @@ Light, so that `--help` answers at once: what loads torch is imported inside. Wh
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moa_serve.bench.goals import Judged
     from moa_serve.bench.growth import Growth, GrowthReport
     from moa_serve.bench.reference import ReferenceReport
+    from moa_serve.bench.serve import Computed
     from moa_serve.bench.step import StepReport
     from moa_serve.bench.timing import Spread
     from moa_serve.model.backend import Backend as Model
@@ -71,7 +72,7 @@ def bench_step(
     meanwhile: the control, the base against itself, tells how much the machine wavers. With --base-dtype int8, the base in bfloat16 takes
     its turns as well.
     """
-    plots = drawing_module("bench_plots", option="--plot", without="the tables need none") if plot is not None else None
+    draw = _drawing(plot)
     with terminal.spinner("Loading torch"):
         from moa_serve.bench import step
         from moa_serve.native.model import NativeModel
@@ -91,13 +92,12 @@ def bench_step(
             plain = NativeModel(again.config, again.weights, threads=threads)
         with nullcontext() if plain is None else closing(plain):
             report = step.measure(opened, plan, plain=plain, on_progress=terminal.note)
-    title = _title(base.name, report)
+    title = title_of(base.name, report)
     if as_json:
         typer.echo(json.dumps({"base": base.name} | report.to_json()))
     else:
         show_step(report, title)
-    if plots is not None and plot is not None:
-        write_figure(plot, partial(plots.write_step, report, title))
+    draw("write_step", report, title)
 
 
 def bench_growth(
@@ -124,7 +124,7 @@ def bench_growth(
     "adapter part" is what routers and experts alone take, by the processor's counter, against the same at the first value (the native
     backend counts it). Nothing else should run meanwhile: the control, the base against itself, tells how much the machine wavers.
     """
-    plots = drawing_module("bench_plots", option="--plot", without="the tables need none") if plot is not None else None
+    draw = _drawing(plot)
     with terminal.spinner("Loading torch"):
         from moa_serve.bench import growth
     refuse_two_bases(command, shapes)
@@ -132,13 +132,12 @@ def bench_growth(
     plan = growth.Plan(values={thing: _numbers(thing, text) for thing, text in given.items() if text}, rounds=rounds)
     with _opened(model, backend, dtype, threads, core, shapes) as (opened, base):
         report = growth.measure(opened, plan, on_progress=terminal.note)
-    title = _title(base.name, report)
+    title = title_of(base.name, report)
     if as_json:
         typer.echo(json.dumps({"base": base.name} | report.to_json()))
     else:
         show_growth(report, title)
-    if plots is not None and plot is not None:
-        write_figure(plot, partial(plots.write_growth, report, title))
+    draw("write_growth", report, title)
 
 
 def bench_reference(
@@ -158,7 +157,7 @@ def bench_reference(
 
     The same weights, adapter, tokens, dtype and threads on both sides, taking turns in one process.
     """
-    plots = drawing_module("bench_plots", option="--plot", without="the tables need none") if plot is not None else None
+    draw = _drawing(plot)
     with terminal.spinner("Loading torch and transformers"):
         from transformers.utils import logging
 
@@ -171,16 +170,23 @@ def bench_reference(
         report = reference.compare(
             opened, base.folder, family=family, rows=sizes, rounds=rounds, context=context, on_progress=terminal.note
         )
-    title = f"{_title(base.name, report)}, {report.family}"
+    title = f"{title_of(base.name, report)}, {report.family}"
     if as_json:
         typer.echo(json.dumps({"base": base.name} | report.to_json()))
     else:
         show_reference(report, title)
-    if plots is not None and plot is not None:
-        write_figure(plot, partial(plots.write_reference, report, title))
+    draw("write_reference", report, title)
 
 
-# -- what both need
+# -- what they need
+
+
+def _drawing(plot: Path | None) -> Callable[[str, Any, str], None]:
+    """Draws the figure of --plot with a function of bench_plots; nothing without the option. What is missing is told before the work."""
+    if plot is None:
+        return lambda write, report, title: None
+    plots = drawing_module("bench_plots", option="--plot", without="the tables need none")
+    return lambda write, report, title: write_figure(plot, partial(getattr(plots, write), report, title))
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
@@ -207,7 +213,7 @@ def _opened(
     import torch
 
     from moa_serve.bench.timing import quiet
-    from moa_serve.llm import check_base_dtype, resolve_backend, resolve_dtype
+    from moa_serve.llm import resolve
     from moa_serve.model.transformer import Transformer
     from moa_serve.native.model import NativeModel
 
@@ -216,10 +222,7 @@ def _opened(
     allowed = sorted(os.sched_getaffinity(0))
     if core is not None and core not in allowed:
         raise InvalidRequest(f"core is {core}, but this process may use {', '.join(map(str, allowed))}", param="core")
-    device = torch.device("cpu")
-    resolved = resolve_backend(backend, device)
-    computed = resolve_dtype(dtype, device, resolved)
-    check_base_dtype(base_dtype, computed, resolved)
+    resolved, _, computed = resolve(backend, "cpu", dtype, base_dtype)
     base = opened_base(model, shapes, computed)
     torch.set_num_threads(threads)
     # The native backend's threads stay where they are made, so it is made behind the pinning.
@@ -245,7 +248,7 @@ def opened_base(model: str | None, shapes: str | None, dtype: "Dtype") -> "Base"
     return made_up_base(shapes, config, dtype)
 
 
-def _title(base: str, report: "StepReport | GrowthReport | ReferenceReport") -> str:
+def title_of(base: str, report: "StepReport | GrowthReport | ReferenceReport | Computed") -> str:
     return f"{base}, {report.backend}, {report.dtype}, {terminal.counted(report.threads, 'thread')}"
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moa_serve.shell import terminal
-from moa_serve.shell.bench_step import BaseOption, ShapesOption, goal_of, judged, new_table, opened_base, refuse_two_bases, spread
+from moa_serve.shell.bench_step import BaseOption, ShapesOption, goal_of, judged, new_table, opened_base, refuse_two_bases, spread, title_of
 
 if TYPE_CHECKING:
     from moa_serve.bench.swap import SwapReport
@@ -36,10 +36,8 @@ def bench_swap(
     anything is counted, as a server does when it loads one; what is counted is swaps of adapters that are packed. Nothing else should run.
     """
     with terminal.spinner("Loading torch"):
-        import torch
-
         from moa_serve.bench import swap
-        from moa_serve.llm import resolve_backend, resolve_dtype
+        from moa_serve.llm import resolve
     refuse_two_bases(command, shapes)
     plan = swap.Plan(
         adapters=adapters,
@@ -50,9 +48,8 @@ def bench_swap(
         max_tokens=max_tokens,
         rounds=rounds,
     )
-    device = torch.device("cpu")
-    resolved = resolve_backend(backend, device)
-    base = opened_base(model, shapes, resolve_dtype(dtype, device, resolved))
+    resolved, _, computed = resolve(backend, "cpu", dtype)
+    base = opened_base(model, shapes, computed)
     report = swap.measure(base, resolved, plan, on_progress=terminal.note)
     if as_json:
         typer.echo(json.dumps(report.to_json()))
@@ -63,7 +60,7 @@ def bench_swap(
 def show(report: "SwapReport") -> None:
     """A line for each engine, one for each ratio, and what loading and a swap took."""
     plan, computed = report.plan, report.computed
-    title = f"{computed.base}, {computed.backend}, {computed.dtype}, {terminal.counted(computed.threads, 'thread')}"
+    title = title_of(computed.base, computed)
     asked = {"swapped": (plan.adapters, plan.slots), "few": (plan.slots, plan.slots), "base": (0, plan.slots), "idle": (0, plan.slots)}
     engines = new_table(title, ("engine",), ("adapters", "slots", "tokens/s", "TTFT ms", "p99", "gap ms", "p99", "swaps"))
     for one in report.measured:

@@ -127,23 +127,24 @@ struct TileRows {
       use_tiles(low, high);
   }
 
+  // One panel for the last block's rows.
+  template <class Steps>
+  void last_product(const uint16_t* x, int64_t x_stride, Steps steps, int64_t size, float* y, int64_t y_stride, bool goes_on = false) const {
+    if (high > 0) return panel_product<true>(x + whole * x_stride, x_stride, steps, size, y + whole * y_stride, y_stride, goes_on);
+    panel_product<false>(x + whole * x_stride, x_stride, steps, size, y + whole * y_stride, y_stride, goes_on);
+  }
+
   // One panel for all rows.
   template <class Steps>
   void product(const uint16_t* x, int64_t x_stride, Steps steps, int64_t size, float* y, int64_t y_stride, bool goes_on = false) const {
+    if (whole == 0) return last_product(x, x_stride, steps, size, y, y_stride, goes_on);
     const NearSteps again = {steps.panel};
-    if (whole == 0) {
-      if (high > 0) return panel_product<true>(x, x_stride, steps, size, y, y_stride, goes_on);
-      return panel_product<false>(x, x_stride, steps, size, y, y_stride, goes_on);
-    }
     panel_product<true>(x, x_stride, steps, size, y, y_stride, goes_on);
     for (int row = 2 * kTile; row < whole; row += 2 * kTile)
       panel_product<true>(x + row * x_stride, x_stride, again, size, y + row * y_stride, y_stride, goes_on);
     if (low == 0) return;
     use_tiles(low, high);
-    if (high > 0)
-      panel_product<true>(x + whole * x_stride, x_stride, again, size, y + whole * y_stride, y_stride, goes_on);
-    else
-      panel_product<false>(x + whole * x_stride, x_stride, again, size, y + whole * y_stride, y_stride, goes_on);
+    last_product(x, x_stride, again, size, y, y_stride, goes_on);
     use_tiles(kTile, kTile);
   }
 
@@ -153,11 +154,7 @@ struct TileRows {
 
   void int8_product(const uint16_t* x, int64_t x_stride, const uint8_t* panel, int64_t size, float* y, int64_t y_stride) const {
     alignas(64) uint16_t near[kNearInputs * kPanel];
-    if (whole == 0) {
-      const Int8Steps steps = {panel, near};
-      if (high > 0) return panel_product<true>(x, x_stride, steps, size, y, y_stride, false);
-      return panel_product<false>(x, x_stride, steps, size, y, y_stride, false);
-    }
+    if (whole == 0) return last_product(x, x_stride, Int8Steps{panel, near}, size, y, y_stride);
     for_near_parts(panel, size, near, [&](int64_t k, int64_t inputs) {
       memory_is_seen();
       product(x + k, x_stride, NearSteps{near}, inputs, y, y_stride, k > 0);

@@ -288,9 +288,7 @@ struct Step {
       narrow_head(at.qkv + (row + member / heads) * fused + (head + member % heads) * model.head_dim, q + member * padded(model.head_dim, kLanes));
     return q;
   }
-#endif
 
-#if defined(__AMX_BF16__)
   // The prompt that some tokens of a sequence have, and how much each of them wants of its rows.
   struct PromptTile {
     const uint8_t* blob;
