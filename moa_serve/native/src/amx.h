@@ -211,47 +211,59 @@ inline void tile_dots(int tokens, const uint16_t* x, const uint16_t* a, int64_t 
   }
 }
 
-// y (tokens, y_stride) += B c in the panels first, first + step, ...: c (tokens, c_stride), b packed panels of (32, rank).
-inline void tile_expand(int tokens, const uint16_t* c, int64_t c_stride, const uint16_t* b, int rank, float* y, int64_t y_stride, int step,
+// One expert's part of a sum, or 32 inputs of it.
+struct TileExpert {
+  const uint16_t *c, *b;  // coefficients (tokens, c_stride), and its place in the first packed panel of (32, rank)
+  int64_t panel_size;     // of b
+};
+
+constexpr int kTileExperts = 32;  // whose sums stay in tiles from one to the next
+
+// y (tokens, y_stride) += B c for `number` experts of as many inputs, one after the other, in the panels begin, begin + step, ...
+// Loading and storing sums takes longer than the products of a small rank.
+inline void tile_expand(int tokens, int inputs, const TileExpert* experts, int number, int64_t c_stride, float* y, int64_t y_stride, int step,
                         int begin, int end) {
   memory_is_seen();
-  for (int first = 0; first < rank; first += kTileInputs) {
-    const int inputs = rank - first < kTileInputs ? rank - first : kTileInputs;
-    TileShapes shapes;  // 0 to 3 sums of two panels, 4 coefficients, 5 and 6 halves of a panel of B
-    for (int tile = 0; tile < 4; tile++) shapes.set(tile, tokens, 64);
-    shapes.set(4, tokens, inputs * 2);
-    shapes.set(5, inputs / 2, 64);
-    shapes.set(6, inputs / 2, 64);
-    shapes.use();
-    _tile_loadd(4, c + first, c_stride * 2);
-    const auto weights = [&](int panel) { return b + (int64_t)panel * kPanel * rank + first * kPanel; };
-    const auto place = [&](int panel) { return y + (int64_t)panel * step * kPanel; };
-    int panel = begin;
-    for (; panel + 1 < end; panel += 2) {
-      _tile_loadd(0, place(panel), y_stride * 4);
-      _tile_loadd(1, place(panel) + kTile, y_stride * 4);
-      _tile_loadd(2, place(panel + 1), y_stride * 4);
-      _tile_loadd(3, place(panel + 1) + kTile, y_stride * 4);
-      _tile_loadd(5, weights(panel), 128);
-      _tile_loadd(6, weights(panel) + 32, 128);
-      _tile_dpbf16ps(0, 4, 5);
-      _tile_dpbf16ps(1, 4, 6);
-      _tile_loadd(5, weights(panel + 1), 128);
-      _tile_loadd(6, weights(panel + 1) + 32, 128);
-      _tile_dpbf16ps(2, 4, 5);
-      _tile_dpbf16ps(3, 4, 6);
-      _tile_stored(0, place(panel), y_stride * 4);
-      _tile_stored(1, place(panel) + kTile, y_stride * 4);
-      _tile_stored(2, place(panel + 1), y_stride * 4);
-      _tile_stored(3, place(panel + 1) + kTile, y_stride * 4);
-    }
-    if (panel == end) continue;
+  TileShapes shapes;  // 0 to 3 sums of two panels, 4 coefficients, 5 to 7 halves of a panel of B
+  for (int tile = 0; tile < 4; tile++) shapes.set(tile, tokens, 64);
+  shapes.set(4, tokens, inputs * 2);
+  for (int tile = 5; tile < 8; tile++) shapes.set(tile, inputs / 2, 64);
+  shapes.use();
+  const auto place = [&](int panel) { return y + (int64_t)panel * step * kPanel; };
+  int panel = begin;
+  for (; panel + 1 < end; panel += 2) {
     _tile_loadd(0, place(panel), y_stride * 4);
     _tile_loadd(1, place(panel) + kTile, y_stride * 4);
-    _tile_loadd(5, weights(panel), 128);
-    _tile_loadd(6, weights(panel) + 32, 128);
-    _tile_dpbf16ps(0, 4, 5);
-    _tile_dpbf16ps(1, 4, 6);
+    _tile_loadd(2, place(panel + 1), y_stride * 4);
+    _tile_loadd(3, place(panel + 1) + kTile, y_stride * 4);
+    for (const TileExpert* expert = experts; expert < experts + number; expert++) {
+      const uint16_t *low = expert->b + panel * expert->panel_size, *high = low + expert->panel_size;
+      _tile_loadd(4, expert->c, c_stride * 2);
+      _tile_loadd(5, low, 128);
+      _tile_loadd(6, low + 32, 128);
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_dpbf16ps(1, 4, 6);
+      _tile_loadd(7, high, 128);
+      _tile_loadd(5, high + 32, 128);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+    _tile_stored(0, place(panel), y_stride * 4);
+    _tile_stored(1, place(panel) + kTile, y_stride * 4);
+    _tile_stored(2, place(panel + 1), y_stride * 4);
+    _tile_stored(3, place(panel + 1) + kTile, y_stride * 4);
+  }
+  if (panel < end) {
+    _tile_loadd(0, place(panel), y_stride * 4);
+    _tile_loadd(1, place(panel) + kTile, y_stride * 4);
+    for (const TileExpert* expert = experts; expert < experts + number; expert++) {
+      const uint16_t* low = expert->b + panel * expert->panel_size;
+      _tile_loadd(4, expert->c, c_stride * 2);
+      _tile_loadd(5, low, 128);
+      _tile_loadd(6, low + 32, 128);
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_dpbf16ps(1, 4, 6);
+    }
     _tile_stored(0, place(panel), y_stride * 4);
     _tile_stored(1, place(panel) + kTile, y_stride * 4);
   }

@@ -117,22 +117,54 @@ inline void expand_tile(const int32_t* tokens, const typename N::Element* coeffi
   }
 }
 
-// y += B c for the listed of `count` tokens that stand one after the other in `coefficients` and in the section, in its panels [begin, end).
-// The others' coefficients are 0.
+// y += B c of one expert after the other, in panels [begin, end) of a section, for a tile of `count` tokens that stand one after the other
+// there and in the coefficients. What was added is there after `finish`.
 template <class N>
-inline void expand([[maybe_unused]] int count, const int32_t* listed, int num_listed, const typename N::Element* coefficients, int64_t coefficient_stride,
-                   const typename N::Element* b, int rank, const Section& section, int begin, int end) {
+class Expansion {
+  using Element = typename N::Element;
+
+ public:
+  Expansion(int count, int64_t coefficient_stride, const Section& section, int begin, int end)
+      : count_(count), coefficient_stride_(coefficient_stride), section_(section), begin_(begin), end_(end) {}
+
+  // For the listed tokens; the others' coefficients are 0.
+  void add([[maybe_unused]] const int32_t* listed, [[maybe_unused]] int num_listed, const Element* coefficients, const Element* b, int rank) {
 #if defined(__AMX_BF16__)
-  if constexpr (N::kIsOnTiles) {
-    float* y = section.out + (int64_t)section.first * kPanel;
-    return tile_expand(count, coefficients, coefficient_stride, b, rank, y, section.row_stride, section.stride, begin, end);
-  }
+    if constexpr (N::kIsOnTiles) {
+      for (int first = 0; first < rank; first += kTileInputs) {
+        const int inputs = rank - first < kTileInputs ? rank - first : kTileInputs;
+        if (number_ == kTileExperts || inputs != inputs_) finish();
+        inputs_ = inputs;
+        experts_[number_++] = {coefficients + first, b + first * kPanel, (int64_t)rank * kPanel};
+      }
+      return;
+    }
 #endif
-  int place = 0;
-  for (; place + kTogether <= num_listed; place += kTogether)
-    expand_tile<N, kTogether>(listed + place, coefficients, coefficient_stride, b, rank, section, begin, end);
-  for (; place < num_listed; place++) expand_tile<N, 1>(listed + place, coefficients, coefficient_stride, b, rank, section, begin, end);
-}
+    int place = 0;
+    for (; place + kTogether <= num_listed; place += kTogether)
+      expand_tile<N, kTogether>(listed + place, coefficients, coefficient_stride_, b, rank, section_, begin_, end_);
+    for (; place < num_listed; place++) expand_tile<N, 1>(listed + place, coefficients, coefficient_stride_, b, rank, section_, begin_, end_);
+  }
+
+  void finish() {
+#if defined(__AMX_BF16__)
+    if (number_ == 0) return;
+    float* y = section_.out + (int64_t)section_.first * kPanel;
+    tile_expand(count_, inputs_, experts_, number_, coefficient_stride_, y, section_.row_stride, section_.stride, begin_, end_);
+    number_ = 0;
+#endif
+  }
+
+ private:
+  [[maybe_unused]] const int count_;
+  const int64_t coefficient_stride_;
+  const Section section_;
+  const int begin_, end_;
+#if defined(__AMX_BF16__)
+  TileExpert experts_[kTileExperts];
+  int number_ = 0, inputs_ = 0;
+#endif
+};
 
 // y += w * bias for the listed tokens.
 inline void add_bias(const int32_t* tokens, int count, const float* weights, const float* bias, const Section& section, int begin, int end) {

@@ -86,7 +86,9 @@ void expert(const uint8_t* blob, int64_t expert_at, const void* x, int32_t rows,
       for (int64_t r = 0; r < room; r += kLanes) N::store(coefficients + listed[place] * room + r, f_mul(f_load(low + listed[place] * room + r), scale));
     }
     const Section section = {y + first * out, out, 0, 1, (int)(out / kPanel)};
-    expand<N>(count, listed, num_listed, coefficients, room, (const Element*)(blob + expert.b_at), expert.rank, section, 0, section.panels);
+    Expansion<N> sums(count, room, section, 0, section.panels);
+    sums.add(listed, num_listed, coefficients, (const Element*)(blob + expert.b_at), expert.rank);
+    sums.finish();
   }
 }
 

@@ -683,16 +683,25 @@ struct Step {
       Section own = whole;
       own.out += first * whole.row_stride;
       const int count = segment.end - first < kTileTokens ? segment.end - first : kTileTokens;
+      Expansion<N> sums(count, at.coefficient_stride, own, begin, end);
       for (int e = 0; e < group.num_experts; e++) {
         const int num_listed = list_active(first, count, experts[e]);
         if (num_listed == 0) continue;
         const Element* c = (const Element*)at.coefficients + first * at.coefficient_stride + experts[e].coefficients_at;
-        const Element* b = (const Element*)(segment.adapter + experts[e].b_at);
-        ::expand<N>(count, list, num_listed, c, at.coefficient_stride, b, experts[e].rank, own, begin, end);
-        if (experts[e].out_bias_at == 0) continue;
-        for (int place = 0; place < num_listed; place++) scratch[place] = weight(first + list[place], experts[e]);
-        add_bias(list, num_listed, scratch, (const float*)(segment.adapter + experts[e].out_bias_at), own, begin, end);
+        sums.add(list, num_listed, c, (const Element*)(segment.adapter + experts[e].b_at), experts[e].rank);
       }
+      sums.finish();
+      add_biases(segment, group, first, count, own, begin, end);
+    }
+  }
+
+  void add_biases(const MoaSegment& segment, const MoaGroup& group, int first, int count, const Section& own, int begin, int end) {
+    const MoaExpert* experts = (const MoaExpert*)(segment.adapter + group.experts_at);
+    for (int e = 0; e < group.num_experts; e++) {
+      if (experts[e].out_bias_at == 0) continue;
+      const int num_listed = list_active(first, count, experts[e]);
+      for (int place = 0; place < num_listed; place++) scratch[place] = weight(first + list[place], experts[e]);
+      add_bias(list, num_listed, scratch, (const float*)(segment.adapter + experts[e].out_bias_at), own, begin, end);
     }
   }
 
