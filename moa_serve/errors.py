@@ -18,6 +18,11 @@
         ├── AdapterExists              adapter_exists
         ├── AdapterBusy                adapter_busy              it is being loaded or unloaded, or requests still use it
         ├── AdapterUnavailable         adapter_unavailable       it left memory, and its files are gone or others now
+        ├── AliasInvalid               alias_invalid             a name that cannot be one, or targets that it cannot have
+        ├── AliasNotFound              alias_not_found
+        ├── RevisionConflict           revision_conflict         a change of a revision that is not the current one
+        ├── RevisionNotFound           revision_not_found        neither the current one nor kept
+        ├── RegistryWriteFailed        registry_write_failed     the state directory cannot be written
         ├── AdapterLimit               adapter_limit
         ├── AdapterMemory              adapter_memory
         ├── AdapterPathDenied          adapter_path_denied
@@ -125,6 +130,26 @@ class AdapterBusy(AdapterError):
 
 class AdapterUnavailable(AdapterError):
     code = "adapter_unavailable"
+
+
+class AliasInvalid(AdapterError):
+    code = "alias_invalid"
+
+
+class AliasNotFound(AdapterError):
+    code = "alias_not_found"
+
+
+class RevisionConflict(AdapterError):
+    code = "revision_conflict"
+
+
+class RevisionNotFound(AdapterError):
+    code = "revision_not_found"
+
+
+class RegistryWriteFailed(AdapterError):
+    code = "registry_write_failed"
 
 
 class AdapterLimit(AdapterError):

@@ -43,7 +43,17 @@ class ServerSettings(BaseSettings):
         default_factory=_default_adapters_dir,
         description="Folder of adapter folders; none outside it is ever read. ./adapters where it exists.",
     )
-    state_dir: Path | None = Field(None, description="Refused: this version keeps registry and pins in memory.")
+    adapters_look_seconds: float = Field(
+        2.0,
+        ge=0,
+        le=3600,
+        allow_inf_nan=False,
+        description="Between two looks at that folder for what came, changed or went; 0 is never by itself.",
+    )
+    state_dir: Path | None = Field(
+        None, description="Folder in which loads, unloads, aliases and pins outlive the process; without one they are forgotten."
+    )
+    strict_state: bool = Field(False, description="Exit with 2 where the file in state_dir cannot be understood, rather than begin anew.")
     backend: Literal["auto", "torch", "native"] = Field("auto", description="What computes; auto is torch where there is no native one.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is CUDA where there is a device.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -153,12 +163,6 @@ class ServerSettings(BaseSettings):
         if name is not None and not _NAME.fullmatch(name):
             raise ValueError("must be 1 to 128 of the characters A-Z a-z 0-9 . _ - / and begin with a letter or digit")
         return name
-
-    @field_validator("state_dir")
-    @classmethod
-    def _refuse_state(cls, place: Path | None) -> None:
-        if place is not None:
-            raise ValueError("is not supported by this version: registry and pins live in memory; leave it out")
 
     @field_validator("adapters_dir")
     @classmethod

@@ -5,6 +5,7 @@ by the caller's thread (the event loop, or LLM): no locks.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from moa_serve.adapter.adapter import Adapter
@@ -23,6 +24,7 @@ class AdapterCache:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
+        self.on_evict: Callable[[str], None] | None = None  # told the revision of each that left to make room
         self._cached: OrderedDict[str, _Cached] = OrderedDict()  # least recently used first
 
     def __contains__(self, revision: str) -> bool:
@@ -72,6 +74,8 @@ class AdapterCache:
             raise AdapterMemory(f"no room for {adapter.num_bytes:,} bytes: all other adapters are in use; try again, or raise the budget")
         for revision in leaving:
             del self._cached[revision]
+            if self.on_evict is not None:
+                self.on_evict(revision)
         self._cached[adapter.revision] = _Cached(adapter)
 
     def acquire(self, revision: str) -> Adapter | None:

@@ -242,6 +242,21 @@ class LayerPlan:
         return [expert for expert in self.experts if expert.site == site]
 
 
+class RequestDefaults(_Strict):
+    """What a request gets where it leaves the field of this name out; bounds are those of the API."""
+
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=2**31)
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
+    max_tokens: int | None = Field(None, ge=1, le=2**31)
+    stop: list[Annotated[str, Field(min_length=1, max_length=1024)]] | None = Field(None, max_length=16)
+    stop_token_ids: list[Annotated[int, Field(ge=0, le=2**31)]] | None = Field(None, max_length=1024)
+
+
 class Manifest(_Strict):
     """`adapter.json`, whole. Field by field: docs/adapter-format.md."""
 
@@ -250,7 +265,7 @@ class Manifest(_Strict):
     variant: Variant
     router: RouterSpec
     experts: list[ExpertSpec] = Field(min_length=1, max_length=MAX_LAYERS * MAX_EXPERTS)
-    defaults: dict[str, Any] | None = None
+    defaults: RequestDefaults | None = None
     profile: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
     description: str | None = None
@@ -285,6 +300,9 @@ class Manifest(_Strict):
             )
         if isinstance(router.hidden, list) and len(router.hidden) != self.base.num_layers:
             raise ValueError(f"router.hidden: has {len(router.hidden)} numbers, but the base has {self.base.num_layers} layers")
+        ids = (self.defaults.stop_token_ids if self.defaults else None) or []
+        if max(ids, default=0) >= self.base.vocab_size:
+            raise ValueError(f"defaults: stop_token_ids has {max(ids)}, but the vocabulary ends at {self.base.vocab_size - 1}")
         for expert in self.experts:
             self._check_expert(expert, rule)
         taken: set[tuple[str, int]] = set()

@@ -28,7 +28,7 @@ from moa_serve.errors import (
 
 __all__ = ["Adapter", "AdapterEntry", "AdapterSource", "AdapterStore", "resolve_below"]
 
-RESERVED_NAME = "other"
+RESERVED_NAMES = {"other": "what metrics call the rest", "events": "a route of the API"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -137,7 +137,7 @@ class AdapterStore:
         return sorted(names)
 
     def _is_adapter(self, entry: os.DirEntry[str]) -> bool:
-        if entry.name in (self.base_name, RESERVED_NAME) or not _NAME.fullmatch(entry.name):
+        if entry.name == self.base_name or entry.name in RESERVED_NAMES or not _NAME.fullmatch(entry.name):
             return False
         return entry.is_dir(follow_symlinks=False) and has_config(entry.path)
 
@@ -149,8 +149,8 @@ class AdapterStore:
                 f"adapter name {shown} is not valid; use 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit",
                 param="name",
             )
-        if name == RESERVED_NAME:
-            raise AdapterNameInvalid(f"adapter name {name!r} is what metrics call the rest; choose another", param="name")
+        if name in RESERVED_NAMES:
+            raise AdapterNameInvalid(f"adapter name {name!r} is {RESERVED_NAMES[name]}; choose another", param="name")
         if name == self.base_name:
             raise AdapterNameInvalid(f"adapter name {name!r} is the base's; choose another", param="name")
 
@@ -193,13 +193,18 @@ class AdapterStore:
         Raises:
             AdapterNameInvalid, AdapterExists, AdapterLimit, AdapterMemory, AdapterTooLarge: nothing has changed then.
         """
-        self.check_name(name)
-        if name in self._entries:
-            raise AdapterExists(f"adapter {name!r} is loaded already; unload it first", param="name")
-        if len(self._entries) >= self.max_adapters:
-            raise AdapterLimit(f"{self.max_adapters:,} adapters are loaded, which is the limit; unload one or raise it")
+        self._check_free(name)
         self.cache.add(adapter)
         self._entries[name] = AdapterEntry(name, source, adapter.revision)
+
+    def restore(self, name: str, source: AdapterSource, revision: str) -> None:
+        """Publish a name whose adapter is read when it is asked for: what was published before the process ended.
+
+        Raises:
+            AdapterNameInvalid, AdapterExists, AdapterLimit.
+        """
+        self._check_free(name)
+        self._entries[name] = AdapterEntry(name, source, revision)
 
     def replace(self, name: str, source: AdapterSource, adapter: Adapter) -> None:
         """Give a published name to another adapter that `read` returned, in one step. Leases on the old one go on.
@@ -217,6 +222,13 @@ class AdapterStore:
         entry = self.get(name)
         del self._entries[name]
         self._discard(entry.revision)
+
+    def _check_free(self, name: str) -> None:
+        self.check_name(name)
+        if name in self._entries:
+            raise AdapterExists(f"adapter {name!r} is loaded already; unload it first", param="name")
+        if len(self._entries) >= self.max_adapters:
+            raise AdapterLimit(f"{self.max_adapters:,} adapters are loaded, which is the limit; unload one or raise it")
 
     def is_named(self, revision: str) -> bool:
         """Whether any name has this revision."""

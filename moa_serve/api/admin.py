@@ -1,22 +1,25 @@
-"""Routes of the adapters: vLLM's two for loading and unloading, and our read-only list.
+"""Routes of the adapters: vLLM's two for loading and unloading, and our own for all that can be done with them.
 
-Statuses and success texts are vLLM's to the byte, for tools that were written for it; errors have the one shape of this server. Who may
-call what is the guard's affair.
+Statuses and success texts of vLLM's are its own to the byte, for tools that were written for it; errors have the one shape of this server.
+Who may call what is the guard's affair.
 """
 
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
+from dataclasses import asdict
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Request
 from pydantic import Field, StringConstraints
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
-from moa_serve.api.adapters import AdapterItem
+from moa_serve.api.adapter_events import MAX_LISTENERS
+from moa_serve.api.adapters import AdapterItem, AdapterRegistry, AliasItem
+from moa_serve.api.aliases import MAX_TARGETS, MAX_WEIGHT
 from moa_serve.api.context import server_of
-from moa_serve.api.document import body_of
-from moa_serve.api.errors import JsonResponse, error_response
+from moa_serve.api.document import EVENTS, body_of
+from moa_serve.api.errors import JsonResponse, dump_json, error_response
 from moa_serve.api.schemas import Schema, read_json
-from moa_serve.errors import AdapterError, AdapterExists, AdapterNameInvalid, InvalidRequest
+from moa_serve.errors import AdapterError, AdapterExists, AdapterNameInvalid, InvalidRequest, Overloaded
 
 router = APIRouter()
 
@@ -26,6 +29,7 @@ _Text = Annotated[str, StringConstraints(max_length=4096)]  # constrained, so th
 _PARAMS = {"name": "lora_name", "path": "lora_path"}  # the registry's words, and the fields that they came in
 
 
+_PING_SECONDS = 15.0  # of silence, so that proxies keep the connection open
 _BOTH = "Both 'lora_name' and 'lora_path' must be provided."
 
 
@@ -51,7 +55,7 @@ async def load_lora_adapter(request: Request) -> Response:
         raise AdapterNameInvalid(_BOTH, param="lora_name")
     if not body.lora_path:
         raise InvalidRequest(_BOTH, param="lora_path")
-    registry = server_of(request).registry
+    registry = _registry(request)
     try:
         await _renamed(registry.load(body.lora_name, body.lora_path, variant=body.variant, load_inplace=body.load_inplace))
     except AdapterExists as error:  # a conflict, 409, everywhere else
@@ -65,19 +69,122 @@ async def unload_lora_adapter(request: Request) -> Response:
     body = await _read(request, UnloadRequest)
     if not body.lora_name:
         raise AdapterNameInvalid("'lora_name' needs to be provided to unload a LoRA adapter.", param="lora_name")
-    await _renamed(server_of(request).registry.unload(body.lora_name))
+    await _renamed(_registry(request).unload(body.lora_name))
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+# -- our own
+
+
+class LoadAdapter(Schema):
+    name: _Text = Field(description="What requests will call it.")
+    path: _Text | None = Field(
+        None, description="Its folder: absolute below the adapters directory, or relative to it; its name if omitted."
+    )
+    variant: str | None = Field(None, description="Which one it is, where the files alone cannot tell, such as soft_moa_instance.")
+    pinned: bool = Field(False, description="Keep it in host memory.")
+
+
+class ReloadAdapter(Schema):
+    revision: _Text | None = Field(None, description="The revision that is to be replaced: 409 if another one is served by now.")
+    path: _Text | None = Field(None, description="Its folder; where it was loaded from if omitted.")
+    variant: str | None = Field(None, description="As before if omitted.")
+
+
+class SetAlias(Schema):
+    targets: dict[str, Annotated[int, Field(ge=0, le=MAX_WEIGHT)]] = Field(
+        description="Adapters, or `name@revision` with 8 hex digits or more, and their shares of the requests.", max_length=MAX_TARGETS
+    )
 
 
 @router.get("/v1/adapters")
 async def list_adapters(request: Request) -> Response:
     """Every adapter that is served, being loaded or unloaded, or broken, and why."""
-    return JsonResponse({"object": "list", "data": [_shape(item) for item in server_of(request).registry.items()]})
+    return JsonResponse({"object": "list", "data": [_shape(item) for item in _registry(request).items()]})
+
+
+@router.post("/v1/adapters", openapi_extra=body_of(LoadAdapter))
+async def load_adapter(request: Request) -> Response:
+    """Load an adapter; 409 where an operator loaded one of this name before."""
+    body, registry = await read_json(request, LoadAdapter), _registry(request)
+    await registry.load(body.name, body.name if body.path is None else body.path, variant=body.variant)
+    if body.pinned:
+        await registry.pin(body.name, True)
+    return JsonResponse(_shape(registry.item(body.name)))
+
+
+@router.get("/v1/adapters/events", response_class=StreamingResponse, responses=EVENTS)
+async def adapter_events(request: Request) -> Response:
+    """What happens to adapters, as server-sent events, from now on; with Last-Event-ID, from the event after that one."""
+    events = _registry(request).events
+    if events.is_full:
+        raise Overloaded(f"{MAX_LISTENERS} clients listen to the adapters' events, which is the limit; try again later")
+    seen = request.headers.get("last-event-id", "")
+    after = int(seen) if seen.isascii() and seen.isdigit() and len(seen) < 16 else None
+
+    async def lines() -> AsyncIterator[bytes]:
+        yield b": listening\n\n"  # so that a client knows that it is connected
+        async for event in events.listen(after, every=_PING_SECONDS):
+            if event is None:
+                yield b": ping\n\n"
+                continue
+            data = {"name": event.name, "time": event.time, **event.more}
+            yield b"id: %d\nevent: %s\ndata: %s\n\n" % (event.id, event.kind.encode(), dump_json(data))
+
+    return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
 
 @router.get("/v1/adapters/{name}")
 async def get_adapter(request: Request, name: str) -> Response:
-    return JsonResponse(_shape(server_of(request).registry.item(name)))
+    return JsonResponse(_shape(_registry(request).item(name)))
+
+
+@router.delete("/v1/adapters/{name}")
+async def unload_adapter(request: Request, name: str) -> Response:
+    """Unload an adapter: new requests get 404 at once; the answer comes when those in flight have ended and its memory is free."""
+    freed = await _registry(request).unload(name)
+    return JsonResponse({"id": name, "object": "adapter.deleted", "deleted": True, "freed_bytes": freed})
+
+
+@router.post("/v1/adapters/{name}/reload", openapi_extra=body_of(ReloadAdapter))
+async def reload_adapter(request: Request, name: str) -> Response:
+    """Read an adapter again in place: requests in flight keep the old revision, and a broken new one changes nothing."""
+    body, registry = await read_json(request, ReloadAdapter), _registry(request)
+    await registry.reload(name, revision=body.revision, path=body.path, variant=body.variant)
+    return JsonResponse(_shape(registry.item(name)))
+
+
+@router.post("/v1/adapters/{name}/pin")
+async def pin_adapter(request: Request, name: str) -> Response:
+    """Keep an adapter in host memory, through reloads too."""
+    return JsonResponse(_shape(await _registry(request).pin(name, True)))
+
+
+@router.post("/v1/adapters/{name}/unpin")
+async def unpin_adapter(request: Request, name: str) -> Response:
+    return JsonResponse(_shape(await _registry(request).pin(name, False)))
+
+
+@router.get("/v1/aliases")
+async def list_aliases(request: Request) -> Response:
+    return JsonResponse({"object": "list", "data": [_alias_shape(item) for item in _registry(request).aliases()]})
+
+
+@router.put("/v1/aliases/{alias}", openapi_extra=body_of(SetAlias))
+async def set_alias(request: Request, alias: str) -> Response:
+    """Let a name stand for adapters, for each by its share. A `user`, or else a key, gets the same one each time."""
+    body = await read_json(request, SetAlias)
+    return JsonResponse(_alias_shape(await _registry(request).set_alias(alias, body.targets)))
+
+
+@router.delete("/v1/aliases/{alias}")
+async def remove_alias(request: Request, alias: str) -> Response:
+    await _registry(request).remove_alias(alias)
+    return JsonResponse({"id": alias, "object": "alias.deleted", "deleted": True})
+
+
+def _registry(request: Request) -> AdapterRegistry:
+    return server_of(request).registry
 
 
 async def _read(request: Request, schema: type[_Body]) -> _Body:
@@ -100,16 +207,10 @@ async def _renamed(work: Awaitable[_T]) -> _T:
 
 
 def _shape(item: AdapterItem) -> dict[str, Any]:
-    return {
-        "id": item.name,
-        "object": "adapter",
-        "state": item.state,
-        "revision": item.revision,
-        "variant": item.variant,
-        "bytes": item.bytes,
-        "leases": item.leases,
-        "path": item.path,
-        "is_explicit": item.is_explicit,
-        "warnings": list(item.warnings),
-        "error": item.error,
-    }
+    shown = asdict(item)
+    del shown["is_listed"]
+    return {"id": shown.pop("name"), "object": "adapter", **shown}
+
+
+def _alias_shape(item: AliasItem) -> dict[str, Any]:
+    return {"id": item.name, "object": "alias", "targets": dict(item.targets)}

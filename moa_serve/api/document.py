@@ -29,6 +29,8 @@ ERROR: dict[str, Any] = {
 GENERATED: dict[int | str, dict[str, Any]] = {200: {"description": "The answer, or its events.", "content": {"text/event-stream": {}}}}
 """`responses` of a route that can stream."""
 
+EVENTS: dict[int | str, dict[str, Any]] = {200: {"description": "Events, until one side ends them.", "content": {"text/event-stream": {}}}}
+
 
 def body_of(schema: type[BaseModel]) -> dict[str, Any]:
     """`openapi_extra` of a route that reads `schema`."""

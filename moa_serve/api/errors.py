@@ -40,6 +40,9 @@ _STATUS = {
     "adapter_exists": 409,
     "adapter_busy": 409,
     "adapter_changing": 409,
+    "alias_not_found": 404,
+    "revision_conflict": 409,
+    "registry_write_failed": 507,
     "adapter_limit": 507,
     "adapter_memory": 503,
     "adapter_unavailable": 503,
@@ -64,10 +67,6 @@ class UnsupportedMediaType(InvalidRequest):
     code = "unsupported_media_type"
 
 
-class RevisionNotFound(MoaError):
-    code = "revision_not_found"
-
-
 class QueueTimeout(Overloaded):
     code = "queue_timeout"
 
@@ -84,7 +83,7 @@ def status_of(error: MoaError) -> int:
     """The HTTP status of an error. What is wrong with an adapter's files is the sender's mistake, whatever it is: 400."""
     if error.code in _STATUS:
         return _STATUS[error.code]
-    return 400 if error.code.startswith("adapter_") or isinstance(error, InvalidRequest) else 500
+    return 400 if error.code.startswith(("adapter_", "alias_")) or isinstance(error, InvalidRequest) else 500
 
 
 def type_of(status: int) -> str:

@@ -20,25 +20,25 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from moa_serve.adapter.adapter import Adapter
+from moa_serve.adapter.manifest import RequestDefaults
 from moa_serve.api.choice import Choice, Delta, Prompt
 from moa_serve.api.context import Server
 from moa_serve.api.errors import (
     QueueTimeout,
     RequestTimeout,
-    RevisionNotFound,
     as_moa_error,
     dump_json,
     error_body,
     response_of,
     status_of,
 )
-from moa_serve.api.guard import ClientGone
+from moa_serve.api.guard import KEY_ID, ClientGone
 from moa_serve.api.logs import log_request
-from moa_serve.api.schemas import GenerationRequest, Moa, read_json
+from moa_serve.api.schemas import GenerationRequest, read_json
 from moa_serve.engine.async_engine import Stream
 from moa_serve.engine.engine import TokenEvent
 from moa_serve.engine.request import Request, SamplingParams, Sequence
-from moa_serve.errors import InvalidRequest, MoaError
+from moa_serve.errors import InvalidRequest, MoaError, RevisionNotFound
 from moa_serve.metrics.record import RequestRecord, timings
 
 CLIENT_CLOSED_REQUEST = 499  # for records only: nobody is there to read it
@@ -82,6 +82,7 @@ class _Progress:
     body: GenerationRequest | None = None
     adapter_name: str | None = None
     adapter: Adapter | None = None
+    defaults: dict[str, Any] = field(default_factory=dict)  # fields that the adapter gave, and not the client
     prompts: list[Prompt] = field(default_factory=list)
     max_tokens: int | None = None
     choices: list[Choice] = field(default_factory=list)
@@ -165,11 +166,25 @@ class Generation(Response):
         server, progress = self._server, self._progress
         with server.admit(self._dialect.num_prompts(body) * body.n):
             if body.model != server.base_name:
-                lease = await server.registry.lease(body.model)
+                key = body.user or self._request.scope.get("state", {}).get(KEY_ID)
+                lease = await server.registry.lease(body.model, revision=body.moa.revision, key=key)
                 stack.callback(lease.release)
                 progress.adapter_name, progress.adapter = lease.name, lease.adapter
-            _check_revision(body.moa, self._revision)
+                if lease.adapter.manifest.defaults is not None:
+                    progress.defaults = self._defaults(body, lease.adapter.manifest.defaults)
+                    progress.body = body = body.model_copy(update=progress.defaults)
+            elif body.moa.revision is not None and not server.base_digest.startswith(body.moa.revision):
+                raise RevisionNotFound(
+                    f"revision {body.moa.revision[:12]} is not the base's, {server.base_digest[:12]}", param="moa.revision"
+                )
             return await asyncio.to_thread(self._encode, body)
+
+    def _defaults(self, body: GenerationRequest, defaults: RequestDefaults) -> dict[str, Any]:
+        """What the request gets of its adapter's defaults."""
+        found = body.left_out(defaults.model_dump(exclude_none=True))
+        if self._server.tokenizer is None:
+            found.pop("stop", None)  # without text there is nothing to stop at, and the client did not ask for it
+        return found
 
     def _encode(self, body: GenerationRequest) -> list[tuple[Prompt, list[Request]]]:
         return [(prompt, self._requests(body, prompt)) for prompt in self._dialect.encode(self._server, body)]
@@ -177,6 +192,9 @@ class Generation(Response):
     def _requests(self, body: GenerationRequest, prompt: Prompt) -> list[Request]:
         """The n rows of one prompt; equal seeds would make them equal, so each has its own."""
         params = self._dialect.params(self._server, body, prompt)
+        if "max_tokens" in self._progress.defaults and params.max_tokens is not None:  # a default yields to the context
+            room = max(1, self._server.max_model_len - len(prompt.ids))
+            params = replace(params, max_tokens=min(params.max_tokens, room))
         if params.stop and self._server.tokenizer is None:
             raise InvalidRequest("stop: the base has no tokenizer, so there is no text to stop at; use stop_token_ids", param="stop")
         adapter = self._progress.adapter
@@ -374,6 +392,7 @@ class Generation(Response):
             "adapter": self._progress.adapter_name,
             "variant": adapter.manifest.variant if adapter else None,
             "timings": timings(self._record()),
+            **({"defaults": self._progress.defaults} if self._progress.defaults else {}),
         }
 
     def _record(self) -> RequestRecord:
@@ -453,13 +472,6 @@ def _fail(stream: Stream, error: MoaError) -> None:
     """End a stream from this side: its reader gets `error`, and closing it frees the row."""
     sequence = stream.sequence or Sequence(stream.request, list(stream.request.prompt_ids), b"")
     stream.deliver(TokenEvent(sequence, None, finish_reason="error", error=error))
-
-
-def _check_revision(moa: Moa, revision: str) -> None:
-    if moa.revision is not None and not revision.startswith(moa.revision):
-        raise RevisionNotFound(
-            f"revision {moa.revision[:12]} is not served by this name; its revision is {revision[:12]}", param="moa.revision"
-        )
 
 
 def _row_seed(seed: int, index: int) -> int:

@@ -25,7 +25,8 @@ from moa_serve.settings import ServerSettings
 logger = logging.getLogger(__name__)
 
 PUBLIC = frozenset({"/health", "/health/live", "/health/ready"})
-ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/adapters", "/v1/aliases")  # changing these changes what others are served
+# Changing these changes what others are served.
+ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/adapters", "/v1/aliases")
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:/@\s]+)(:\d{1,5})?")

@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from moa_serve.api.adapters import AdapterItem
+from moa_serve.api.adapters import AdapterItem, AliasItem
 from moa_serve.api.chat import Chat, encode_chat
 from moa_serve.api.completions import Completions, encode_prompt
 from moa_serve.api.context import Server, server_of
@@ -33,10 +33,11 @@ async def create_chat_completion(request: Request) -> Response:
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
-    """The base, and every adapter that a request may name."""
+    """The base, and every adapter and alias that a request may name."""
     server = server_of(request)
     adapters = [_adapter_model(server, item) for item in server.registry.items() if item.is_listed]
-    return JsonResponse({"object": "list", "data": [_base_model(server), *adapters]})
+    aliases = [_alias_model(server, item) for item in server.registry.aliases()]
+    return JsonResponse({"object": "list", "data": [_base_model(server), *adapters, *aliases]})
 
 
 @router.get("/v1/models/{model:path}")
@@ -44,6 +45,9 @@ async def retrieve_model(request: Request, model: str) -> Response:
     server = server_of(request)
     if model == server.base_name:
         return JsonResponse(_base_model(server))
+    for alias in server.registry.aliases():
+        if alias.name == model:
+            return JsonResponse(_alias_model(server, alias))
     return JsonResponse(_adapter_model(server, _listed(server, model)))
 
 
@@ -81,7 +85,7 @@ def _encode(server: Server, body: TokenizeRequest) -> list[int]:
 
 def _check_model(server: Server, model: str | None) -> None:
     """Which one does not matter, as all have the base's tokenizer, but a wrong name is a mistake. Loads nothing."""
-    if model is not None and model != server.base_name:
+    if model is not None and model != server.base_name and all(alias.name != model for alias in server.registry.aliases()):
         _listed(server, model)
 
 
@@ -98,6 +102,12 @@ def _base_model(server: Server) -> dict[str, Any]:
 
 def _adapter_model(server: Server, item: AdapterItem) -> dict[str, Any]:
     return _model(server, item.name, root=item.path, parent=server.base_name, max_model_len=None)
+
+
+def _alias_model(server: Server, item: AliasItem) -> dict[str, Any]:
+    """`root` is the adapter that gets most of the requests."""
+    root = max(item.targets, key=lambda target: item.targets[target])
+    return _model(server, item.name, root=root, parent=server.base_name, max_model_len=None)
 
 
 def _model(server: Server, name: str, *, root: str, parent: str | None, max_model_len: int | None) -> dict[str, Any]:

@@ -90,6 +90,9 @@ class CompletionMoa(Moa):
     parse_special: bool = Field(False, description="Control tokens written out in the prompt become those tokens; else they are text.")
 
 
+_SAME = {"max_tokens": {"max_tokens", "max_completion_tokens"}}  # fields that mean the same
+
+
 class ResponseFormat(Schema):
     type: Literal["text"]
 
@@ -133,6 +136,11 @@ class GenerationRequest(Schema):
         if self.stream_options is not None and not self.stream:
             _refuse("stream_options", "is only for stream: true")
         return self
+
+    def left_out(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """Of an adapter's defaults those of fields that the client said nothing about; a null says nothing."""
+        said = {name for name in self.model_fields_set if getattr(self, name) is not None}
+        return {name: value for name, value in defaults.items() if not said & _SAME.get(name, {name})}
 
     def check_limits(self, settings: ServerSettings) -> None:
         """Raises InvalidRequest for what this server's operator does not allow."""

@@ -37,6 +37,7 @@ class Load:
     kv_usage: float  # share of pages that are held, 0 to 1
     steps: int
     preemptions: int
+    resident: frozenset[str | None] = frozenset()  # adapter revisions that stand in a slot
 
 
 class Stream:
@@ -258,7 +259,8 @@ class AsyncEngine:
     def _measure(self, steps: int) -> Load:
         scheduler, pool = self._engine.scheduler, self._engine.block_pool
         usage = pool.num_held / max(1, pool.num_held + pool.num_free)
-        return Load(scheduler.num_running, scheduler.num_waiting, usage, steps, self._engine.num_preemptions)
+        resident = frozenset(self._engine.slot_table.revisions)
+        return Load(scheduler.num_running, scheduler.num_waiting, usage, steps, self._engine.num_preemptions, resident)
 
     def _observe(self, events: list[TokenEvent]) -> None:
         if self.on_step is None:

@@ -20,6 +20,7 @@ from importlib.metadata import version as version_of
 
 import uvicorn
 
+from moa_serve.adapter.state import StateDirectory
 from moa_serve.adapter.store import AdapterStore
 from moa_serve.api.adapters import AdapterRegistry
 from moa_serve.api.app import build_app
@@ -53,14 +54,18 @@ def serve(settings: ServerSettings) -> int:
     keys = [key.get_secret_value() for key in (*settings.api_key, *([settings.admin_key] if settings.admin_key else []))]
     configure_logs(settings.log_level, keys)
     listener = _bind(settings.host, settings.port)
+    directory = None
     try:
+        directory = StateDirectory(settings.state_dir) if settings.state_dir else None
         started = time.monotonic()
         base, backend = open_base(
             settings.model, backend=settings.backend, device=settings.device, dtype=settings.dtype, base_dtype=settings.base_dtype
         )
         sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
-        return asyncio.run(_run(settings, base, backend, listener, started))
+        return asyncio.run(_run(settings, base, backend, listener, started, directory))
     finally:
+        if directory is not None:
+            directory.close()
         listener.close()
 
 
@@ -78,7 +83,7 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def compose(settings: ServerSettings, base: Base, backend: str) -> Server:
+def compose(settings: ServerSettings, base: Base, backend: str, directory: StateDirectory | None = None) -> Server:
     """All parts of one server, not yet running. Called where the event loop runs."""
     name = settings.served_model_name or base.name
     options = EngineOptions(
@@ -103,7 +108,7 @@ def compose(settings: ServerSettings, base: Base, backend: str) -> Server:
     metrics = Metrics(
         name, max_model_len=engine.engine.max_model_len, grid_adapters=settings.grid_adapters, named_adapters=settings.named_adapters
     )
-    registry = AdapterRegistry(store, engine, metrics=metrics)
+    registry = AdapterRegistry(store, engine, metrics=metrics, directory=directory)
     metrics.attach(engine, registry)
     return Server(
         engine=engine,
@@ -118,14 +123,21 @@ def compose(settings: ServerSettings, base: Base, backend: str) -> Server:
     )
 
 
-async def _run(settings: ServerSettings, base: Base, backend: str, listener: socket.socket, started: float) -> int:
-    server = compose(settings, base, backend)
+async def _run(
+    settings: ServerSettings, base: Base, backend: str, listener: socket.socket, started: float, directory: StateDirectory | None
+) -> int:
+    server = compose(settings, base, backend, directory)
     server.engine.start()
     try:
         try:
-            await asyncio.to_thread(server.registry.scan)
+            problem = await asyncio.to_thread(server.registry.scan)
         except AdapterError as error:
             raise InvalidRequest(str(error), param="adapters_dir") from None
+        if problem is not None:
+            if settings.strict_state:
+                raise InvalidRequest(f"state_dir: {problem}", param="state_dir")
+            logger.error("the registry begins anew, with what lies in the adapters directory: %s", problem)
+        server.registry.start(look_seconds=settings.adapters_look_seconds)
         http = _Http(uvicorn_config(build_app(server), settings), server)
         gc.freeze()  # what is there now stays: a full collection would stop everything for a tenth of a second to find that out
         gc.enable()
@@ -136,6 +148,7 @@ async def _run(settings: ServerSettings, base: Base, backend: str, listener: soc
         await http.serve(sockets=[listener])
         return FAILED if server.engine.failure is not None else 0
     finally:
+        server.registry.stop()
         await server.engine.stop()
 
 
@@ -153,7 +166,7 @@ def _facts(server: Server, listener: socket.socket) -> dict[str, object]:
         "adapters": len(server.registry.items()),
         "adapters_dir": str(settings.adapters_dir) if settings.adapters_dir else None,
         "context": engine.max_model_len,
-        "registry": "in memory: loads and unloads are forgotten when the server ends",
+        "registry": str(settings.state_dir) if settings.state_dir else "in memory: loads and unloads are forgotten when the server ends",
     }
 
 
@@ -187,6 +200,7 @@ class _Http(uvicorn.Server):
 
     async def _drain(self) -> None:
         self._server.is_draining = True
+        self._server.registry.stop()
         log_event("draining", requests=self._server.engine.num_open)
         deadline = time.monotonic() + self._server.settings.drain_seconds
         while (self._server.engine.num_open or self._server.num_preparing) and time.monotonic() < deadline:

@@ -324,7 +324,6 @@ def test_sigterm_drains_and_exits_with_zero(folder: Path) -> None:
         (["--model", "/does/not/exist"], "/does/not/exist"),
         (["--max-waitng", "5"], "max-waitng"),
         (["--backend", "native", "--dtype", "float16"], "float16"),
-        (["--state-dir", "x"], "state_dir"),
     ],
 )
 def test_what_cannot_start_says_why_and_exits_with_two(folder: Path, flags: list[str], reason: str) -> None:

@@ -103,7 +103,6 @@ def test_unknown_names_are_refused_by_name() -> None:
         ({"dtype": "float16"}, "dtype"),
         ({"backend": "fast"}, "backend"),
         ({"log_level": "loud"}, "log_level"),
-        ({"state_dir": "/x"}, "state_dir"),
         ({"adapters_dir": "nowhere"}, "adapters_dir"),
         ({"served_model_name": "a b"}, "served_model_name"),
         ({"max_num_seqs": 300}, "max_batch_tokens"),

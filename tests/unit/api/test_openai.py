@@ -358,7 +358,7 @@ def test_wrong_paths_and_methods_have_the_same_shape(serving: Serving, method: s
 
 
 def test_our_own_mistakes_tell_nothing(serving: Serving, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def fail(name: str) -> None:
+    def fail(name: str, **more: object) -> None:
         raise KeyError("secret")
 
     monkeypatch.setattr(serving.server.registry, "lease", fail)
@@ -404,7 +404,7 @@ def test_a_client_that_leaves_before_the_answer_frees_its_rows(serving: Serving,
 def test_an_adapter_that_does_not_come_is_not_waited_for_without_end(narrow: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that hangs must not hold a request, and the place it takes, for ever."""
 
-    async def hang(name: str) -> None:
+    async def hang(name: str, **more: object) -> None:
         await asyncio.Event().wait()
 
     monkeypatch.setattr(narrow.server.registry, "lease", hang)
