@@ -88,7 +88,7 @@ def wait_until_steady(folder: Path) -> None:
         return
     time.sleep(STEADY_SECONDS)
     if signature_of(folder) != signature:
-        raise AdapterChanging(f"{folder.name}: its files are being written; load it when the copy is done", param="path")
+        raise AdapterChanging(f"{folder.name}: its files are being written; load it when the copy is done")
 
 
 def _check(store: AdapterStore, name: str, signature: Signature, seen_at: float) -> Found:

@@ -405,7 +405,7 @@ ROWS: list[Row] = [
     get(36, "unknown path", "/v1/nothing", 404, "not_found"),
     get(36, "root", "/", 404, "not_found"),
     get(36, "wrong method", "/v1/completions", 405, "method_not_allowed", has=("allow",)),
-    get(36, "DELETE", "/v1/adapters/good", 405, "method_not_allowed", has=("allow",), method="DELETE", key=ADMIN),
+    get(36, "DELETE", "/v1/adapters", 405, "method_not_allowed", has=("allow",), method="DELETE", key=ADMIN),
     get(36, "unknown method", "/v1/models", 405, "method_not_allowed", has=("allow",), method="BREW"),
     get(36, "OPTIONS", "/v1/completions", 405, "method_not_allowed", has=("allow",), method="OPTIONS"),
     get(36, "preflight", "/v1/completions", 405, "method_not_allowed", has=("allow",), method="OPTIONS",
