@@ -145,12 +145,14 @@ def _targets(alias: str, raw: Any) -> dict[str, int]:
 class StateDirectory:
     """The directory of one server, made where it is missing; owned until `close`.
 
+    Args:
+        is_strict: a file that cannot be understood is left where it is and refused, rather than set aside.
     Raises:
         InvalidRequest: it cannot be used, or another server owns it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, is_strict: bool = False) -> None:
+        self._folder, self._is_strict = folder, is_strict
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -168,7 +170,11 @@ class StateDirectory:
         os.close(self._lock)
 
     def read(self) -> tuple[RegistryState, str | None]:
-        """What was written last, and why that is nothing, where the file cannot be read: it is kept beside under another name then."""
+        """What was written last, and why that is nothing, where the file cannot be understood: it is kept beside under another name then.
+
+        Raises:
+            InvalidRequest: it cannot be read, or, strictly, not be understood.
+        """
         for leftover in self._folder.glob(f"{_FILE}.*.new"):
             leftover.unlink(missing_ok=True)
         place = self._folder / _FILE
@@ -181,6 +187,10 @@ class StateDirectory:
         except OSError as error:
             raise InvalidRequest(f"state_dir: {place} cannot be read ({error.strerror})", param="state_dir") from None
         except (ValueError, RecursionError) as error:
+            if self._is_strict:
+                raise InvalidRequest(
+                    f"state_dir: {place} cannot be understood ({error}); mend it, or move it away", param="state_dir"
+                ) from None
             aside = place.with_name(f"{_FILE}.{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}.bad")
             os.replace(place, aside)
             return RegistryState(), f"{place} cannot be understood ({error}); it is kept as {aside.name}"

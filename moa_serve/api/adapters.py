@@ -24,6 +24,8 @@ from moa_serve.api.adapter_events import AdapterEvents
 from moa_serve.api.aliases import AliasItem, check_targets, choose, split_target
 from moa_serve.api.entries import AdapterItem, AdapterLease, Known, OldRevision
 from moa_serve.api.folders import RETRIED, Found, look, wait_until_steady
+from moa_serve.api.looks import Looks
+from moa_serve.api.revisions import Revisions
 from moa_serve.api.trial import AdapterTrial
 from moa_serve.engine.async_engine import AsyncEngine
 from moa_serve.errors import (
@@ -59,7 +61,6 @@ MAX_LOADS = 2  # folders read at once: what is being read is not yet within the 
 
 MAX_ALIASES = 1000
 MISSED_LOOKS = 2  # that do not see the folder of an adapter before it is no longer served
-REST_FACTOR = 20  # the watch rests this many times as long as its last look took
 
 _PASSING = (AdapterLimit, AdapterMemory, AdapterQuarantined, RegistryWriteFailed)  # errors that say nothing about the files
 
@@ -87,12 +88,10 @@ class AdapterRegistry:
         store.cache.on_evict = self._evicted
         self._root = store.adapters_dir.resolve() if store.adapters_dir else None
         self._known: dict[str, Known] = {}
-        self._retired: set[str] = set()  # revisions that no name has any more, but requests or aliases still hold
-        self._held: set[str] = set()  # of these, what an alias holds
+        self._revisions = Revisions(store, engine)
         self._directory, self._state, self._writing = directory, RegistryState(), asyncio.Lock()
         self._loads = asyncio.Semaphore(MAX_LOADS)
-        self._scanning: asyncio.Task[None] | None = None
-        self._scanned_at, self._scan_seconds = -1e9, 0.0
+        self.looks = Looks(self._look)
         self._background: set[asyncio.Task[None]] = set()
         self._trial = AdapterTrial(engine)
 
@@ -111,7 +110,7 @@ class AdapterRegistry:
         if self._directory is not None:
             self._state, problem = self._directory.read()
         found = look(self.store, {}, check_seconds=FIRST_CHECK_SECONDS, waits_for_copies=False)
-        self._scanned_at = time.monotonic()
+        self.looks.has_looked()
         self._take(found, set())
         for name, registered in self._state.adapters.items():
             self._restore(name, registered)
@@ -135,7 +134,7 @@ class AdapterRegistry:
     def start(self, *, look_seconds: float) -> None:
         """Follow the adapters directory, with so many seconds between two looks (0: only where something asks), and load what is pinned."""
         if look_seconds:
-            self._run(self._watch(look_seconds))
+            self._run(self.looks.watch(look_seconds, self._reconcile))
         for name in self._state.pins:
             self._run(self._load_pinned(name))
 
@@ -199,10 +198,7 @@ class AdapterRegistry:
             is_pinned=known.is_pinned,
             is_changed=known.is_changed,
             warnings=known.warnings,
-            old_revisions=tuple(
-                OldRevision(revision, variant, self.store.cache.num_leases(revision) - (revision in self._held))
-                for revision, variant in known.old.items()
-            ),
+            old_revisions=tuple(OldRevision(*old) for old in self._revisions.old_of(known.name)),
         )
 
     # -- looking at the directory
@@ -241,14 +237,11 @@ class AdapterRegistry:
         Raises:
             ModelNotListed: it is not served, and why.
         """
-        if self._scanning is None and time.monotonic() - self._scanned_at >= SCAN_EVERY_SECONDS:
-            self.rescan()
-        if self._scanning is not None:
-            await asyncio.shield(self._scanning)
+        await self.looks.again(SCAN_EVERY_SECONDS)
         known = self._known.get(name)
         if known is not None and known.state == "changing":
             await asyncio.sleep(SCAN_EVERY_SECONDS)
-            await self._look_now()
+            await self.looks.now()
             known = self._known.get(name)
         if known is not None and known.is_served:
             return known
@@ -257,40 +250,13 @@ class AdapterRegistry:
             raise ModelNotListed(f"The model `{shown}` was found but could not be loaded: {known.error}", param="model")
         raise ModelNotListed(f"The model `{shown}` does not exist; GET /v1/models lists what is served", param="model")
 
-    def rescan(self) -> None:
-        """Look at the adapters directory again, in a worker thread; what comes of it is taken over in the loop."""
-        if self._scanning is None:
-            self._scanning = asyncio.get_running_loop().create_task(self._rescan())
-
-    async def _look_now(self) -> None:
-        """A look that begins after this call."""
-        if self._scanning is not None:
-            await asyncio.shield(self._scanning)
-        self.rescan()
-        assert self._scanning is not None
-        await asyncio.shield(self._scanning)
-
-    async def _rescan(self) -> None:
+    async def _look(self) -> None:
         seen = {name: known.found for name, known in self._known.items() if known.found is not None}
         hidden = {name for name, known in self._known.items() if known.hidden_at is not None}
-        started = time.monotonic()
         try:
             self._take(await asyncio.to_thread(look, self.store, seen, check_seconds=CHECK_SECONDS), hidden)
         except AdapterError as error:  # what is known stays known
             logger.warning("the adapters directory cannot be scanned: %s", error)
-        finally:
-            self._scanned_at = time.monotonic()
-            self._scan_seconds = self._scanned_at - started
-            self._scanning = None
-
-    async def _watch(self, every: float) -> None:
-        while True:
-            await asyncio.sleep(max(every, REST_FACTOR * self._scan_seconds))
-            try:
-                await self._look_now()
-                self._reconcile()
-            except Exception:  # the next look may see better
-                logger.exception("following the adapters directory failed")
 
     def _reconcile(self) -> None:
         """What only requests loaded follows its folder: other content is read, and what is gone is served no more. What an operator
@@ -347,8 +313,7 @@ class AdapterRegistry:
             current = known.revision
             if current is not None and not all(current.startswith(digits) for digits in wanted):
                 return self._old_lease(known, wanted)
-            adapter = self.store.cache.acquire(current) if current else None
-            if adapter is not None:
+            if (adapter := self._revisions.acquire(current)) is not None:
                 return self._given(known, adapter)
             if known.loading is not None and known.is_operators:
                 await asyncio.wait([known.loading])
@@ -367,9 +332,8 @@ class AdapterRegistry:
         return target, [part for part in (digits, revision) if part is not None]
 
     def _old_lease(self, known: Known, wanted: Sequence[str]) -> AdapterLease:
-        for revision in known.old:
-            if all(revision.startswith(digits) for digits in wanted) and (adapter := self.store.cache.acquire(revision)):
-                return self._given(known, adapter)
+        if (adapter := self._revisions.acquire_old(known.name, wanted)) is not None:
+            return self._given(known, adapter)
         raise RevisionNotFound(
             f"revision {wanted[-1][:12]} of {known.name!r} is neither the current one, {(known.revision or '')[:12]}, nor kept",
             param="moa.revision",
@@ -385,18 +349,9 @@ class AdapterRegistry:
             known.num_leases -= 1
             if known.num_leases == 0:
                 known.is_idle.set()
-            self._release(adapter.revision)
+            self._revisions.release(adapter.revision)
 
         return AdapterLease(known.name, adapter, give_back)
-
-    def _release(self, revision: str) -> None:
-        """End one lease of the cache; a retired revision goes with its last one."""
-        self.store.cache.release(revision)
-        if revision in self._retired and not self.store.cache.num_leases(revision):
-            self._retired.discard(revision)
-            for known in self._known.values():
-                known.old.pop(revision, None)
-            self.engine.drop(revision)
 
     async def _load_for_request(self, known: Known) -> None:
         """The first load of an available adapter, or the reading again of one that left memory. A broken one is remembered, not raised."""
@@ -407,7 +362,7 @@ class AdapterRegistry:
             if adapter.revision == published:
                 self.store.cache.add(adapter)
                 known.signature, known.variant = signature, adapter.manifest.variant
-                self._hold_pinned(known)
+                self._follow_pin(known)
             elif not known.is_explicit:
                 self._publish(known, source, adapter, signature)
             else:  # an operator chose what was there; other content needs an operator again
@@ -557,7 +512,7 @@ class AdapterRegistry:
                     f"adapter {name!r}: {known.num_leases} requests still use it after {self.unload_seconds:g} s; it is served on"
                 ) from None
             if known.found is None:  # loaded before a look saw its folder; one that saw it later would serve it again
-                await self._look_now()
+                await self.looks.now()
             signature = None
             if known.found is not None and self.store.adapters_dir is not None:
                 signature = await asyncio.to_thread(signature_of, self.store.adapters_dir / name)
@@ -585,7 +540,7 @@ class AdapterRegistry:
         try:
             await self._commit(lambda state: state.pinned(name, is_pinned))
             known.is_pinned = is_pinned
-            self._hold_pinned(known)
+            self._follow_pin(known)
         finally:
             if lease is not None:
                 lease.release()
@@ -660,38 +615,24 @@ class AdapterRegistry:
         old, old_variant = known.revision, known.variant
         if old is None:
             self.store.publish(known.name, source, adapter)
-        elif old != adapter.revision:
-            self._hold_named(known.name, old)
+        else:
+            if self._is_target(known.name, old):
+                self._revisions.hold_for_alias(known.name, old)
             try:
                 self.store.replace(known.name, source, adapter)
             except AdapterError:
-                self._drop_held(old)
+                self._revisions.drop_for_alias(old)
                 raise
-        else:
-            self.store.replace(known.name, source, adapter)
-        self._retired.discard(adapter.revision)
-        self._drop_held(adapter.revision)
-        known.old.pop(adapter.revision, None)
+        self._revisions.revive(known.name, adapter.revision)
         self.engine.pardon(adapter.revision)  # loading again is how an operator ends a quarantine
         known.revision, known.variant, known.warnings = adapter.revision, adapter.manifest.variant, adapter.warnings
         known.signature = signature
-        self._hold_pinned(known)
+        self._follow_pin(known)
         if old is not None and old != adapter.revision:
-            if self.store.cache.num_leases(old) and not self.store.is_named(old):
-                known.old[old] = old_variant or ""
-            self._retire(old)
+            self._revisions.replaced(known.name, old, old_variant)
         self.events.tell("loaded" if old is None else "reloaded", known.name, revision=adapter.revision, old_revision=old)
         for warning in adapter.warnings:
             logger.warning("adapter %s: %s", known.name, warning)
-
-    def _hold_named(self, name: str, revision: str) -> None:
-        """Keep a revision that an alias names, and that is about to be replaced."""
-        if not self._is_target(name, revision) or revision in self._held:
-            return
-        if self.store.cache.acquire(revision) is None:
-            logger.warning("revision %s of adapter %s is an alias's target, but left memory before it was replaced", revision[:12], name)
-        else:
-            self._held.add(revision)
 
     def _is_target(self, name: str, revision: str) -> bool:
         named = (split_target(target) for targets in self._state.aliases.values() for target in targets)
@@ -699,26 +640,15 @@ class AdapterRegistry:
 
     def _review_old(self) -> None:
         """After a change of aliases: hold the old revisions that they name now, let the others go."""
-        for known in list(self._known.values()):
-            for revision in list(known.old):
-                if self._is_target(known.name, revision):
-                    self._hold_named(known.name, revision)
+        for name in list(self._known):
+            for revision, *_ in list(self._revisions.old_of(name)):
+                if self._is_target(name, revision):
+                    self._revisions.hold_for_alias(name, revision)
                 else:
-                    self._drop_held(revision)
+                    self._revisions.drop_for_alias(revision)
 
-    def _drop_held(self, revision: str) -> None:
-        if revision in self._held:
-            self._held.discard(revision)
-            self._release(revision)
-
-    def _hold_pinned(self, known: Known) -> None:
-        """Let a pin hold the current revision, where it is in memory."""
-        wanted, held = known.revision if known.is_pinned else None, known.pinned_revision
-        if held == wanted or (wanted is not None and self.store.cache.acquire(wanted) is None):
-            return
-        known.pinned_revision = wanted
-        if held is not None:
-            self._release(held)
+    def _follow_pin(self, known: Known) -> None:
+        self._revisions.pin(known.name, known.revision if known.is_pinned else None)
 
     def _withdraw(self, known: Known) -> int:
         """Take a name's adapter away; the bytes that became free."""
@@ -727,24 +657,14 @@ class AdapterRegistry:
         before, revision = self.store.cache.num_bytes, known.revision
         self.store.remove(known.name)
         known.revision, known.variant, known.warnings, known.is_explicit, known.load_error = None, None, (), False, None
-        known.signature, pinned, known.pinned_revision = None, known.pinned_revision, None
-        for old in list(known.old):
-            self._drop_held(old)
-        self._retire(revision)
-        if pinned is not None:
-            self._release(pinned)
+        known.signature = None
+        self._revisions.retire(revision)
+        self._revisions.pin(known.name, None)
+        for old, *_ in list(self._revisions.old_of(known.name)):
+            self._revisions.drop_for_alias(old)
         if self.metrics is not None:
             self.metrics.adapter_unloaded(known.name)
         return before - self.store.cache.num_bytes
-
-    def _retire(self, revision: str) -> None:
-        """A name has this revision no more: unless another has, the engine forgets it with its last request."""
-        if self.store.is_named(revision):
-            return
-        if self.store.cache.num_leases(revision):
-            self._retired.add(revision)
-        else:
-            self.engine.drop(revision)
 
     def _evicted(self, revision: str) -> None:
         for known in self._known.values():
@@ -771,7 +691,7 @@ class AdapterRegistry:
                     adapter = await self._tried(known.name, adapter, room_seconds)
                     await settle(adapter, signature)
                 except BaseException:
-                    self._retire(adapter.revision)
+                    self._revisions.retire(adapter.revision)
                     raise
             result, revision = "ok", adapter.revision
             return adapter

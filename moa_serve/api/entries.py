@@ -91,10 +91,8 @@ class Known:
     variant: str | None = None
     warnings: tuple[str, ...] = ()
     signature: Signature | None = None  # of the files that the published adapter was read from, where they lie in `found`'s folder
-    old: dict[str, str] = field(default_factory=dict)  # revisions that were replaced and are still there, and their variants
     is_explicit: bool = False
     is_pinned: bool = False
-    pinned_revision: str | None = None  # that the pin holds in memory now
     failed_at: float = -1e9  # time.monotonic() of the last failure to read it again
     loading: "asyncio.Task[Adapter | None] | None" = None
     unloading: "asyncio.Task[int] | None" = None

@@ -56,7 +56,7 @@ def serve(settings: ServerSettings) -> int:
     listener = _bind(settings.host, settings.port)
     directory = None
     try:
-        directory = StateDirectory(settings.state_dir) if settings.state_dir else None
+        directory = StateDirectory(settings.state_dir, is_strict=settings.strict_state) if settings.state_dir else None
         started = time.monotonic()
         base, backend = open_base(
             settings.model, backend=settings.backend, device=settings.device, dtype=settings.dtype, base_dtype=settings.base_dtype
@@ -134,8 +134,6 @@ async def _run(
         except AdapterError as error:
             raise InvalidRequest(str(error), param="adapters_dir") from None
         if problem is not None:
-            if settings.strict_state:
-                raise InvalidRequest(f"state_dir: {problem}", param="state_dir")
             logger.error("the registry begins anew, with what lies in the adapters directory: %s", problem)
         server.registry.start(look_seconds=settings.adapters_look_seconds)
         http = _Http(uvicorn_config(build_app(server), settings), server)
@@ -184,7 +182,7 @@ class _Http(uvicorn.Server):
         watching = loop.create_task(self._watch())
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
-        loop.add_signal_handler(signal.SIGHUP, self._server.registry.rescan)
+        loop.add_signal_handler(signal.SIGHUP, self._server.registry.looks.begin)
         try:
             yield
         finally:

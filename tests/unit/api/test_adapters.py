@@ -103,7 +103,7 @@ def test_unknown_names_do_not_make_the_server_read_the_disk(base: Path, tmp_path
 
     async def body(place: Place) -> None:
         looks.clear()
-        place.registry._scanned_at = -1e9
+        place.registry.looks._ended_at = -1e9
         results = await asyncio.gather(*(place.registry.lease(f"junk{i}") for i in range(50)), return_exceptions=True)
         assert all(isinstance(result, ModelNotListed) for result in results)
         assert looks == [1]
