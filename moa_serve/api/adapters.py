@@ -667,6 +667,7 @@ class AdapterRegistry:
         return before - self.store.cache.num_bytes
 
     def _evicted(self, revision: str) -> None:
+        self.engine.cool(revision)
         for known in self._known.values():
             if known.revision == revision:
                 self.events.tell("evicted", known.name, revision=revision)

@@ -184,8 +184,12 @@ class AsyncEngine:
         self._commands.put(lambda: self._engine.drop(revision))
 
     def warm(self, adapter: Adapter) -> None:
-        """Lay an adapter out for the backend ahead of the step that first needs it. The one method for worker threads."""
+        """Lay an adapter out for the backend ahead of the step that first needs it. For worker threads, as `cool` is too."""
         self._engine.model.warm(adapter)
+
+    def cool(self, revision: str) -> None:
+        """An adapter left host memory; its slot, if it stands in one, stays usable."""
+        self._engine.model.cool(revision)
 
     def pardon(self, revision: str) -> None:
         """A revision was loaded again: end its quarantine."""

@@ -74,6 +74,10 @@ class Backend(Protocol):
         """Do what can be done of `prepare` ahead of time, so that the step that first needs the adapter is short. In any thread."""
         ...
 
+    def cool(self, revision: str) -> None:
+        """The adapter left host memory for want of room: let go of memory that `prepare` can have again without it. In any thread."""
+        ...
+
     def forget(self, revision: str) -> None:
         """The revision is gone for good: free what `prepare` may have kept of it."""
         ...

@@ -155,6 +155,9 @@ class Transformer:
     def warm(self, adapter: Adapter) -> None:
         """Nothing: tensors on the device belong to the engine thread."""
 
+    def cool(self, revision: str) -> None:
+        """Nothing: what was prepared stands in slots only."""
+
     def forget(self, revision: str) -> None:
         """What was prepared goes with its slot, but for the stacks that it stood in."""
         if self._stacks is not None:

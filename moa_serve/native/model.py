@@ -259,6 +259,9 @@ class NativeModel:
         weights = build(adapter.manifest, adapter.tensors, base, self.config, torch.float32)
         return compile_adapter(weights, self.dtype, has_tiles=self._has_tiles)
 
+    def cool(self, revision: str) -> None:
+        self._packed.cool(revision)
+
     def forget(self, revision: str) -> None:
         self._packed.forget(revision)
 

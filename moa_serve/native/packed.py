@@ -5,9 +5,11 @@ belong to the system's file cache: hundreds can be known while few take memory. 
 instead. Safe in any thread.
 """
 
+import ctypes
 import hashlib
 import json
 import logging
+import mmap
 import os
 import secrets
 import threading
@@ -28,6 +30,7 @@ from moa_serve.native.program import NativeAdapter, TracedRouter
 
 logger = logging.getLogger(__name__)
 
+_libc = ctypes.CDLL(None)
 _MAGIC = b"moa_serve packed adapter 1\n"
 _PAGE = 4096
 _MEMORY_BYTES = 2**29  # of adapters that are kept where nothing can be written
@@ -87,6 +90,14 @@ class PackedAdapters:
         with self._lock:
             self._mapped.pop(revision, None)
             self._in_memory.pop(revision, None)
+
+    def cool(self, revision: str) -> None:
+        """The revision left host memory: so do its mapped pages, which come back from the file when they are read. Any thread, any time."""
+        with self._lock:
+            mapped = self._mapped.get(revision)
+            self._in_memory.pop(revision, None)
+        if mapped is not None:
+            _libc.madvise(ctypes.c_void_p(mapped.blob.data_ptr()), ctypes.c_size_t(len(mapped.blob)), mmap.MADV_DONTNEED)
 
     def _write(self, file: Path, revision: str, adapter: NativeAdapter) -> bool:
         blob = adapter.blob.numpy().tobytes()

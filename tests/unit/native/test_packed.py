@@ -108,6 +108,33 @@ def test_a_forgotten_revision_is_unmapped(adapter: tuple[Manifest, Callable[[], 
     assert kept.get("r1", manifest, never) is not first
 
 
+def resident_bytes(place: int) -> int:
+    """Of the mapping that holds an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        bounds, _, rest = line.partition(" ")
+        if "-" in bounds and not bounds.endswith(":"):
+            start, end = (int(part, 16) for part in bounds.split("-"))
+            inside = start <= place < end
+        elif inside and bounds == "Rss:":
+            return int(rest.split()[0]) * 1024
+    raise AssertionError("no such mapping")
+
+
+def test_a_cooled_adapter_takes_no_memory_until_it_is_read(adapter: tuple[Manifest, Callable[[], NativeAdapter]]) -> None:
+    manifest, pack = adapter
+    adapters = PackedAdapters("base", torch.bfloat16)
+    found = adapters.get("r1", manifest, pack)
+    expected = pack().blob
+    assert torch.equal(found.blob, expected)
+    before = resident_bytes(found.blob.data_ptr())
+    adapters.cool("r1")
+    adapters.cool("nobody")
+    assert resident_bytes(found.blob.data_ptr()) <= before - len(found.blob) // 2
+    assert torch.equal(found.blob, expected)
+    assert adapters.get("r1", manifest, never) is found
+
+
 def test_mapped_adapters_hold_no_files_open(adapter: tuple[Manifest, Callable[[], NativeAdapter]]) -> None:
     manifest, pack = adapter
     kept = PackedAdapters("base", torch.bfloat16)
