@@ -20,7 +20,7 @@ class AdapterEvent:
     """
     Args:
         id: one more than the event before it; from 1 on in every process.
-        kind: available, changing, broken, loading, loaded, reloaded, reload_failed, unloaded, evicted, removed, pinned, unpinned,
+        kind: available, changing, broken, loading, loaded, reloaded, load_failed, unloaded, evicted, removed, pinned, unpinned,
             alias_set, alias_removed.
         name: of the adapter or alias.
         time: Unix time in seconds.

@@ -109,6 +109,8 @@ class AdapterRegistry:
         problem = None
         if self._directory is not None:
             self._state, problem = self._directory.read()
+            if problem is not None and self.metrics is not None:
+                self.metrics.registry_trouble("state_not_understood")
         found = look(self.store, {}, check_seconds=FIRST_CHECK_SECONDS, waits_for_copies=False)
         self.looks.has_looked()
         self._take(found, set())
@@ -184,7 +186,7 @@ class AdapterRegistry:
         return AdapterItem(
             name=known.name,
             state=known.state,
-            is_listed=known.is_served,
+            is_listed=known.is_served and known.name not in self._state.aliases,  # which goes first
             revision=known.revision,
             variant=known.variant or (known.found.variant if known.found else None),
             tiers=tuple(tier for tier, is_there in tiers.items() if is_there),
@@ -287,7 +289,10 @@ class AdapterRegistry:
             await self._bring(known, AdapterSource(known.name), "changed", settle, room_seconds=ROOM_SECONDS)
             known.load_error = None
         except MoaError as error:
-            known.load_error = None if isinstance(error, _PASSING) or not isinstance(error, AdapterError) else error
+            if isinstance(error, _PASSING) or not isinstance(error, AdapterError):
+                known.tried = None  # says nothing about the files: the next look tries again
+            else:
+                known.load_error = error
             logger.warning("adapter %s: its folder changed, but cannot be loaded, what was loaded is served on: %s", known.name, error)
         finally:
             known.loading = None
@@ -472,7 +477,7 @@ class AdapterRegistry:
 
             return await self._bring(known, source, "explicit", settle, room_seconds=ROOM_SECONDS)
         except AdapterError as error:
-            self.events.tell("broken" if old is None else "reload_failed", known.name, error=str(error), revision=old)
+            self.events.tell("load_failed", known.name, error=str(error), revision=old)
             raise
         finally:
             known.loading = None
@@ -605,7 +610,12 @@ class AdapterRegistry:
         async with self._writing:
             state = change(self._state)
             if self._directory is not None and state != self._state:
-                await asyncio.to_thread(self._directory.write, state)
+                try:
+                    await asyncio.to_thread(self._directory.write, state)
+                except RegistryWriteFailed:
+                    if self.metrics is not None:
+                        self.metrics.registry_trouble("write_failed")
+                    raise
             self._state = state
 
     # -- one step between two turns of the loop

@@ -67,6 +67,10 @@ class Metrics:
         """An HTTP response of any kind was begun."""
         self._requests.responses.labels(str(status)).inc()
 
+    def registry_trouble(self, kind: str) -> None:
+        """One of `REGISTRY_TROUBLE` happened to the registry's state."""
+        self._requests.registry_trouble.labels(kind).inc()
+
     def adapter_loaded(self, name: str, revision: str | None, seconds: float, source: str, result: str) -> None:
         """An adapter was loaded, or could not be.
 

@@ -22,6 +22,7 @@ VLLM_TTFT = (
 VLLM_GAP = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 VLLM_LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 VLLM_N = (1, 2, 5, 10, 20)
+REGISTRY_TROUBLE = ("state_not_understood", "write_failed")
 ENGINE = "0"  # there is one engine; its vLLM label
 
 
@@ -47,6 +48,11 @@ class RequestMetrics:
         self._cached = counter("moa_cached_tokens", "Prompt tokens that were not computed because they were cached.")
         self._ended = counter("moa_requests", "Requests by how they ended: stop, length, abort (the client left), error.", "finish_reason")
         self.responses = Counter("moa_http_responses", "HTTP responses of any kind.", ("status",), registry=registry)
+        self.registry_trouble = Counter(
+            "moa_registry_trouble", "State of the registry that could not be written, or not be understood.", ("kind",), registry=registry
+        )
+        for kind in REGISTRY_TROUBLE:
+            self.registry_trouble.labels(kind)
         self._last_load = Gauge("moa_adapter_last_load_seconds", "The last load of each adapter.", ("adapter",), registry=registry)
         self._by_adapter.append((self._last_load, "adapter"))
         self._load = Histogram(

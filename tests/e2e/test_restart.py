@@ -44,6 +44,7 @@ def test_82_a_corrupt_registry_is_set_aside_or_ends_the_start(folder: Path, tmp_
     assert not list(state.glob("*.bad")), "the next start must not begin anew"
     with running(folder, "--state-dir", str(state)) as server:
         assert httpx.get(f"{server.url}/v1/adapters").json()["data"] == []
+        assert 'moa_registry_trouble_total{kind="state_not_understood"} 1' in httpx.get(f"{server.url}/metrics").text
         assert any(line.get("level") == "error" and "cannot be understood" in json.dumps(line) for line in server.log())
         body = {"name": "mine", "path": "sub/soft"}
         assert httpx.post(f"{server.url}/v1/adapters", json=body, timeout=30).status_code == 200

@@ -438,6 +438,7 @@ def test_what_cannot_be_written_is_not_done(base: Path, tmp_path: Path, monkeypa
             refused(await place.http.post("/v1/adapters/a/pin"), 507, "registry_write_failed")
             assert await place.use("a") == first
             assert await place.use("b"), "requests need no registry"
+        assert b'moa_registry_trouble_total{kind="write_failed"} 5' in place.metrics.render()[0]
         assert place.states() == {"a": "loaded", "b": "loaded"}
         assert (place.registry.aliases(), place.registry.item("a").is_pinned) == ([], False)
         assert (await place.http.delete("/v1/adapters/a")).status_code == 200
