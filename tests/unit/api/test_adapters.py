@@ -632,6 +632,7 @@ def test_loading_again_ends_a_quarantine(base: Path, tmp_path: Path) -> None:
     async def body(place: Place) -> None:
         assert (await place.load("a")).status_code == 200
         revision = await place.use("a")
+        await place.settle()  # what the load told the engine is done
         place.engine.engine._nonfinite[revision] = QUARANTINE_AFTER
         with pytest.raises(AdapterQuarantined):
             await place.tokens("a")
