@@ -32,7 +32,7 @@ from moa_serve.api.errors import (
     response_of,
     status_of,
 )
-from moa_serve.api.guard import ClientGone
+from moa_serve.api.guard import KEY_ID, ClientGone
 from moa_serve.api.logs import log_request
 from moa_serve.api.schemas import GenerationRequest, Moa, read_json
 from moa_serve.engine.async_engine import Stream
@@ -109,6 +109,17 @@ class _Progress:
     def prompt_tokens(self) -> int:
         return sum(len(prompt.ids) for prompt in self.prompts)
 
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompts' tokens, those that none of the prompt's rows had to compute."""
+        fewest: dict[int, int] = {}
+        for choice in self.choices:
+            sequence = choice.stream.sequence
+            num_cached = sequence.num_cached if sequence is not None else 0
+            prompt = id(choice.prompt)
+            fewest[prompt] = min(num_cached, fewest.get(prompt, num_cached))
+        return sum(fewest.values())
+
 
 class Generation(Response):
     """The response of a route that generates. It reads the request itself, so that one place sees every way in which it can end."""
@@ -180,6 +191,7 @@ class Generation(Response):
         if params.stop and self._server.tokenizer is None:
             raise InvalidRequest("stop: the base has no tokenizer, so there is no text to stop at; use stop_token_ids", param="stop")
         adapter = self._progress.adapter
+        key_id = self._request.scope.get("state", {}).get(KEY_ID)
         rows = []
         for index in range(body.n):
             seeded = params if params.seed is None or index == 0 else replace(params, seed=_row_seed(params.seed, index))
@@ -190,6 +202,9 @@ class Generation(Response):
                     adapter.revision if adapter else None,
                     is_pooled=adapter is not None and adapter.manifest.is_pooled,
                     prompt_logprobs=self._dialect.prompt_logprobs(body),
+                    tenant=key_id,
+                    # Two words, so that no salt that somebody chooses is another one's key.
+                    salt=f"key {key_id}" if body.cache_salt is None else f"salt {body.cache_salt}",
                     arrival=self._progress.arrived,
                 )
             )
@@ -364,7 +379,7 @@ class Generation(Response):
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": self._progress.cached_tokens},
         }
 
     def _moa(self) -> dict[str, Any]:
@@ -387,7 +402,7 @@ class Generation(Response):
             endpoint=self._dialect.endpoint,
             prompt_tokens=progress.prompt_tokens,
             completion_tokens=progress.completion_tokens,
-            cached_tokens=0,
+            cached_tokens=progress.cached_tokens,
             finish_reason=progress.finish_reason,
             arrived=progress.arrived,
             scheduled=min((sequence.scheduled_at for sequence in sequences if sequence.scheduled_at is not None), default=None),

@@ -13,21 +13,37 @@ from moa_serve.engine.scheduler import Scheduler, SchedulerOutput
 from moa_serve.errors import ContextLengthExceeded, EngineError
 
 
-def make_sequence(prompt: int, max_tokens: int | None = 4, adapter: str | None = None, *, is_pooled: bool = False) -> Sequence:
-    request = Request([7] * prompt, SamplingParams(max_tokens=max_tokens), adapter, is_pooled=is_pooled)
-    return Sequence(request, list(request.prompt_ids), b"")
+def make_sequence(
+    prompt: int | list[int],
+    max_tokens: int | None = 4,
+    adapter: str | None = None,
+    *,
+    is_pooled: bool = False,
+    tenant: str | None = None,
+    salt: str = "",
+) -> Sequence:
+    """Of a prompt, or of one of so many tokens, all alike."""
+    ids = [7] * prompt if isinstance(prompt, int) else prompt
+    request = Request(ids, SamplingParams(max_tokens=max_tokens), adapter, is_pooled=is_pooled, tenant=tenant, salt=salt)
+    return Sequence(request, list(ids), f"{adapter} {salt}".encode())
 
 
 def make_scoring(prompt: int, branches: list[int], adapter: str | None = None, *, is_pooled: bool = False) -> Sequence:
     """A prompt and the lengths of its branches."""
     ids = tuple((7,) * length for length in branches)
     request = Request([7] * prompt, SamplingParams(max_tokens=0), adapter, is_pooled=is_pooled, branches=ids)
-    return Sequence(request, request.given_ids, b"")
+    return Sequence(request, request.given_ids, f"{adapter} ".encode())
+
+
+def content(sequence: Sequence, position: int) -> tuple[bytes, tuple[int, ...]]:
+    """What the keys and values of a token depend on; a pooled adapter's on the whole prompt, and branches see no other."""
+    own = (id(sequence),) if sequence.request.is_pooled or sequence.request.branches else ()
+    return sequence.kv_root, (*own, *sequence.token_ids[: position + 1])
 
 
 @dataclass
 class Engine:
-    """Runs a scheduler as the real engine does, with a cache that remembers who wrote each position."""
+    """Runs a scheduler as the real engine does, with a cache that remembers what was written to each position."""
 
     num_blocks: int = 65
     block_size: int = 4
@@ -37,11 +53,13 @@ class Engine:
     max_mixed_prefill_tokens: int = 4
     max_model_len: int = 1000
     max_skips: int = 4
-    cache: dict[tuple[int, int], tuple[Sequence, int]] = field(default_factory=dict)
+    max_kept: int = 0
+    caps: dict[str, int] = field(default_factory=dict)
+    cache: dict[tuple[int, int], tuple[bytes, tuple[int, ...]]] = field(default_factory=dict)
     was_alone: bool = False
 
     def __post_init__(self) -> None:
-        self.blocks = BlockPool(self.num_blocks, self.block_size)
+        self.blocks = BlockPool(self.num_blocks, self.block_size, max_kept=self.max_kept)
         self.slots = SlotTable(self.num_slots)
         self.bank: list[str | None] = [None] * self.num_slots
         self.started: list[Sequence] = []
@@ -53,6 +71,7 @@ class Engine:
             max_mixed_prefill_tokens=self.max_mixed_prefill_tokens,
             max_model_len=self.max_model_len,
             max_skips=self.max_skips,
+            **self.caps,
         )
 
     def add(self, *sequences: Sequence) -> None:
@@ -75,6 +94,7 @@ class Engine:
         self.scheduler.advance(plan)
         for sequence, _ in plan.chunks:
             if sequence.num_pending == 0:
+                self.scheduler.share(sequence)
                 sequence.append(8)
                 if sequence.num_generated >= (sequence.request.params.max_tokens or 0):
                     sequence.finish_reason = "length"
@@ -94,10 +114,10 @@ class Engine:
         for position in range(sequence.num_computed, sequence.num_computed + count):
             place = (sequence.block_table[position // self.block_size], position % self.block_size)
             assert place not in self.cache, "a block was not zeroed, or a token is computed twice"
-            self.cache[place] = (sequence, position)
+            self.cache[place] = content(sequence, position)
         for position in range(sequence.num_computed):
             place = (sequence.block_table[position // self.block_size], position % self.block_size)
-            assert self.cache[place] == (sequence, position), "keys and values of another sequence"
+            assert self.cache[place] == content(sequence, position), "keys and values of other tokens"
 
     def check(self, plan: SchedulerOutput) -> None:
         running, chunks = self.scheduler._running, plan.chunks
@@ -121,14 +141,15 @@ class Engine:
         self.was_alone = bool(waiting_rows)
 
         for sequence in plan.preempted:
-            assert all(row.order < sequence.order for row in running), "an older row gave way to a younger one"
+            assert all(row.turn < sequence.turn for row in running), "a row gave way to one that started later"
             assert (sequence.num_computed, sequence.block_table, sequence.slot) == (0, [], None)
         held = [block for sequence in running for block in sequence.block_table]
-        assert len(held) == len(set(held)) == self.blocks.num_held
+        assert len(set(held)) == self.blocks.num_held
+        assert self.max_kept or len(set(held)) == len(held)
         users = Counter(sequence.slot for sequence in running if sequence.slot is not None)
         assert [users[slot] for slot in range(self.num_slots)] == [self.slots.num_users(slot) for slot in range(self.num_slots)]
-        orders = [[sequence.order for sequence in rows] for rows in (running, self.scheduler._waiting)]
-        assert orders == [sorted(rows) for rows in orders]
+        turns = [[sequence.turn for sequence in rows] for rows in (running, self.scheduler._waiting._resuming)]
+        assert turns == [sorted(rows) for rows in turns]
 
     def run(self, max_steps: int = 2000) -> None:
         for _ in range(max_steps):
@@ -232,8 +253,7 @@ def test_a_pooled_prompt_over_the_budget_runs_alone_and_takes_turns_with_decode(
     engine = Engine(max_batch_tokens=16)
     engine.add(make_sequence(2, 30), *(make_sequence(20, 1, "a", is_pooled=True) for _ in range(2)), make_sequence(3))
     plans = [counts(engine.step()) for _ in range(5)]
-    assert plans[:4] == [{0: 2}, {1: 20}, {0: 1}, {2: 20}]
-    assert plans[4] == {0: 1, 3: 3}
+    assert plans == [{0: 2}, {1: 20}, {0: 1, 3: 3}, {2: 20}, {0: 1, 3: 1}]
 
 
 def test_branches_are_never_cut_and_take_turns_with_decode() -> None:
@@ -353,7 +373,7 @@ def test_a_sequence_that_ended_during_the_step_is_not_advanced() -> None:
 
 @st.composite
 def traffic(draw: st.DrawFn) -> tuple[Engine, dict[int, list[Sequence]], dict[int, int], set[int]]:
-    """A small engine; who arrives and who leaves at which step; steps that fail."""
+    """A small engine, some with a prefix cache and with caps; who arrives and who leaves at which step; steps that fail."""
     engine = Engine(
         num_blocks=draw(st.integers(3, 14)),
         num_slots=draw(st.integers(1, 3)),
@@ -361,6 +381,8 @@ def traffic(draw: st.DrawFn) -> tuple[Engine, dict[int, list[Sequence]], dict[in
         max_batch_tokens=draw(st.integers(5, 24)),
         max_mixed_prefill_tokens=draw(st.integers(1, 9)),
         max_skips=draw(st.integers(0, 6)),
+        max_kept=draw(st.sampled_from([0, 2, 100])),
+        caps=draw(st.sampled_from([{}, {"max_num_seqs_per_adapter": 1}, {"max_num_seqs_per_tenant": 2}])),
     )
     arrivals: dict[int, list[Sequence]] = {}
     for _ in range(draw(st.integers(1, 14))):
@@ -368,7 +390,8 @@ def traffic(draw: st.DrawFn) -> tuple[Engine, dict[int, list[Sequence]], dict[in
         max_tokens = draw(st.integers(1, engine.blocks.max_tokens - prompt))
         adapter = draw(st.sampled_from([None, None, *"abcde"]))
         is_pooled = adapter is not None and draw(st.booleans())
-        sequence = make_sequence(prompt, max_tokens, adapter, is_pooled=is_pooled)
+        tenant = draw(st.sampled_from([None, "x", "y"]))
+        sequence = make_sequence(prompt, max_tokens, adapter, is_pooled=is_pooled, tenant=tenant)
         if draw(st.integers(0, 2)) == 0:
             branches = draw(st.lists(st.integers(1, max_tokens), min_size=1, max_size=3))
             sequence = make_scoring(max(1, prompt - sum(branches)), branches, adapter, is_pooled=is_pooled)
