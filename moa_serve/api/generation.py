@@ -174,7 +174,9 @@ class Generation(Response):
     async def _prepare(self, body: GenerationRequest, stack: AsyncExitStack) -> list[tuple[Prompt, list[Request]]]:
         """Prompts and their rows, in a worker thread, for a prompt may be long; the adapter's lease is left on `stack`."""
         server, progress = self._server, self._progress
-        with server.admit(self._dialect.num_prompts(body) * body.n):
+        num_rows = self._dialect.num_prompts(body) * body.n
+        stack.enter_context(server.claim(self._key_id, num_rows))
+        with server.admit(num_rows):
             if body.model != server.base_name:
                 lease = await server.registry.lease(body.model)
                 stack.callback(lease.release)
@@ -191,7 +193,7 @@ class Generation(Response):
         if params.stop and self._server.tokenizer is None:
             raise InvalidRequest("stop: the base has no tokenizer, so there is no text to stop at; use stop_token_ids", param="stop")
         adapter = self._progress.adapter
-        key_id = self._request.scope.get("state", {}).get(KEY_ID)
+        key_id = self._key_id
         rows = []
         for index in range(body.n):
             seeded = params if params.seed is None or index == 0 else replace(params, seed=_row_seed(params.seed, index))
@@ -361,6 +363,12 @@ class Generation(Response):
             await send({"type": "http.response.body", "body": b"data: " + dump_json(content) + b"\n\n", "more_body": False})
 
     # -- what is said of it
+
+    @property
+    def _key_id(self) -> str | None:
+        """Of the API key that it came with; None on a server without keys."""
+        key_id: str | None = self._request.scope.get("state", {}).get(KEY_ID)
+        return key_id
 
     @property
     def _revision(self) -> str:
