@@ -418,6 +418,8 @@ def _serve_parameters() -> list[inspect.Parameter]:
     for name, setting in ServerSettings.model_fields.items():
         flag = f"--{name.replace('_', '-')}"
         is_switch, is_list = setting.annotation is bool, isinstance(setting.default, tuple)
+        if is_switch and setting.default:
+            flag += f"/--no-{name.replace('_', '-')}"
         default = setting.get_default(call_default_factory=True)
         shown = "; ".join(filter(None, [None if is_switch or default in (None, ()) else str(default), f"MOA_{name.upper()}"]))
         option = typer.Option(flag, help=f"{setting.description} ({shown})", show_default=False)

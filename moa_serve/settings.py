@@ -84,6 +84,9 @@ class ServerSettings(BaseSettings):
     max_model_len: int | None = Field(None, ge=1, description="Tokens of prompt and completion together; the base's own if omitted.")
     adapter_cache_bytes: int = Field(8 * 2**30, gt=0, description="Host memory for adapters; the least recently used leave first.")
     max_adapters: int = Field(10_000, ge=0, description="Adapters that may be found or loaded, so that a scan stays short.")
+    prefix_cache: bool = Field(True, description="Keep the KV cache of prompts for requests of the same key that begin the same.")
+    max_num_seqs_per_adapter: int | None = Field(None, ge=1, description="Sequences of one adapter in one step; no limit if omitted.")
+    max_num_seqs_per_key: int | None = Field(None, ge=1, description="Sequences of one API key in one step; no limit if omitted.")
 
     # -- what a request may be
     max_body_bytes: int = Field(4 * 2**20, ge=1024, le=2**30, description="Bytes of a request body; more get 413 before they are read.")

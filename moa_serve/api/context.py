@@ -1,5 +1,6 @@
 """Server: what the handlers of one process share. Made where the process is composed; belongs to the event loop."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -7,7 +8,7 @@ from dataclasses import dataclass, field
 from starlette.requests import HTTPConnection
 
 from moa_serve.api.adapters import AdapterRegistry
-from moa_serve.api.errors import NotReady
+from moa_serve.api.errors import KeyOverloaded, NotReady
 from moa_serve.chat_template import ChatTemplate
 from moa_serve.engine.async_engine import AsyncEngine
 from moa_serve.errors import Draining, InvalidRequest, Overloaded
@@ -37,6 +38,7 @@ class Server:
     started: int
     is_draining: bool = False
     num_preparing: int = 0  # rows of requests that are not yet in the engine: their adapter is being read, or their text tokenised
+    rows_of_keys: Counter[str] = field(default_factory=Counter)  # of requests that have not ended, by the key's id
     chat_template: ChatTemplate | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -57,6 +59,31 @@ class Server:
         if self.engine.failure is not None:
             raise NotReady("the engine has stopped; restart the server")
 
+    @property
+    def max_rows(self) -> int:
+        """That may run and wait."""
+        return self.engine.engine.options.max_num_seqs + self.settings.max_waiting
+
+    @contextmanager
+    def claim(self, key_id: str | None, num_rows: int) -> Iterator[None]:
+        """Rows of one API key, until their request ends. Of several keys, each leaves a quarter of all places to the others.
+
+        Raises:
+            KeyOverloaded: this key has too many already; other keys can still be served.
+        """
+        if key_id is None:
+            yield
+            return
+        num_keys = len(self.settings.api_key) + (self.settings.admin_key is not None)
+        limit = self.max_rows if num_keys < 2 else self.max_rows - self.max_rows // 4
+        if self.rows_of_keys[key_id] and self.rows_of_keys[key_id] + num_rows > limit:
+            raise KeyOverloaded(f"{limit} requests of this API key are running or waiting, which is its share; try again later")
+        self.rows_of_keys[key_id] += num_rows
+        try:
+            yield
+        finally:
+            self.rows_of_keys[key_id] -= num_rows
+
     @contextmanager
     def admit(self, num_rows: int) -> Iterator[None]:
         """Room for a request, taken before anything is done for it that costs; inside, it counts as waiting.
@@ -65,7 +92,7 @@ class Server:
             InvalidRequest: it could never have room. Overloaded: it has none now. Draining, NotReady.
         """
         self.check_ready()
-        limit = self.engine.engine.options.max_num_seqs + self.settings.max_waiting
+        limit = self.max_rows
         if num_rows > limit:
             raise InvalidRequest(f"prompts times n are {num_rows} rows, but at most {limit} can run and wait; send less at once", param="n")
         if self.engine.num_open + self.num_preparing + num_rows > limit:

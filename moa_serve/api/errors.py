@@ -32,6 +32,7 @@ _STATUS = {
     "method_not_allowed": 405,
     "queue_timeout": 503,
     "server_overloaded": 503,
+    "rate_limit_exceeded": 429,
     "draining": 503,
     "not_ready": 503,
     "request_timeout": 504,
@@ -73,6 +74,10 @@ class QueueTimeout(Overloaded):
 
 class RequestTimeout(EngineError):
     code = "request_timeout"
+
+
+class KeyOverloaded(Overloaded):
+    code = "rate_limit_exceeded"
 
 
 class NotReady(Overloaded):

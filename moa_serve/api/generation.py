@@ -110,6 +110,17 @@ class _Progress:
     def prompt_tokens(self) -> int:
         return sum(len(prompt.ids) for prompt in self.prompts)
 
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompts' tokens, those that none of the prompt's rows had to compute."""
+        fewest: dict[int, int] = {}
+        for choice in self.choices:
+            sequence = choice.stream.sequence
+            num_cached = sequence.num_cached if sequence is not None else 0
+            prompt = id(choice.prompt)
+            fewest[prompt] = min(num_cached, fewest.get(prompt, num_cached))
+        return sum(fewest.values())
+
 
 class Generation(Response):
     """The response of a route that generates. It reads the request itself, so that one place sees every way in which it can end."""
@@ -164,7 +175,9 @@ class Generation(Response):
     async def _prepare(self, body: GenerationRequest, stack: AsyncExitStack) -> list[tuple[Prompt, list[Request]]]:
         """Prompts and their rows, in a worker thread, for a prompt may be long; the adapter's lease is left on `stack`."""
         server, progress = self._server, self._progress
-        with server.admit(self._dialect.num_prompts(body) * body.n):
+        num_rows = self._dialect.num_prompts(body) * body.n
+        stack.enter_context(server.claim(self._key_id, num_rows))
+        with server.admit(num_rows):
             if body.model != server.base_name:
                 key = body.user or self._request.scope.get("state", {}).get(KEY_ID)
                 lease = await server.registry.lease(body.model, revision=body.moa.revision, key=key)
@@ -198,6 +211,7 @@ class Generation(Response):
         if params.stop and self._server.tokenizer is None:
             raise InvalidRequest("stop: the base has no tokenizer, so there is no text to stop at; use stop_token_ids", param="stop")
         adapter = self._progress.adapter
+        key_id = self._key_id
         rows = []
         for index in range(body.n):
             seeded = params if params.seed is None or index == 0 else replace(params, seed=_row_seed(params.seed, index))
@@ -208,6 +222,9 @@ class Generation(Response):
                     adapter.revision if adapter else None,
                     is_pooled=adapter is not None and adapter.manifest.is_pooled,
                     prompt_logprobs=self._dialect.prompt_logprobs(body),
+                    tenant=key_id,
+                    # Two words, so that no salt that somebody chooses is another one's key.
+                    salt=f"key {key_id}" if body.cache_salt is None else f"salt {body.cache_salt}",
                     arrival=self._progress.arrived,
                 )
             )
@@ -366,6 +383,12 @@ class Generation(Response):
     # -- what is said of it
 
     @property
+    def _key_id(self) -> str | None:
+        """Of the API key that it came with; None on a server without keys."""
+        key_id: str | None = self._request.scope.get("state", {}).get(KEY_ID)
+        return key_id
+
+    @property
     def _revision(self) -> str:
         adapter = self._progress.adapter
         return adapter.revision if adapter else self._server.base_digest
@@ -382,7 +405,7 @@ class Generation(Response):
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": self._progress.cached_tokens},
         }
 
     def _moa(self) -> dict[str, Any]:
@@ -406,7 +429,7 @@ class Generation(Response):
             endpoint=self._dialect.endpoint,
             prompt_tokens=progress.prompt_tokens,
             completion_tokens=progress.completion_tokens,
-            cached_tokens=0,
+            cached_tokens=progress.cached_tokens,
             finish_reason=progress.finish_reason,
             arrived=progress.arrived,
             scheduled=min((sequence.scheduled_at for sequence in sequences if sequence.scheduled_at is not None), default=None),

@@ -54,6 +54,10 @@ class EngineOptions:
         max_instance_prompt: longest prompt of an instance-level adapter, which must be prefilled in one step.
         max_scored_tokens: tokens of a prompt and all choices that are scored behind it, which are computed in one step.
         adapter_cache_bytes: host memory for adapters; the least recently used leave first.
+        prefix_cache: keep full pages of the KV cache for requests that begin the same. Pages that no running request holds take up to half
+            of the cache, as long as nobody else needs the room.
+        max_num_seqs_per_adapter: sequences of one adapter in one step; None for no limit of its own.
+        max_num_seqs_per_tenant: sequences of one tenant (API key) in one step; None for no limit of its own.
     """
 
     max_num_seqs: int = 32
@@ -66,10 +70,17 @@ class EngineOptions:
     max_instance_prompt: int = 8192
     max_scored_tokens: int = 4096
     adapter_cache_bytes: int = 8 * 2**30
+    prefix_cache: bool = True
+    max_num_seqs_per_adapter: int | None = None
+    max_num_seqs_per_tenant: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.prefix_cache, bool):
+            raise InvalidRequest(f"prefix_cache is {shown(self.prefix_cache)}, but must be true or false", param="prefix_cache")
         for name in self.__slots__:
             value = getattr(self, name)
+            if name == "prefix_cache":
+                continue
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise InvalidRequest(f"{name} is {shown(value)}, but must be a whole number of at least 1", param=name)
         if self.max_batch_tokens < self.max_num_seqs:
@@ -117,7 +128,7 @@ class Engine:
         self.model, self.options, self.backend, self._base_digest = model, options, model.name, base_digest
         self._lease = lease
         num_blocks, self.max_model_len = plan_memory(model, options)
-        self.block_pool = BlockPool(num_blocks, options.block_size)
+        self.block_pool = BlockPool(num_blocks, options.block_size, max_kept=num_blocks // 2 if options.prefix_cache else 0)
         self.slot_table = SlotTable(options.num_slots)
         self._cache = model.new_cache(num_blocks, options.block_size)
         self._bank = AdapterBank(model, options.num_slots)
@@ -128,6 +139,8 @@ class Engine:
             max_batch_tokens=options.max_batch_tokens,
             max_mixed_prefill_tokens=options.max_mixed_prefill_tokens,
             max_model_len=self.max_model_len,
+            max_num_seqs_per_adapter=options.max_num_seqs_per_adapter,
+            max_num_seqs_per_tenant=options.max_num_seqs_per_tenant,
         )
         self._runner = ModelRunner(model, self._cache, self._bank)
         self._sampler = Sampler(model.config.vocab_size, model.device)
@@ -166,6 +179,7 @@ class Engine:
         for revision in [revision for revision in self._dropped if self.slot_table.find(revision) is None]:
             self._dropped.discard(revision)
             self.model.forget(revision)
+            self.block_pool.forget_owner(revision)
             self._runner.counters.pop(revision, None)
             self._nonfinite.pop(revision, None)
 
@@ -222,7 +236,7 @@ class Engine:
     def add(self, request: Request) -> Sequence:
         """Queue a request. Raises as `check`."""
         self.check(request)
-        root = kv_root(self._base_digest, self.model.base_dtype, self.backend, request.adapter, {}, "")
+        root = kv_root(self._base_digest, self.model.base_dtype, self.backend, request.adapter, {}, request.salt)
         sequence = Sequence(request, request.given_ids, root, self._eos_token_ids)
         if request.is_collected:
             self.collected[request.request_id] = Collected()
@@ -241,6 +255,8 @@ class Engine:
     def _release(self, sequence: Sequence, reason: str) -> None:
         sequence.finish_reason = reason
         sequence.finished_at = time.monotonic()
+        if reason == "error":  # whatever was wrong with it: nobody is to meet its pages
+            self.block_pool.forget(sequence.block_table)
         self.scheduler.finish(sequence)
         if self._dropped:
             self._sweep()
@@ -330,6 +346,7 @@ class Engine:
                 is_overflow = _overflows(output.logits[row])
                 events.append(self._fail(sequence, self._overflow(sequence) if is_overflow else _nothing_to_choose()))
                 continue
+            self.scheduler.share(sequence)
             token = sampled.ids[row]
             sequence.append(token)
             sequence.first_token_at = sequence.first_token_at or now

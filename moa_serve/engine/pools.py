@@ -4,7 +4,8 @@ Only the book-keeping: the bytes behind the ids are KVCache's and AdapterBank's,
 engine thread, so nothing here locks.
 """
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from moa_serve.errors import EngineError
@@ -13,58 +14,137 @@ SLOT_BYTES = 256  # of the table for each slot, about
 
 
 class BlockPool:
-    """Block ids 1 .. num_blocks - 1, each held by one sequence or free.
+    """Block ids 1 .. num_blocks - 1, each held by one sequence, shared by several, or free.
 
     Block 0 is never handed out: it stays zero, and padded rows of a block table point at it.
-    The block freed last is handed out first: its memory is warm, and a cache whose pages are touched lazily grows only to
-    the most that was ever held at once. First in, first out would touch every page of the pool in the end.
+
+    A held block whose content is complete can be `keep`t under a key that names the content; `find` then gives it to whoever needs the
+    same. Freed by its last holder it stays findable, free as it is, until its room is needed: the least recently used leaves first. As a
+    table is freed from its end, a page leaves before those that it goes on from.
+
+    Of the blocks without a key, the one freed last is handed out first: its memory is warm, and a cache whose pages are touched lazily
+    grows only to the most that was ever held at once, and `max_kept` more. First in, first out would touch every page in the end.
     """
 
-    def __init__(self, num_blocks: int, block_size: int = 16) -> None:
-        """`num_blocks` counts block 0, as the cache does; `block_size` is in tokens."""
+    def __init__(self, num_blocks: int, block_size: int = 16, *, max_kept: int = 0) -> None:
+        """
+        Args:
+            num_blocks: block 0 included, as the cache counts.
+            block_size: in tokens.
+            max_kept: free blocks that stay findable; with 0 nothing is ever kept, nor shared.
+        """
         if num_blocks < 2 or block_size < 1:
             raise EngineError(f"a KV pool of {num_blocks} blocks of {block_size} tokens holds no sequence; give it more memory")
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self._max_kept = max_kept
         self._free = list(range(num_blocks - 1, 0, -1))
-        self._is_held = bytearray(num_blocks)
+        self._num_holders = [0] * num_blocks
         self._num_held = 0
+        self._names: dict[int, tuple[bytes, str | None]] = {}  # key and owner of the blocks that can be found, held or free
+        self._found: dict[bytes, int] = {}
+        self._kept: OrderedDict[int, None] = OrderedDict()  # free ones that can be found, least recently used first
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """That nobody holds, those that are kept for their content included."""
+        return len(self._free) + len(self._kept)
 
     @property
     def num_held(self) -> int:
         return self._num_held
 
     @property
+    def num_kept(self) -> int:
+        """Free, but still findable."""
+        return len(self._kept)
+
+    @property
     def max_tokens(self) -> int:
         """Tokens of the longest sequence that fits when it is alone."""
         return (self.num_blocks - 1) * self.block_size
 
+    @property
+    def is_keeping(self) -> bool:
+        return self._max_kept > 0
+
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def allocate(self, count: int) -> list[int] | None:
-        """`count` blocks, or None and nothing taken. What they contain is what their last holder left there."""
-        if count > len(self._free):
+    def allocate(self, count: int, shared: Sequence[int] = ()) -> list[int] | None:
+        """`count` blocks, and one more holder for those `shared`, which were found; None and nothing taken where there is no room.
+
+        What the new ones contain is what their last holder left there.
+        """
+        if count + self.num_kept_of(shared) > self.num_free:
             return None
-        taken = [self._free.pop() for _ in range(count)]
+        for block in shared:
+            self._kept.pop(block, None)
+            self._hold(block)
+        taken = [self._free.pop() if self._free else self._evict() for _ in range(count)]
         for block in taken:
-            self._is_held[block] = True
-        self._num_held += count
+            self._hold(block)
         self._check()
         return taken
 
     def free(self, blocks: Sequence[int]) -> None:
         """Give back blocks in the order of their table: the next holder gets them in that order again."""
         for block in reversed(blocks):
-            assert self._is_held[block], f"block {block} is freed, but nobody holds it"
-            self._is_held[block] = False
-            self._free.append(block)
-        self._num_held -= len(blocks)
+            assert self._num_holders[block], f"block {block} is freed, but nobody holds it"
+            self._num_holders[block] -= 1
+            if self._num_holders[block]:
+                continue
+            self._num_held -= 1
+            if block in self._names:
+                self._kept[block] = None
+            else:
+                self._free.append(block)
+        while len(self._kept) > self._max_kept:
+            self._free.append(self._evict())
         self._check()
+
+    # -- content
+
+    def find(self, key: bytes) -> int | None:
+        """The block that was kept under `key`, held or free; `allocate` it as shared before anything else is taken."""
+        return self._found.get(key)
+
+    def num_kept_of(self, blocks: Iterable[int]) -> int:
+        """How many of `blocks`, which were found, nobody holds: sharing them makes the pool so much smaller for others."""
+        return sum(block in self._kept for block in blocks)
+
+    def keep(self, block: int, key: bytes, owner: str | None = None) -> None:
+        """A held block is complete, and is never written again while it can be found. Where the key is known already, nothing happens."""
+        assert self._num_holders[block], f"block {block} is kept, but nobody holds it"
+        if self.is_keeping and block not in self._names and key not in self._found:
+            self._names[block] = (key, owner)
+            self._found[key] = block
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Nobody finds these any more; who holds them goes on."""
+        for block in blocks:
+            if block in self._names:
+                self._unname(block)
+                if block in self._kept:
+                    del self._kept[block]
+                    self._free.append(block)
+
+    def forget_owner(self, owner: str | None) -> None:
+        """`forget` all that was kept for `owner`."""
+        self.forget([block for block, (_, whose) in self._names.items() if whose == owner])
+
+    def _hold(self, block: int) -> None:
+        self._num_held += not self._num_holders[block]
+        self._num_holders[block] += 1
+
+    def _evict(self) -> int:
+        block, _ = self._kept.popitem(last=False)
+        self._unname(block)
+        return block
+
+    def _unname(self, block: int) -> None:
+        key, _ = self._names.pop(block)
+        del self._found[key]
 
     def _check(self) -> None:
         assert self.num_free + self.num_held == self.num_blocks - 1, "a block is lost"
@@ -108,10 +188,10 @@ class SlotTable:
         return [slot.revision for slot in self._slots]
 
     @property
-    def least_shared(self) -> int | None:
-        """The busy slot with the fewest users, the lowest index of equals; None while no slot is busy."""
+    def least_shared(self) -> list[int]:
+        """The busy slots, those with the fewest users first, the lower index of equals."""
         busy = [slot for slot in self._slots if slot.num_users]
-        return min(busy, key=lambda slot: (slot.num_users, slot.index)).index if busy else None
+        return [slot.index for slot in sorted(busy, key=lambda slot: (slot.num_users, slot.index))]
 
     def find(self, revision: str) -> int | None:
         slot = self._by_revision.get(revision)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import secrets
 import time
+from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -113,6 +114,8 @@ class Request:
         prompt_logprobs: 0 to 20: log-probabilities of the prompt's tokens and of this many best ones at each place; None is none.
         branches: continuations of the prompt to score, each of at least one token. Each stands behind the prompt and sees nothing of the
             others; the prompt is computed once. Only with max_tokens 0 and without the three fields above. Its public name is `choices`.
+        tenant: who asks (an API key's id): tenants take turns. None is nobody in particular.
+        salt: keys and values are shared only among requests with the same one.
         request_id: names the request in logs and outputs.
         arrival: `time.monotonic()` seconds. For timings; the order of arrival is the order of `Scheduler.add`.
     Raises:
@@ -127,6 +130,8 @@ class Request:
     collect_routing: bool = False
     prompt_logprobs: int | None = None
     branches: tuple[tuple[int, ...], ...] = ()
+    tenant: str | None = None
+    salt: str = ""
     request_id: str = field(default_factory=lambda: secrets.token_hex(8))
     arrival: float = field(default_factory=time.monotonic)
 
@@ -192,9 +197,13 @@ class Sequence:
 
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens whose K and V are in the cache
+    num_shared: int = 0  # first pages of the block table that others may find too
+    num_cached: int = 0  # tokens of the prompt that were in the cache when it first started
+    page_keys: list[bytes] = field(default_factory=list)  # of its first pages, as far as anybody asked
     slot: int | None = None  # of the adapter, while running
     status: SequenceStatus = SequenceStatus.WAITING
     order: int = -1  # of arrival: older is smaller; -1 until the scheduler knows it
+    turn: int = -1  # of its first start: who started earlier is smaller; -1 before it
     num_skipped: int = 0  # steps in which it waited for nothing but a slot
     num_preemptions: int = 0
     is_paused: bool = False  # its reader is behind: it keeps what it holds and gets no tokens
@@ -214,6 +223,12 @@ class Sequence:
     def append(self, token_id: int) -> None:
         """One more generated token; it is pending until the next step computes it."""
         self.token_ids.append(token_id)
+
+    @property
+    def shares_pages(self) -> bool:
+        """Its pages may come from others and serve others: they depend on the tokens up to their end only, which a mean over the prompt
+        does not, and nothing but the tokens that are drawn is asked of it: what is collected is collected of every position."""
+        return not (self.request.is_pooled or self.request.is_collected)
 
     @property
     def wants_prompt_logits(self) -> bool:
@@ -277,6 +292,12 @@ def kv_root(base_digest: str, dtype: str, backend: str, revision: str | None, op
     """
     identity = ["moa_serve/kv/1", base_digest, dtype, backend, revision, dict(options), salt]
     return hashlib.sha256(json.dumps(identity, sort_keys=True, allow_nan=False).encode("ascii")).digest()
+
+
+def page_key(before: bytes, token_ids: Iterable[int]) -> bytes:
+    """Identity of one full page: of its tokens, and by `before`, which is the key of the page before it or begins with a secret seed and
+    the root, of all that they depend on. 32 bytes."""
+    return hashlib.sha256(before + array("q", token_ids).tobytes()).digest()
 
 
 def shown(value: object) -> str:

@@ -5,25 +5,37 @@ the engine thread.
 
 The rules, and why nothing can wait for ever:
 
-- Decode rows come first, one token each; prefill takes what the budget leaves, in order of arrival.
+- Decode rows come first, one token each; prefill takes what the budget leaves, in the order in which rows started.
 - A sequence is admitted with the blocks of all its pending tokens at once, so only a decode row ever asks for another one.
 - A paused row (its reader is behind) gets no tokens; it is the first to lose its blocks, for it would not use them.
-- When blocks run out, the youngest running row gives all of its back and is computed anew later. It never takes from an
-  older one, so the oldest running row always advances; it fits the pool alone, so it ends, and then the next is the oldest.
-- Who comes first is served first. Only a sequence that waits for nothing but a slot is passed over, by those whose adapter
-  has one or that need none. After `max_skips` steps it reserves the busy slot with the fewest users: nobody younger joins
-  that slot, so its users run out.
+- When blocks run out, the row that started last gives all of its back and is computed anew later. It never takes from one that
+  started before, so the oldest running row always advances; it fits the pool alone, so it ends, and then the next is the oldest.
+- Who lost its blocks starts again first, in the order of the first starts. Then tenants (API keys) take turns, in each of them its
+  adapters, in each of those who came first (waiting.py): a turn passes with a start, so nobody waits for more starts than there are
+  others in the round. Who is next and finds no blocks or no tokens holds up all behind it, or the small would starve the large.
+- Only a sequence that waits for nothing but a slot is passed over, by those whose adapter has one or that need none. After `max_skips`
+  steps it reserves a busy slot, of those with the fewest users: nobody who came later joins that slot, so its users run out. Each adapter
+  that waits so long reserves one, but no more than half of the slots at a time: the others go on with what is asked for most.
+- A cap on the rows of one adapter or tenant passes over whoever is above it; rows below it end, so this ends.
+
+The prefix cache: a full page is kept under a hash of all that its keys and values depend on, once finite logits behind it vouch for it
+(a NaN in a key or value reaches every later token of its sequence). A sequence that starts, also one that lost its blocks, takes the
+pages of its longest known beginning, and computes the rest: at least one token, whose logits are the answer.
 """
 
+import secrets
 from bisect import insort
+from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 
 from moa_serve.engine.pools import BlockPool, SlotTable
-from moa_serve.engine.request import Sequence, SequenceStatus
+from moa_serve.engine.request import Request, Sequence, SequenceStatus, page_key
+from moa_serve.engine.waiting import WaitingLine
 from moa_serve.errors import ContextLengthExceeded, EngineError
 
 _LOOKAHEAD = 512
-"""Waiting sequences to look at in a step, so that a queue of 100,000 does not cost more than the step itself."""
+"""Adapters that wait to look at in a step, so that 10,000 of them do not cost more than the step itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +80,8 @@ class Scheduler:
         max_mixed_prefill_tokens: prefill tokens in a step that also decodes: bounds the gap between two tokens of a stream.
         max_model_len: prompt and generated tokens of one sequence; what the pool holds limits it too.
         max_skips: steps that a sequence is passed over for want of a slot before it reserves one.
+        max_num_seqs_per_adapter, max_num_seqs_per_tenant: running sequences of one adapter, of one tenant; None is no cap. The base
+            alone, and requests of no tenant, have none.
     """
 
     def __init__(
@@ -80,6 +94,8 @@ class Scheduler:
         max_mixed_prefill_tokens: int = 64,
         max_model_len: int,
         max_skips: int = 32,
+        max_num_seqs_per_adapter: int | None = None,
+        max_num_seqs_per_tenant: int | None = None,
     ) -> None:
         if max_num_seqs < 1 or max_mixed_prefill_tokens < 1:
             raise EngineError(
@@ -96,10 +112,14 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         self._max_mixed_prefill_tokens = max_mixed_prefill_tokens
         self._max_skips = max_skips
+        self._max_per_adapter, self._max_per_tenant = max_num_seqs_per_adapter, max_num_seqs_per_tenant
         self.max_model_len = min(max_model_len, block_pool.max_tokens)
-        self._waiting: list[Sequence] = []  # both sorted by order, oldest first
-        self._running: list[Sequence] = []
-        self._num_added = 0
+        self._waiting = WaitingLine()
+        self._running: list[Sequence] = []  # by turn: who started first stands first
+        self._rows_of: Counter[tuple[str, str]] = Counter()  # running rows of each adapter and tenant
+        self._num_added = self._num_started = 0
+        self._seed = secrets.token_bytes(32)  # of this boot: nobody can work out beforehand under which hash a page is kept
+        self.num_queried_tokens = self.num_hit_tokens = 0  # prompt tokens that were looked for in the prefix cache, and found
         self._new_blocks: dict[int, None] = {}  # an ordered set: a block may go round twice before a step goes through
         self._was_alone = False
 
@@ -145,7 +165,7 @@ class Scheduler:
             raise EngineError("the request names an adapter, but this engine has no adapter slots; raise num_slots")
         sequence.order = self._num_added
         self._num_added += 1
-        self._waiting.append(sequence)
+        self._waiting.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:
         """End a sequence whose reader is gone; nothing happens to one that has ended."""
@@ -188,6 +208,35 @@ class Scheduler:
         for slot, revision in output.uploads:
             self._slots.mark_uploaded(slot, revision)
         self._new_blocks.clear()
+
+    def share(self, sequence: Sequence) -> None:
+        """The logits behind all that is computed of `sequence` are finite: its full pages may serve others."""
+        num_full = sequence.num_computed // self._blocks.block_size
+        if not sequence.shares_pages or num_full <= sequence.num_shared:
+            return
+        for index in range(sequence.num_shared, num_full):
+            self._blocks.keep(sequence.block_table[index], self._page_key(sequence, index), sequence.request.adapter)
+        sequence.num_shared = num_full
+
+    def _page_key(self, sequence: Sequence, index: int) -> bytes:
+        """Of a page whose tokens are known; made once for each sequence."""
+        keys, size = sequence.page_keys, self._blocks.block_size
+        while len(keys) <= index:
+            start = len(keys) * size
+            keys.append(page_key(keys[-1] if keys else self._seed + sequence.kv_root, sequence.token_ids[start : start + size]))
+        return keys[index]
+
+    def _find_pages(self, sequence: Sequence) -> list[int]:
+        """Pages that hold the longest known beginning of `sequence`, and not its last token."""
+        found: list[int] = []
+        if not (sequence.shares_pages and self._blocks.is_keeping):
+            return found
+        for index in range((len(sequence.token_ids) - 1) // self._blocks.block_size):
+            block = self._blocks.find(self._page_key(sequence, index))
+            if block is None:
+                break
+            found.append(block)
+        return found
 
     def _schedule_decode(self, step: _Step) -> None:
         for sequence in list(self._running):  # preemption shortens it
@@ -237,11 +286,11 @@ class Scheduler:
 
     def _admit(self, step: _Step) -> None:
         """Start waiting sequences while there are rows, tokens, blocks and slots for them."""
-        reserved = self._reserved_slot()
-        for sequence in self._waiting[:_LOOKAHEAD]:
+        reserved = self._reserved_slots()
+        for sequence in islice(self._waiting.candidates(), _LOOKAHEAD):
             if len(self._running) >= self._max_num_seqs or not step.prefill_budget:
                 return
-            if sequence.is_paused:
+            if sequence.is_paused or self._is_capped(sequence.request):
                 continue
             slot = self._find_slot(sequence, reserved)
             if slot is None and sequence.request.adapter is not None:
@@ -251,57 +300,90 @@ class Scheduler:
                 return
             # One spare block for each running row, or the next rows to grow would throw the newcomer out again. It also keeps
             # blocks that were won by preemption from going straight back to the row that lost them.
-            missing = self._blocks.blocks_for(len(sequence.token_ids))
-            if self._blocks.num_free < missing + len(self._running):
+            known = self._find_pages(sequence)
+            missing = self._blocks.blocks_for(len(sequence.token_ids)) - len(known)
+            if self._blocks.num_free < missing + self._blocks.num_kept_of(known) + len(self._running):
                 return
-            blocks = self._blocks.allocate(missing)
+            blocks = self._blocks.allocate(missing, shared=known)
             assert blocks is not None, "these blocks were free a moment ago"
-            self._start(sequence, blocks, slot)
+            self._start(sequence, known, blocks, slot)
             self._schedule_prefill(step, sequence)
 
-    def _reserved_slot(self) -> tuple[int, int] | None:
-        """(slot, order of the sequence that it is kept for): the oldest one that was passed over too often."""
-        for sequence in self._waiting[:_LOOKAHEAD]:
-            if sequence.num_skipped >= self._max_skips:
-                slot = self._slots.least_shared
-                return None if slot is None else (slot, sequence.order)
-        return None
+    def _is_capped(self, request: Request) -> bool:
+        return any(limit is not None and self._rows_of[place] >= limit for place, limit in self._places(request))
 
-    def _find_slot(self, sequence: Sequence, reserved: tuple[int, int] | None) -> int | None:
+    def _places(self, request: Request) -> list[tuple[tuple[str, str], int | None]]:
+        """What a row of `request` counts towards, and how much that may be."""
+        places: list[tuple[tuple[str, str], int | None]] = []
+        if request.adapter is not None:
+            places.append((("adapter", request.adapter), self._max_per_adapter))
+        if request.tenant is not None:
+            places.append((("tenant", request.tenant), self._max_per_tenant))
+        return places
+
+    def _reserved_slots(self) -> dict[int, int]:
+        """slot -> order of the sequence that it is kept for: of those that were passed over too often, the oldest of each adapter."""
+        starved: dict[str | None, int] = {}
+        for sequence in islice(self._waiting.heads(), _LOOKAHEAD):
+            if sequence.num_skipped >= self._max_skips:
+                adapter = sequence.request.adapter
+                starved[adapter] = min(sequence.order, starved.get(adapter, sequence.order))
+        if not starved:
+            return {}
+        slots = self._slots.least_shared[: max(1, self._slots.num_slots // 2)]
+        return dict(zip(slots, sorted(starved.values()), strict=False))
+
+    def _find_slot(self, sequence: Sequence, reserved: dict[int, int]) -> int | None:
         revision = sequence.request.adapter
         if revision is None:
             return None
-        if reserved and sequence.order > reserved[1] and self._slots.find(revision) == reserved[0]:
+        slot = self._slots.find(revision)
+        if slot is not None and sequence.order > reserved.get(slot, sequence.order):
             return None
         return self._slots.assign(revision)
 
-    def _start(self, sequence: Sequence, blocks: list[int], slot: int | None) -> None:
-        self._waiting.remove(sequence)
-        insort(self._running, sequence, key=lambda other: other.order)
+    def _start(self, sequence: Sequence, known: list[int], blocks: list[int], slot: int | None) -> None:
+        """Run `sequence` with the pages that are `known` already and new `blocks` behind them."""
+        self._waiting.take(sequence)
+        if sequence.turn < 0:
+            sequence.turn = self._num_started
+            self._num_started += 1
+            self._count_hit(sequence, len(known))
+        insort(self._running, sequence, key=lambda other: other.turn)
+        self._rows_of.update(place for place, _ in self._places(sequence.request))
         sequence.status = SequenceStatus.RUNNING
-        sequence.block_table = blocks
+        sequence.block_table = known + blocks
+        sequence.num_computed = len(known) * self._blocks.block_size
+        sequence.num_shared = len(known)
         self._new_blocks.update(dict.fromkeys(blocks))
         sequence.num_skipped = 0
         if slot is not None:
             self._slots.acquire(slot)
             sequence.slot = slot
 
+    def _count_hit(self, sequence: Sequence, num_pages: int) -> None:
+        sequence.num_cached = num_pages * self._blocks.block_size
+        if sequence.shares_pages and self._blocks.is_keeping:
+            self.num_queried_tokens += sequence.num_prompt
+            self.num_hit_tokens += sequence.num_cached
+
     def _preempt(self, step: _Step, sequence: Sequence) -> None:
         self._release(sequence)
         sequence.status = SequenceStatus.WAITING
         sequence.num_preemptions += 1
-        insort(self._waiting, sequence, key=lambda other: other.order)
+        self._waiting.add(sequence)
         step.preempted.append(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         """The one place where blocks and slot go back; twice is as good as once."""
         if sequence.status is SequenceStatus.RUNNING:
             self._running.remove(sequence)
+            self._rows_of -= Counter(place for place, _ in self._places(sequence.request))
         elif sequence.status is SequenceStatus.WAITING and sequence.order >= 0:
             self._waiting.remove(sequence)
         self._blocks.free(sequence.block_table)
         sequence.block_table = []
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_shared = 0
         if sequence.slot is not None:
             self._slots.release(sequence.slot)
             sequence.slot = None

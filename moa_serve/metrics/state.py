@@ -49,16 +49,21 @@ class StateMetrics:
         self._engine: AsyncEngine | None = None
         self._adapters: Adapters | None = None
         self._slots: tuple[tuple[str, bool], ...] = ()  # (revision, in use) of each filled slot after the last step
+        self._kept_ratio = 0.0
+        self._looked_for = self._hit = 0  # prompt tokens in the prefix cache
 
     def attach(self, engine: AsyncEngine, adapters: Adapters) -> None:
         self._engine, self._adapters = engine, adapters
         pool, options = engine.engine.block_pool, engine.engine.options
         self._num_blocks = pool.num_held + pool.num_free
+        self._has_prefix_cache = pool.is_keeping
         self._block_size, self._num_slots, self._max_model_len = options.block_size, options.num_slots, engine.engine.max_model_len
 
     def publish(self, engine: Engine) -> None:
         table = engine.slot_table
         self._slots = tuple((revision, table.num_users(index) > 0) for index, revision in enumerate(table.revisions) if revision)
+        self._kept_ratio = engine.block_pool.num_kept / self._num_blocks
+        self._looked_for, self._hit = engine.scheduler.num_queried_tokens, engine.scheduler.num_hit_tokens
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: a registry must not collect from a server that is not complete yet."""
@@ -89,7 +94,20 @@ class StateMetrics:
         text = "Rows that lost their pages to older ones and were computed anew."
         yield CounterMetricFamily("moa_preemptions", text, load.preemptions)
         yield _one(CounterMetricFamily("vllm:num_preemptions", text, labels=list(vllm)), vllm, load.preemptions)
-        config = {"block_size": str(self._block_size), "num_gpu_blocks": str(self._num_blocks), "engine": ENGINE}
+        text = "Share of the KV cache that nobody holds, but that is kept for requests that begin the same, 0 to 1."
+        yield GaugeMetricFamily("moa_kv_kept_ratio", text, self._kept_ratio)
+        for name, text, number in (
+            ("prefix_cache_queries", "Prompt tokens of rows that were looked for in the prefix cache.", self._looked_for),
+            ("prefix_cache_hits", "Prompt tokens of rows that were found there, and not computed.", self._hit),
+        ):
+            yield CounterMetricFamily(f"moa_{name}", text, number)
+            yield _one(CounterMetricFamily(f"vllm:{name}", text, labels=list(vllm)), vllm, number)
+        config = {
+            "block_size": str(self._block_size),
+            "num_gpu_blocks": str(self._num_blocks),
+            "enable_prefix_caching": str(self._has_prefix_cache),
+            "engine": ENGINE,
+        }
         yield _one(GaugeMetricFamily("vllm:cache_config_info", "Size of the KV cache.", labels=list(config)), config, 1)
         base = {"model": self._base_name, "max_model_len": str(self._max_model_len)}
         yield _one(GaugeMetricFamily("moa_base_info", "The base that is served.", labels=list(base)), base, 1)

@@ -93,6 +93,9 @@ def compose(settings: ServerSettings, base: Base, backend: str, directory: State
         kv_cache_bytes=settings.kv_cache_bytes,
         max_model_len=settings.max_model_len,
         adapter_cache_bytes=settings.adapter_cache_bytes,
+        prefix_cache=settings.prefix_cache,
+        max_num_seqs_per_adapter=settings.max_num_seqs_per_adapter,
+        max_num_seqs_per_tenant=settings.max_num_seqs_per_key,
     )
     model = new_model(backend, base, settings.base_dtype)
     engine = AsyncEngine(lambda lease: Engine(model, options, lease=lease, base_digest=base.digest), max_waiting=settings.max_waiting)

@@ -415,5 +415,36 @@ def test_a_running_engine_is_seen(base: Path, tmp_path: Path) -> None:
     assert abs(page[info] - time.time()) < 60
 
 
+@pytest.mark.parametrize("is_on", [True, False])
+def test_the_prefix_cache_is_seen_and_is_no_load(base: Path, is_on: bool) -> None:
+    """Load balancers go by the share of the KV cache that is held: what is free for anybody must not count."""
+    found = load_base(base, dtype=torch.float32)
+    page: dict[tuple[str, Labels], float] = {}
+
+    async def main() -> None:
+        options = EngineOptions(kv_cache_bytes=2**21, prefix_cache=is_on)
+        engine = AsyncEngine(lambda lease: Engine(Transformer(found.config, found.weights), options, lease=lease, base_digest="d"))
+        metrics = Metrics("base")
+        metrics.attach(engine, Registry())
+        engine.start()
+        try:
+            for _ in range(2):
+                async with engine.open(Request([7] * 40, SamplingParams(max_tokens=2))) as stream:
+                    async for _ in stream:
+                        pass
+            page.update(scrape(metrics))
+        finally:
+            await engine.stop()
+
+    asyncio.run(main())
+    vllm = {"model_name": "base", "engine": "0"}
+    for name, number in (("prefix_cache_queries_total", 80), ("prefix_cache_hits_total", 32)):
+        assert value(page, f"moa_{name}") == value(page, f"vllm:{name}", **vllm) == number * is_on
+    (info,) = [dict(labels) for name, labels in page if name == "vllm:cache_config_info"]
+    assert info["enable_prefix_caching"] == str(is_on)
+    assert value(page, "moa_kv_kept_ratio") == pytest.approx(2 * is_on / int(info["num_gpu_blocks"]))
+    assert value(page, "moa_kv_usage_ratio") == value(page, "vllm:kv_cache_usage_perc", **vllm) == 0
+
+
 def test_a_page_before_there_is_an_engine_is_valid() -> None:
     assert isinstance(scrape(Metrics("base")), dict)

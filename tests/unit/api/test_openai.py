@@ -495,6 +495,57 @@ def test_more_rows_than_can_ever_run_are_the_clients_mistake(narrow: Serving) ->
     assert (response.status_code, response.json()["error"]["param"]) == (400, "n")
 
 
+@pytest.fixture(scope="module")
+def shared(start: Callable[..., Serving]) -> Serving:
+    """Two keys on two rows and two places to wait."""
+    return start(max_num_seqs=2, max_waiting=2, api_key=["one", "two"])
+
+
+def keyed(key: str, **body: Any) -> dict[str, Any]:
+    return {"headers": {"authorization": f"Bearer {key}"}, "json": {"model": "tiny", "prompt": "x", **body}}
+
+
+def test_a_key_that_floods_leaves_places_to_the_others(shared: Serving) -> None:
+    """All of them taken, everybody else is told that the server is full, for as long as one client likes."""
+
+    async def flood() -> list[Any]:
+        tasks = []
+        for number in range(4):
+            tasks.append(asyncio.ensure_future(shared.send("POST", COMPLETIONS, **keyed("one", max_tokens=100))))
+            while shared.server.rows_of_keys.total() < min(number + 1, 3) and not tasks[-1].done():
+                await asyncio.sleep(0)
+        other = await shared.send("POST", COMPLETIONS, **keyed("two", max_tokens=1))
+        return [*await asyncio.gather(*tasks), other]
+
+    *admitted, refused, other = shared.run(flood())
+    assert [response.status_code for response in (*admitted, other)] == [200] * 4
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+    assert int(refused.headers["retry-after"]) >= 1
+    assert shared.server.rows_of_keys.total() == 0
+    assert shared.run(shared.send("POST", COMPLETIONS, **keyed("one", n=4, max_tokens=1))).status_code == 200, "alone it may have all"
+
+
+def cached_tokens(serving: Serving, key: str | None = None, **body: Any) -> int:
+    response = serving.run(serving.send("POST", COMPLETIONS, **keyed(str(key), max_tokens=1, **body)))
+    assert response.status_code == 200, response.text
+    number: int = response.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert number == serving.metrics.records[-1].cached_tokens
+    return number
+
+
+def test_a_prompt_is_cached_for_its_key_or_its_salt(shared: Serving) -> None:
+    """A time to first token tells whether somebody else has asked the same: it is nobody's to know."""
+    prompt = {"prompt": "a prompt of three pages, which is to say: more than forty-eight tokens"}
+    assert [cached_tokens(shared, "one", **prompt) for _ in range(2)] == [0, 64]
+    assert cached_tokens(shared, "two", **prompt) == 0
+    key_id = next(iter(shared.server.rows_of_keys))
+    assert cached_tokens(shared, "two", cache_salt=key_id, **prompt) == 0, "a salt is never taken for a key"
+    assert cached_tokens(shared, "one", cache_salt=key_id, **prompt) == 64
+    assert cached_tokens(shared, "one", model="soft", **prompt) == 0
+    assert cached_tokens(shared, "one", n=2, **prompt) == 64, "of both answers, but they share the prompt"
+
+
 # -- the rest
 
 

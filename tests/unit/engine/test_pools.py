@@ -1,6 +1,7 @@
 """BlockPool and SlotTable: nothing is lost, nothing is given twice, whatever the order of calls."""
 
 from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import settings
@@ -61,39 +62,176 @@ def test_a_pool_without_room_is_refused() -> None:
         SlotTable(-1)
 
 
+def taken(pool: BlockPool, count: int) -> list[int]:
+    blocks = pool.allocate(count)
+    assert blocks is not None
+    return blocks
+
+
+def test_what_was_kept_is_found_while_its_room_is_not_needed() -> None:
+    """Given away though there is an empty one, a page is computed again; not given away, the pool has shrunk."""
+    pool = BlockPool(5, max_kept=4)
+    first, second, third = taken(pool, 3)
+    for block, key in ((first, b"1"), (second, b"2")):
+        pool.keep(block, key)
+    pool.free([first, second, third])
+    assert (pool.num_held, pool.num_free, pool.num_kept) == (0, 4, 2)
+    assert set(taken(pool, 2)) == {third, 4}
+    assert (pool.find(b"1"), pool.find(b"2")) == (first, second)
+    assert taken(pool, 1) == [second], "the last page of a text leaves first: without the one before it, it is of no use"
+    assert (pool.find(b"1"), pool.find(b"2")) == (first, None)
+    assert pool.allocate(2) is None
+
+
+def test_a_shared_block_is_free_when_its_last_holder_has_gone() -> None:
+    """Freed with the first, it is given to another while the second still reads it."""
+    pool = BlockPool(5, max_kept=4)
+    [block] = taken(pool, 1)
+    pool.keep(block, b"1")
+    assert pool.allocate(2, shared=[block]) is not None
+    pool.free([block])
+    assert (pool.num_held, pool.num_kept) == (3, 0)
+    pool.free([block])
+    assert (pool.num_held, pool.num_kept) == (2, 1)
+    assert pool.allocate(2, shared=[block]) is None, "the shared one is not room for another"
+    assert pool.allocate(1, shared=[block]) is not None
+
+
+def test_no_more_is_kept_than_the_pool_was_told_to() -> None:
+    """Every page of a cache that is touched lazily would be touched in the end."""
+    pool = BlockPool(100, max_kept=3)
+    for number in range(40):
+        [block] = taken(pool, 1)
+        pool.keep(block, bytes([number]))
+        pool.free([block])
+        assert block <= 4
+    assert pool.num_kept == 3
+    assert [number for number in range(40) if pool.find(bytes([number]))] == [37, 38, 39]
+    nothing = BlockPool(100)
+    [block] = taken(nothing, 1)
+    nothing.keep(block, b"1")
+    assert nothing.find(b"1") is None
+
+
+def test_a_content_that_is_known_is_not_kept_twice() -> None:
+    """Two rows that began at the same time computed the same; the second copy would take room for nothing."""
+    pool = BlockPool(5, max_kept=4)
+    one, other = taken(pool, 2)
+    for block in (one, other):
+        pool.keep(block, b"1")
+    assert pool.find(b"1") == one
+    pool.free([one, other])
+    assert (pool.num_kept, pool.num_free) == (1, 4)
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_what_is_forgotten_is_never_found_again(is_held: bool) -> None:
+    """Pages of an adapter that is gone, or of a row that failed."""
+    pool = BlockPool(5, max_kept=4)
+    one, other = taken(pool, 2)
+    pool.keep(one, b"1", "a")
+    pool.keep(other, b"2", "b")
+    if not is_held:
+        pool.free([one, other])
+    pool.forget_owner("a")
+    assert (pool.find(b"1"), pool.find(b"2")) == (None, other)
+    pool.forget([other, other])
+    assert pool.find(b"2") is None
+    if is_held:
+        pool.free([one, other])
+    assert (pool.num_kept, pool.num_free) == (0, 4)
+
+
+@dataclass(frozen=True)
+class Table:
+    """What one taker holds."""
+
+    blocks: list[int]
+
+
 class BlockPoolMachine(RuleBasedStateMachine):
-    """Random takers and givers against a list of who holds what."""
+    """Random takers, sharers and givers against a list of who holds what, and a dict of what each block contains."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.tables: list[list[int]] = []
+        self.tables: list[Table] = []
+        self.content: dict[int, int] = {}  # written by the last who took a block as new, who may have kept it since
+        self.forgotten: set[int] = set()
+        self.num_written = 0
 
-    @initialize(num_blocks=st.integers(2, 20))
-    def start(self, num_blocks: int) -> None:
-        self.pool = BlockPool(num_blocks)
+    @initialize(num_blocks=st.integers(2, 20), max_kept=st.sampled_from([0, 1, 4, 20]))
+    def start(self, num_blocks: int, max_kept: int) -> None:
+        self.pool, self.max_kept = BlockPool(num_blocks, max_kept=max_kept), max_kept
 
-    @rule(count=st.integers(0, 8))
-    def take(self, count: int) -> None:
-        free = self.pool.num_free
-        blocks = self.pool.allocate(count)
-        assert (blocks is None) == (count > free)
-        if blocks is not None:
-            assert len(blocks) == count
-            self.tables.append(blocks)
+    def key(self, content: int) -> bytes:
+        return content.to_bytes(4, "big")
+
+    def find(self, contents: list[int]) -> list[int]:
+        found = [self.pool.find(self.key(content)) for content in contents]
+        return [block for block in found if block is not None]
+
+    @rule(count=st.integers(0, 8), data=st.data())
+    def take(self, count: int, data: st.DataObject) -> None:
+        known = data.draw(st.lists(st.integers(1, max(1, self.num_written)), unique=True, max_size=4))
+        shared, free = self.find(known), self.pool.num_free
+        idle = [block for block in shared if not any(block in table.blocks for table in self.tables)]
+        assert self.pool.num_kept_of(shared) == len(idle)
+        blocks = self.pool.allocate(count, shared=shared)
+        assert (blocks is None) == (count + len(idle) > free)
+        if blocks is None:
+            assert self.find(known) == shared, "a refusal has changed something"
+            return
+        held = {block for table in self.tables for block in table.blocks}
+        assert len(set(blocks)) == count
+        assert not held & set(blocks), "a block that is written anew is somebody else's"
+        assert not set(shared) & set(blocks)
+        for block in blocks:
+            self.num_written += 1
+            self.content[block] = self.num_written
+        self.tables.append(Table(shared + blocks))
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data(), owner=st.sampled_from([None, "a", "b"]))
+    def keep(self, data: st.DataObject, owner: str | None) -> None:
+        for block in data.draw(st.sampled_from(self.tables)).blocks:
+            self.pool.keep(block, self.key(self.content[block]), owner)
+            found = self.pool.find(self.key(self.content[block]))
+            assert found == (block if self.max_kept else None)
+            self.forgotten.discard(self.content[block])
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
     def give(self, data: st.DataObject) -> None:
-        self.pool.free(self.tables.pop(data.draw(st.integers(0, len(self.tables) - 1))))
+        self.pool.free(self.tables.pop(data.draw(st.integers(0, len(self.tables) - 1))).blocks)
+
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        blocks = data.draw(st.lists(st.integers(1, self.pool.num_blocks - 1), max_size=4))
+        self.pool.forget(blocks)
+        self.forgotten |= {self.content[block] for block in blocks if block in self.content}
+
+    @rule(owner=st.sampled_from([None, "a", "b"]))
+    def forget_owner(self, owner: str | None) -> None:
+        self.pool.forget_owner(owner)
+        assert all(whose != owner for _, whose in self.pool._names.values())
 
     @invariant()
-    def each_block_has_one_holder(self) -> None:
+    def whatever_is_held_stays_and_nothing_is_lost(self) -> None:
         if not hasattr(self, "pool"):
             return
-        held = [block for table in self.tables for block in table]
-        assert len(held) == len(set(held)) == self.pool.num_held
+        held = {block for table in self.tables for block in table.blocks}
+        assert len(held) == self.pool.num_held
         assert all(0 < block < self.pool.num_blocks for block in held)
         assert self.pool.num_free + self.pool.num_held == self.pool.num_blocks - 1
+        assert self.pool.num_kept <= self.max_kept
+
+    @invariant()
+    def who_finds_a_block_finds_what_was_written_there(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        for content in range(1, self.num_written + 1):
+            block = self.pool.find(self.key(content))
+            assert block is None or (self.content[block] == content and content not in self.forgotten)
 
 
 def test_the_least_recently_used_idle_slot_is_evicted() -> None:
