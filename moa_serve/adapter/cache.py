@@ -91,6 +91,11 @@ class AdapterCache:
         if cached.is_discarded and cached.num_leases == 0:
             del self._cached[revision]
 
+    def evict_idle(self) -> int:
+        """Free every adapter that is not leased; the bytes that became free. They are read again when asked for."""
+        idle = [revision for revision, cached in self._cached.items() if cached.num_leases == 0]
+        return sum(self._cached.pop(revision).adapter.num_bytes for revision in idle)
+
     def discard(self, revision: str) -> None:
         """Free an adapter that nobody will ask for again: now, or with its last lease."""
         cached = self._cached.get(revision)

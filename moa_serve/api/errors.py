@@ -32,6 +32,7 @@ _STATUS = {
     "method_not_allowed": 405,
     "queue_timeout": 503,
     "server_overloaded": 503,
+    "out_of_memory": 503,
     "draining": 503,
     "not_ready": 503,
     "request_timeout": 504,
