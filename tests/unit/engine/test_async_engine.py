@@ -46,6 +46,7 @@ def test_streams_give_what_the_llm_gives(base: Path, tmp_path: Path) -> None:
     assert with_engine(base, body, num_slots=2) == expected
 
 
+@pytest.mark.case(49)
 def test_closing_a_stream_frees_its_row_at_once(base: Path) -> None:
     closed = []
 
@@ -62,6 +63,7 @@ def test_closing_a_stream_frees_its_row_at_once(base: Path) -> None:
     assert closed == [1]
 
 
+@pytest.mark.case(49)
 def test_a_stream_closed_before_it_was_added_never_runs(base: Path) -> None:
     async def body(engine: AsyncEngine) -> None:
         for _ in range(20):
@@ -73,6 +75,7 @@ def test_a_stream_closed_before_it_was_added_never_runs(base: Path) -> None:
     with_engine(base, body)
 
 
+@pytest.mark.case(48)
 def test_a_slow_reader_pauses_its_own_row_only(base: Path) -> None:
     async def body(engine: AsyncEngine) -> None:
         slow = engine.open(ask(480))
@@ -103,6 +106,7 @@ def test_a_paused_row_that_is_closed_is_gone_from_the_load(base: Path) -> None:
     with_engine(base, body, kv_cache_bytes=2**22)
 
 
+@pytest.mark.case(48)
 def test_a_paused_row_gives_its_pages_to_those_who_run(base: Path) -> None:
     """Else a reader that sleeps would hold the whole cache."""
 
@@ -118,6 +122,7 @@ def test_a_paused_row_gives_its_pages_to_those_who_run(base: Path) -> None:
     with_engine(base, body, kv_cache_bytes=34 * page, max_model_len=512)
 
 
+@pytest.mark.case(53)
 def test_too_many_are_refused_at_once(base: Path) -> None:
     async def body(engine: AsyncEngine) -> None:
         streams = [engine.open(ask(20)) for _ in range(5)]
@@ -169,6 +174,7 @@ def poison(engine: AsyncEngine) -> None:
             overflow(engine.engine._bank[slot])
 
 
+@pytest.mark.case(11)
 def test_a_request_behind_a_quarantine_ends_with_its_error(base: Path, tmp_path: Path) -> None:
     """It was admitted before the third overflow and is queued after it; the engine and everyone else go on."""
     adapter = read_adapter(AdapterSource(write_family(tmp_path / "a", "lora")), load_base(base, dtype=torch.float32).config)
