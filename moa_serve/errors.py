@@ -9,7 +9,8 @@
     │   └── ModelCorrupt               base_corrupt
     ├── EngineError                    internal_error
     ├── Overloaded                     server_overloaded         too many requests are running or waiting
-    │   └── Draining                   draining                  the server is about to end
+    │   ├── Draining                   draining                  the server is about to end
+    │   └── OutOfMemory                out_of_memory             a step could not get the memory that this request needs
     ├── ModelNotListed                 model_not_found           a request names a model that is not served
     ├── DataInvalid                    data_invalid              a data file to train on or to evaluate with
     └── AdapterError                   an adapter cannot be used
@@ -106,6 +107,10 @@ class DataInvalid(MoaError):
 
 class Draining(Overloaded):
     code = "draining"
+
+
+class OutOfMemory(Overloaded):
+    code = "out_of_memory"
 
 
 class AdapterError(MoaError):

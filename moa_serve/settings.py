@@ -116,6 +116,14 @@ class ServerSettings(BaseSettings):
     request_timeout_seconds: Seconds = Field(600.0, description="A request that took this long in all gets 504, or an error event.")
     drain_seconds: Seconds = Field(30.0, description="After SIGTERM, running requests may end within this time.")
 
+    # -- when something is wrong
+    memory_limit_bytes: int | None = Field(
+        None,
+        ge=2**20,
+        description="Memory the process may use, beside its control groups' limits; at 90 % new work is refused, at 95 % it is not ready.",
+    )
+    watchdog_seconds: Seconds = Field(30.0, description="An engine with work that gets nowhere for this long ends the process: exit 70.")
+
     # -- what is told
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe lines of the log.")
     named_adapters: int = Field(
@@ -124,6 +132,9 @@ class ServerSettings(BaseSettings):
     grid_adapters: int = Field(
         8, ge=0, le=1000, description="Busiest adapters whose expert metrics have a series per layer and expert; the rest are `other`."
     )
+
+    # -- for tests of the server itself
+    unsafe_test_hooks: bool = Field(False, description="Let MOA_SERVE_FAULTS inject faults. Never where anybody is served.")
 
     @classmethod
     def settings_customise_sources(

@@ -1,11 +1,16 @@
 """Shared fixtures. Plain helper modules of the tests are imported from this folder."""
 
+import json
+import secrets
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from moa_serve import faults
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))
@@ -18,6 +23,20 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return str(request.param)
+
+
+@pytest.fixture
+def inject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let these faults strike in this process, and none of those before."""
+    file = tmp_path / "faults.json"
+    monkeypatch.setattr(faults, "active", faults.Faults(file))
+
+    def write(*found: dict[str, Any]) -> None:
+        stamped = [{"id": f"{fault['at']}-{secrets.token_hex(4)}", **fault} for fault in found]
+        file.with_suffix(".new").write_text(json.dumps(stamped))
+        file.with_suffix(".new").replace(file)
+
+    return write
 
 
 @pytest.hookimpl(wrapper=True)

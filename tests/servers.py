@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,10 +56,10 @@ def write_adapters(folder: Path, *families: str) -> Path:
 
 
 @contextmanager
-def running(folder: Path, *flags: str, env: Mapping[str, str] | None = None) -> Iterator[Running]:
-    """A server over `folder/base` and `folder/adapters`; ready inside the block, ended behind it."""
-    command = [sys.executable, "-m", "moa_serve", "serve", "--model", str(folder / "base"), "--port", "0", "--kv-cache-bytes", str(2**22)]
-    command += ["--adapters-dir", str(folder / "adapters"), "--device", "cpu", *flags]
+def running(folder: Path, *flags: str, env: Mapping[str, str] | None = None, under: Sequence[str] = ()) -> Iterator[Running]:
+    """A server over `folder/base` and `folder/adapters`; ready inside the block, ended behind it. `under`: a command that runs it."""
+    command = [*under, sys.executable, "-m", "moa_serve", "serve", "--model", str(folder / "base"), "--port", "0"]
+    command += ["--adapters-dir", str(folder / "adapters"), "--device", "cpu", "--kv-cache-bytes", str(2**22), *flags]
     with running_command(command, folder, env=env) as server:
         yield server
 

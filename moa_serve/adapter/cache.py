@@ -73,9 +73,7 @@ class AdapterCache:
         if excess > 0:
             raise AdapterMemory(f"no room for {adapter.num_bytes:,} bytes: all other adapters are in use; try again, or raise the budget")
         for revision in leaving:
-            del self._cached[revision]
-            if self.on_evict is not None:
-                self.on_evict(revision)
+            self._evict(revision)
         self._cached[adapter.revision] = _Cached(adapter)
 
     def acquire(self, revision: str) -> Adapter | None:
@@ -94,6 +92,17 @@ class AdapterCache:
         cached.num_leases -= 1
         if cached.is_discarded and cached.num_leases == 0:
             del self._cached[revision]
+
+    def evict_idle(self) -> int:
+        """Free every adapter that is not leased; the bytes that became free. They are read again when asked for."""
+        idle = [revision for revision, cached in self._cached.items() if cached.num_leases == 0]
+        return sum(self._evict(revision) for revision in idle)
+
+    def _evict(self, revision: str) -> int:
+        num_bytes = self._cached.pop(revision).adapter.num_bytes
+        if self.on_evict is not None:
+            self.on_evict(revision)
+        return num_bytes
 
     def discard(self, revision: str) -> None:
         """Free an adapter that nobody will ask for again: now, or with its last lease."""

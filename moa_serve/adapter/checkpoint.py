@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from moa_serve import faults
 from moa_serve.adapter import unpickle
 from moa_serve.adapter.manifest import FORMAT, Manifest, Shape
 from moa_serve.errors import (
@@ -85,6 +86,8 @@ def _opened(path: Path, max_bytes: int) -> Iterator[tuple[BinaryIO, os.stat_resu
             raise AdapterPathDenied(f"{path.name}: is not a regular file; put the file itself there")
         if before.st_size > max_bytes:
             raise AdapterTooLarge(f"{path.name}: has {before.st_size:,} bytes, but this adapter may have {max_bytes:,}")
+        if faults.active:
+            faults.active.strike("read", name=path.name)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             yield file, before
     except OSError as error:
@@ -389,6 +392,8 @@ def replace_file(path: Path, data: bytes) -> None:
     """Write beside, sync, rename over, sync the folder: after a crash there is the old file or the new one. Raises OSError."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
+        if faults.active:
+            faults.active.strike("write", name=path.name)
         with beside.open("xb") as file:
             file.write(data)
             file.flush()

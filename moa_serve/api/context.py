@@ -11,6 +11,7 @@ from moa_serve.api.adapters import AdapterRegistry
 from moa_serve.api.errors import KeyOverloaded, NotReady
 from moa_serve.chat_template import ChatTemplate
 from moa_serve.engine.async_engine import AsyncEngine
+from moa_serve.engine.pressure import MemoryWatch
 from moa_serve.errors import Draining, InvalidRequest, Overloaded
 from moa_serve.metrics import Metrics
 from moa_serve.settings import ServerSettings
@@ -24,6 +25,7 @@ class Server:
         tokenizer: None where the base has none; then prompts are token ids and answers have no text.
         base_name: what the base is served as.
         started: Unix time in seconds; the `created` of every model.
+        memory: how much of its memory limit the process uses; refuses work before there is none left.
         is_draining: SIGTERM has come: health answers 503, and new requests are refused.
     """
 
@@ -36,6 +38,7 @@ class Server:
     base_digest: str
     version: str
     started: int
+    memory: MemoryWatch = field(default_factory=MemoryWatch)
     is_draining: bool = False
     num_preparing: int = 0  # rows of requests that are not yet in the engine: their adapter is being read, or their text tokenised
     rows_of_keys: Counter[str] = field(default_factory=Counter)  # of requests that have not ended, by the key's id
@@ -58,6 +61,10 @@ class Server:
             raise Draining("the server is shutting down; send the request to another one")
         if self.engine.failure is not None:
             raise NotReady("the engine has stopped; restart the server")
+        if self.engine.is_rebuilding:
+            raise NotReady("the engine is being built anew; try again in a moment")
+        if self.memory.is_critical:
+            raise NotReady("nearly all of the server's memory is in use; try again later")
 
     @property
     def max_rows(self) -> int:
@@ -92,6 +99,8 @@ class Server:
             InvalidRequest: it could never have room. Overloaded: it has none now. Draining, NotReady.
         """
         self.check_ready()
+        if self.memory.is_short:
+            raise Overloaded("the server is short of memory and takes no new work; try again later")
         limit = self.max_rows
         if num_rows > limit:
             raise InvalidRequest(f"prompts times n are {num_rows} rows, but at most {limit} can run and wait; send less at once", param="n")

@@ -33,6 +33,7 @@ _STATUS = {
     "queue_timeout": 503,
     "server_overloaded": 503,
     "rate_limit_exceeded": 429,
+    "out_of_memory": 503,
     "draining": 503,
     "not_ready": 503,
     "request_timeout": 504,

@@ -3,17 +3,22 @@
 The engine thread owns the engine; the event loop owns the streams. They exchange commands through a queue one way, and one bundle of events
 a step the other way. A stream is opened before its request is queued, ends exactly once (finished, error or cancelled), and what it
 holds is given back in one place, `Stream.close`, whatever the exit. A reader that is behind pauses its own row only.
+
+Steps that fail one after the other mean that the engine is broken: it is built anew over the same base, once; soon again, and the thread
+gives up.
 """
 
 import asyncio
 import logging
 import queue
 import threading
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+from moa_serve import faults
 from moa_serve.adapter.adapter import Adapter
 from moa_serve.engine.engine import Collected, Engine, TokenEvent
 from moa_serve.engine.request import Request, Sequence
@@ -23,7 +28,9 @@ logger = logging.getLogger(__name__)
 
 PAUSE_AT = 256  # events that a stream holds for its reader before its row pauses; it goes on when they are read
 _IDLE_SECONDS = 0.05  # between two looks at rows that are all paused
-_GIVE_UP_AFTER = 3  # failed steps in a row
+_BROKEN_AFTER = 3  # failed steps in a row
+_GIVE_UP_SECONDS = 600.0  # an engine that is broken again so soon after it was rebuilt stays broken
+_STOPPED = "the engine has stopped; restart the server"
 
 EngineFactory = Callable[[Callable[[str], AbstractContextManager[Adapter]]], Engine]
 
@@ -115,7 +122,11 @@ class AsyncEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_stopping = False
         self._failed_steps = 0
-        self.failure: str | None = None  # why the engine thread gave up
+        self._rebuilt_at: float | None = None  # time.monotonic()
+        self._num_turns = 0
+        self.is_rebuilding = False  # nothing is accepted meanwhile
+        self.is_working = False  # the engine thread has something to do: it must make progress
+        self.failure: str | None = None  # why the engine thread gave up, or was given up
         self.load = Load(0, 0, 0.0, 0, 0)
         self.on_step: Callable[[Engine, list[TokenEvent]], None] | None = None  # metrics; called in the engine thread
 
@@ -127,6 +138,21 @@ class AsyncEngine:
     @property
     def num_open(self) -> int:
         return len(self._streams)
+
+    @property
+    def progress(self) -> int:
+        """A number that changes while the engine thread gets on with its work: with every step, command and layer. For any thread."""
+        return self._num_turns + self._engine.model.layers_done
+
+    @property
+    def incidents(self) -> Mapping[str, int]:
+        """What went wrong so far, by kind."""
+        return self._engine.incidents
+
+    def give_up(self, failure: str) -> None:
+        """The engine thread is stuck: tell everybody who waits for it. For any thread; the process must end then."""
+        self.failure = failure
+        self._call_loop(lambda: self._end_all(EngineError(_STOPPED)))
 
     def start(self) -> None:
         """Start the engine thread; events go to the loop that calls this."""
@@ -155,7 +181,9 @@ class AsyncEngine:
             InvalidRequest, AdapterError: the request can never run. Overloaded: too many are open. Nothing is queued then.
         """
         if self.failure is not None:
-            raise EngineError("the engine has stopped; restart the server")
+            raise EngineError(_STOPPED)
+        if self.is_rebuilding:
+            raise Overloaded("the engine is being built anew; try again in a moment")
         if self._is_stopping:
             raise Draining("the server is shutting down; send the request to another one")
         if len(self._streams) >= self._max_open:
@@ -195,6 +223,10 @@ class AsyncEngine:
         """A revision was loaded again: end its quarantine."""
         self._commands.put(lambda: self._engine.pardon(revision))
 
+    def trim(self) -> None:
+        """Memory is short: give back what the engine only keeps for later."""
+        self._commands.put(lambda: self._engine.trim())
+
     def forget_routing(self, revision: str) -> None:
         """A self-test has ended: what its adapter's routers said is not counted. For requests that are queued from now on."""
         self._commands.put(lambda: self._engine.forget_routing(revision))
@@ -230,27 +262,37 @@ class AsyncEngine:
             self.failure = f"{type(error).__name__}: {error}"
             self._fail_all()
             # Those that were still on their way here.
-            self._call_loop(lambda: self._end_all(EngineError("the engine has stopped; restart the server")))
+            self._call_loop(lambda: self._end_all(EngineError(_STOPPED)))
 
     def _take_commands(self, *, block: bool, timeout: float | None = None) -> None:
+        self._num_turns += 1
         try:
+            self.is_working = False
             command = self._commands.get(block=block, timeout=timeout)
+            self.is_working = True
             while True:
                 command()
+                self._num_turns += 1
                 command = self._commands.get_nowait()
         except queue.Empty:
             self.load = self._measure(self.load.steps)  # a cancelled row is gone now, though no step may follow
+        self.is_working = self._engine.has_work
 
     def _step(self) -> None:
         try:
+            if faults.active:
+                faults.active.strike("step")
             events = self._engine.step()
         except Exception:
-            # One request's mistake was refused at its admission, so this is ours; nobody waits for ever because of it.
+            # What one request or adapter caused has ended with it, so this is ours; nobody waits for ever because of it.
             logger.exception("a step failed; its requests end with an error")
+            self._engine.incidents["failed_step"] += 1
             self._failed_steps += 1
             self._fail_all()
-            if self._failed_steps >= _GIVE_UP_AFTER:
-                raise
+            if self._failed_steps >= _BROKEN_AFTER:
+                if self._rebuilt_at is not None and time.monotonic() - self._rebuilt_at < _GIVE_UP_SECONDS:
+                    raise
+                self._rebuild()
             return
         self._failed_steps = 0
         self.load = self._measure(self.load.steps + 1)
@@ -259,6 +301,18 @@ class AsyncEngine:
             self._hand_over(events)
         elif not self._engine.did_work:
             self._take_commands(block=True, timeout=_IDLE_SECONDS)  # everything is paused, or waits for what paused rows hold
+
+    def _rebuild(self) -> None:
+        """A new cache, new slots, new buffers and threads over the base that is there. Commands wait for it."""
+        started = time.monotonic()
+        self.is_rebuilding = True
+        try:
+            self._engine = self._engine.rebuilt()
+        finally:
+            self.is_rebuilding = False
+        self._failed_steps, self._rebuilt_at = 0, time.monotonic()
+        self._engine.incidents["rebuilt"] += 1
+        logger.error("%d steps failed one after the other; the engine was built anew in %.2f s", _BROKEN_AFTER, self._rebuilt_at - started)
 
     def _measure(self, steps: int) -> Load:
         scheduler, pool = self._engine.scheduler, self._engine.block_pool

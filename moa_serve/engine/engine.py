@@ -6,16 +6,21 @@ Not thread-safe: one thread calls it. A request ends exactly once, and its block
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
+from moa_serve import faults
 from moa_serve.adapter.adapter import Adapter
 from moa_serve.engine.pools import SLOT_BYTES, BlockPool, SlotTable
-from moa_serve.engine.request import Request, Sequence, TokenLogprob, kv_root, shown
+from moa_serve.engine.recovery import Chunks, Failure, Recovery
+from moa_serve.engine.request import Request, SamplingParams, Sequence, TokenLogprob, kv_root, shown
 from moa_serve.engine.routing import RoutedLayers
 from moa_serve.engine.runner import ModelRunner, StepOutput
 from moa_serve.engine.sampler import SampledTokens, Sampler, logprobs_at, token_logprobs
@@ -31,11 +36,14 @@ from moa_serve.errors import (
 from moa_serve.model.backend import Backend
 from moa_serve.model.bank import AdapterBank, bytes_per_slot
 from moa_serve.model.counters import RoutingTotals
-from moa_serve.model.memory import available_bytes
+from moa_serve.model.memory import available_bytes, release_memory
 
 logger = logging.getLogger(__name__)
 
 Lease = Callable[[str], AbstractContextManager[Adapter]]
+INCIDENTS = (  # the kinds that `Engine.incidents` counts; base_nonfinite and rebuilt are for an alert
+    "base_nonfinite", "adapter_nonfinite", "forward_error", "sampler_error", "out_of_memory", "failed_step", "rebuilt",
+)  # fmt: skip
 QUARANTINE_AFTER = 3  # requests of one revision that ended in NaN or infinity
 
 
@@ -146,7 +154,10 @@ class Engine:
         self._sampler = Sampler(model.config.vocab_size, model.device)
         # A config may name ids beyond the vocabulary; nothing can draw them, and an index there would meet a neighbour's logits.
         self._eos_token_ids = tuple(token for token in model.config.eos_token_ids if token < model.config.vocab_size)
+        self._recovery = Recovery(self._run, self._sample, self._is_healthy, self.trim)
         self._nonfinite: dict[str, int] = {}
+        self._faulty: set[str] = set()  # revisions that made a step fail: out of service
+        self.incidents: Counter[str] = Counter()  # what went wrong, by kind
         self._dropped: set[str] = set()  # revisions that are gone for good, but still have running rows
         self.collected: dict[str, Collected] = {}
         self.num_preemptions = 0
@@ -170,7 +181,35 @@ class Engine:
     def pardon(self, revision: str) -> None:
         """The revision was loaded again: end its quarantine."""
         self._nonfinite.pop(revision, None)
+        self._faulty.discard(revision)
         self._dropped.discard(revision)
+
+    def trim(self) -> None:
+        """Give back memory that is only kept for later: adapters in idle slots, what allocators hold."""
+        for revision in self.slot_table.evict_idle():
+            self.model.forget(revision)
+        self._sweep()
+        release_memory(self.model.device)
+
+    def rebuilt(self) -> "Engine":
+        """An engine of the same sizes over the same base, with nothing in it; this one is closed, and its sequences must have ended.
+
+        What was counted and who is in quarantine is taken over.
+
+        Raises:
+            InvalidRequest: memory has become too short for it. EngineError: the backend cannot be started again.
+        """
+        kv_cache_bytes = (self.block_pool.num_blocks - 1) * self.model.bytes_per_block(self.options.block_size)
+        options = replace(self.options, kv_cache_bytes=kv_cache_bytes, max_model_len=self.max_model_len)
+        counters, dropped = self._runner.counters, self._dropped
+        self.close()
+        release_memory(self.model.device)
+        engine = Engine(self.model, options, lease=self._lease, base_digest=self._base_digest)
+        engine._runner.counters = counters
+        engine._nonfinite, engine._faulty, engine._dropped = self._nonfinite, self._faulty, dropped
+        engine.incidents, engine.num_preemptions = self.incidents, self.num_preemptions
+        engine._sweep()
+        return engine
 
     def _sweep(self) -> None:
         for slot, revision in enumerate(self.slot_table.revisions):
@@ -182,6 +221,7 @@ class Engine:
             self.block_pool.forget_owner(revision)
             self._runner.counters.pop(revision, None)
             self._nonfinite.pop(revision, None)
+            self._faulty.discard(revision)
 
     def check(self, request: Request) -> None:
         """Raises InvalidRequest or AdapterError where `request` can never run; nothing is queued."""
@@ -220,6 +260,11 @@ class Engine:
                 )
 
     def _check_adapter(self, revision: str, request: Request) -> None:
+        if revision in self._faulty:
+            raise AdapterQuarantined(
+                f"adapter revision {revision[:12]} made a step fail and is out of service; the log has the details; load a mended one",
+                param="adapter",
+            )
         if self._nonfinite.get(revision, 0) >= QUARANTINE_AFTER:
             raise AdapterQuarantined(
                 f"adapter revision {revision[:12]} gave NaN or infinity in {QUARANTINE_AFTER} requests and is out of service; "
@@ -264,8 +309,9 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Compute one batch; one event for each sequence that got a token or ended.
 
-        An adapter that cannot be brought into its slot ends its own sequences with that error. Any other exception comes out as
-        it is, with nothing advanced: the same step can be tried again, or its sequences ended.
+        An adapter that cannot be brought into its slot, or that makes the step fail, ends its own sequences with an error, and so does a
+        row that cannot be computed. An exception that is nobody's fault comes out as it is, with nothing advanced: the same step can be
+        tried again, or its sequences ended.
         """
         started = time.monotonic()
         plan = self.scheduler.schedule()
@@ -277,16 +323,59 @@ class Engine:
         for sequence, _ in plan.chunks:
             sequence.scheduled_at = sequence.scheduled_at or started
         self._cache.zero(plan.new_blocks)
-        output = self._runner.run(plan.chunks)
-        sampled = self._sampler.sample(output.logits, output.sampling) if output.sampling else None
-        self._collect(plan.chunks, output.collected_logits, output.collected_routing)
+        parts, failures = self._recovery.compute(plan.chunks)
+        events += [self._fail_for(failure) for failure in failures]
+        plan = replace(plan, chunks=[chunk for part in parts for chunk in part.chunks])
+        for part in parts:
+            self._collect(part.chunks, part.output.collected_logits, part.output.collected_routing)
         self.scheduler.advance(plan)
-        if sampled is not None:
-            events += self._take(sampled, output)
+        for part in parts:
+            if part.sampled is not None:
+                events += self._take(part.sampled, part.output)
         for sequence, _ in plan.chunks:
             if sequence.request.params.max_tokens == 0 and not sequence.num_pending:
                 events.append(self._end_scoring(sequence))
         return events
+
+    def _run(self, chunks: Chunks) -> StepOutput:
+        if faults.active:
+            requests = [sequence.request for sequence, _ in chunks]
+            faults.active.strike("forward", adapter=[one.adapter for one in requests], seed=[one.params.seed for one in requests])
+        output = self._runner.run(chunks)
+        if faults.active:
+            for row, sequence in enumerate(output.sampling):
+                if faults.active.is_struck("logits", adapter=sequence.request.adapter, seed=sequence.request.params.seed):
+                    with torch.inference_mode():
+                        output.logits[row] = torch.nan
+        return output
+
+    def _sample(self, logits: Tensor, sequences: SequenceOf[Sequence]) -> SampledTokens:
+        if faults.active:
+            faults.active.strike("sample", seed=[sequence.request.params.seed for sequence in sequences])
+        return self._sampler.sample(logits, sequences)
+
+    def _is_healthy(self) -> bool:
+        """Whether the base alone computes and draws a token: then what fails beside it is to blame, and not the engine."""
+        blocks = self.block_pool.allocate(1)
+        if blocks is None:
+            return False
+        probe = Sequence(Request((0,), SamplingParams(temperature=0, max_tokens=1)), [0], b"", block_table=blocks)
+        try:
+            self._cache.zero(blocks)
+            return self._sample(self._run([(probe, 1)]).logits, [probe]).is_finite[0]
+        except Exception:
+            logger.exception("the base alone cannot be computed either")
+            return False
+        finally:
+            self.block_pool.free(blocks)
+
+    def _fail_for(self, failure: Failure) -> TokenEvent:
+        self.incidents[failure.kind] += 1
+        revision = failure.sequence.request.adapter
+        if failure.is_adapters and revision is not None and revision not in self._faulty:
+            logger.error("adapter revision %s is out of service: it made a step fail", revision[:12])
+            self._faulty.add(revision)
+        return self._fail(failure.sequence, failure.error)
 
     def _end_scoring(self, sequence: Sequence) -> TokenEvent:
         collected = self.collected.get(sequence.request.request_id)
@@ -300,6 +389,8 @@ class Engine:
         events: list[TokenEvent] = []
         for slot, revision in plan.uploads:
             try:
+                if faults.active:
+                    faults.active.strike("upload", adapter=revision)
                 with self._lease(revision) as adapter:
                     self._bank.upload(slot, adapter)
             except Exception as error:
@@ -373,16 +464,18 @@ class Engine:
     def _overflow(self, sequence: Sequence) -> MoaError:
         """The error of a row of NaN or infinity, which counts towards its adapter's quarantine."""
         revision = sequence.request.adapter
+        self.incidents["adapter_nonfinite" if revision else "base_nonfinite"] += 1
         if revision is None:
             return EngineError("the base gave NaN or infinity for this prompt")
         self._nonfinite[revision] = self._nonfinite.get(revision, 0) + 1
         return AdapterNonfiniteOutput(f"adapter revision {revision[:12]} gave NaN or infinity for this prompt; its weights overflow in use")
 
     def close(self) -> None:
-        """Give back the KV cache and every slot; the engine is unusable afterwards."""
+        """Give back the KV cache and every slot; the engine is unusable afterwards. Twice is as good as once."""
         self.collected.clear()
         self.model.close()
-        del self._runner, self._cache, self._bank, self._sampler
+        for part in ("_runner", "_cache", "_bank", "_sampler"):
+            self.__dict__.pop(part, None)
 
 
 def _overflows(logits: Tensor) -> bool:

@@ -242,6 +242,14 @@ class SlotTable:
         self._clear(slot)
         return slot.index
 
+    def evict_idle(self) -> list[str]:
+        """Empty every slot that nobody uses; the revisions that stood there."""
+        idle = [slot for slot in self._slots if slot.revision is not None and not slot.num_users]
+        revisions = [slot.revision for slot in idle if slot.revision is not None]
+        for slot in idle:
+            self._clear(slot)
+        return revisions
+
     def num_users(self, index: int) -> int:
         return self._slots[index].num_users
 

@@ -13,6 +13,8 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from moa_serve.engine.async_engine import AsyncEngine
 from moa_serve.engine.engine import Engine, TokenEvent
+from moa_serve.engine.pressure import MemoryWatch
+from moa_serve.engine.watchdog import Watchdog
 from moa_serve.metrics.record import RequestRecord, timings
 from moa_serve.metrics.requests import RequestMetrics
 from moa_serve.metrics.routing import OTHER, RoutingMetrics
@@ -47,6 +49,10 @@ class Metrics:
         """Watch an engine and the adapters it serves; before the engine starts."""
         self._state.attach(engine, adapters)
         engine.on_step = self._on_step
+
+    def watch(self, watchdog: Watchdog, memory: MemoryWatch) -> None:
+        """Show what these two see; where a server runs."""
+        self._state.watch(watchdog, memory)
 
     def _on_step(self, engine: Engine, events: list[TokenEvent]) -> None:
         """In the engine thread."""

@@ -12,7 +12,9 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from moa_serve.engine.async_engine import AsyncEngine
-from moa_serve.engine.engine import Engine
+from moa_serve.engine.engine import INCIDENTS, Engine
+from moa_serve.engine.pressure import MemoryWatch
+from moa_serve.engine.watchdog import Watchdog
 
 ENGINE = "0"
 _Family = TypeVar("_Family", GaugeMetricFamily, CounterMetricFamily)
@@ -48,6 +50,8 @@ class StateMetrics:
         self._base_name = base_name
         self._engine: AsyncEngine | None = None
         self._adapters: Adapters | None = None
+        self._watchdog: Watchdog | None = None
+        self._memory: MemoryWatch | None = None
         self._slots: tuple[tuple[str, bool], ...] = ()  # (revision, in use) of each filled slot after the last step
         self._kept_ratio = 0.0
         self._looked_for = self._hit = 0  # prompt tokens in the prefix cache
@@ -58,6 +62,9 @@ class StateMetrics:
         self._num_blocks = pool.num_held + pool.num_free
         self._has_prefix_cache = pool.is_keeping
         self._block_size, self._num_slots, self._max_model_len = options.block_size, options.num_slots, engine.engine.max_model_len
+
+    def watch(self, watchdog: Watchdog, memory: MemoryWatch) -> None:
+        self._watchdog, self._memory = watchdog, memory
 
     def publish(self, engine: Engine) -> None:
         table = engine.slot_table
@@ -73,6 +80,7 @@ class StateMetrics:
         if self._engine is None or self._adapters is None:
             return
         yield from self._load(self._engine)
+        yield from self._incidents(self._engine)
         items = list(self._adapters.items())
         loaded = [item for item in items if item.revision is not None and item.state in ("loaded", "unloading")]
         yield from self._own_adapters(items, loaded)
@@ -111,6 +119,25 @@ class StateMetrics:
         yield _one(GaugeMetricFamily("vllm:cache_config_info", "Size of the KV cache.", labels=list(config)), config, 1)
         base = {"model": self._base_name, "max_model_len": str(self._max_model_len)}
         yield _one(GaugeMetricFamily("moa_base_info", "The base that is served.", labels=list(base)), base, 1)
+
+    def _incidents(self, engine: AsyncEngine) -> Iterator[Metric]:
+        incidents = CounterMetricFamily("moa_incidents", "What went wrong in the engine and was survived, by kind.", labels=["kind"])
+        for kind in INCIDENTS:
+            incidents.add_metric([kind], engine.incidents.get(kind, 0))
+        yield incidents
+        if self._watchdog is not None:
+            text = "Turns of the event loop that took longer than so many seconds."
+            stalls = CounterMetricFamily("moa_event_loop_stalls", text, labels=["longer_than"])
+            for limit, number in self._watchdog.num_stalls.items():
+                stalls.add_metric([f"{limit:g}"], number)
+            yield stalls
+            longest = self._watchdog.longest_stall_seconds
+            yield GaugeMetricFamily(
+                "moa_event_loop_longest_stall_seconds", "The longest turn of the event loop above a quarter second.", longest
+            )
+        if self._memory is not None and self._memory.share is not None:
+            text = "Share of the memory limit that is in use, 0 to 1; new work is refused from 0.9 on."
+            yield GaugeMetricFamily("moa_memory_used_ratio", text, self._memory.share)
 
     def _own_adapters(self, items: list[AdapterItem], loaded: list[AdapterItem]) -> Iterator[Metric]:
         # Ten thousand adapters may lie in the folder: those that nobody has asked for are only counted.

@@ -89,8 +89,13 @@ class Backend(Protocol):
         """
         ...
 
+    @property
+    def layers_done(self) -> int:
+        """Layers computed so far: what tells a long step from one that is stuck. Read from any thread, also while `forward` runs."""
+        ...
+
     def close(self) -> None:
-        """Give back what is not freed with the object."""
+        """Give back what is not freed with the object. `new_cache` makes it usable again."""
         ...
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from moa_serve import faults
 from moa_serve.errors import ModelNotFound
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(6)}")  # not mkstemp's: its files cannot be read by other users
     try:
+        if faults.active:
+            faults.active.strike("write", name=path.name)
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     finally:

@@ -1,6 +1,7 @@
 """How much memory a new allocation may take, of the GPU or of the machine within the limits of its control groups; how much was held."""
 
 import ctypes
+import gc
 import resource
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,25 @@ def available_bytes(device: torch.device) -> int:
     return min([available, *_rooms(groups("memory"))])
 
 
+def release_memory(device: torch.device) -> None:
+    """Give back to the system what is freed and only kept for later; takes some tens of milliseconds."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    _trim_heap()
+
+
+def memory_in_use(limit_bytes: int | None = None) -> float | None:
+    """Share of the memory that this process may use that is in use, 0 to 1: of `limit_bytes` its own, of its control groups' limits theirs.
+
+    None where there is no limit.
+    """
+    shares = [used / most for version, folder in groups("memory") if (found := _use(folder, *_FILES[version])) for used, most in [found]]
+    if limit_bytes is not None:
+        shares.append(psutil.Process().memory_info().rss / limit_bytes)
+    return max(shares, default=None)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most that this process has held, ever or since `reset_peak_memory`; on CUDA, of the device's memory."""
     if device.type == "cuda":
@@ -30,10 +50,14 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)  # glibc keeps what was freed
+    _trim_heap()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def _trim_heap() -> None:
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)  # glibc keeps what was freed
 
 
 _FILES = {
@@ -48,10 +72,16 @@ def _rooms(found: list[tuple[int, Path]]) -> list[int]:
 
 
 def _room(folder: Path, limit: str, used: str, reclaimable: str) -> int | None:
-    """limit - used + file pages that the kernel would give back first; None without a limit."""
+    """Bytes left; None without a limit."""
+    found = _use(folder, limit, used, reclaimable)
+    return None if found is None else max(0, found[1] - found[0])
+
+
+def _use(folder: Path, limit: str, used: str, reclaimable: str) -> tuple[int, int] | None:
+    """(used bytes without file pages that the kernel would give back first, limit); None without a limit."""
     try:
         most, now = (folder / limit).read_text().strip(), int((folder / used).read_text())
         statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return None
-    return None if most == "max" else max(0, int(most) - now + int(statistics.get(reclaimable, 0)))
+    return None if most == "max" else (now - int(statistics.get(reclaimable, 0)), int(most))

@@ -94,6 +94,7 @@ class Transformer:
 
     def __init__(self, config: ModelConfig, weights: BaseWeights) -> None:
         self.config, self.weights = config, weights
+        self.layers_done = 0
         self._stacks = Stacks() if weights.embed.device.type == "cpu" else None  # on CUDA untried
         self.inverse_frequencies = inverse_frequencies(config.rope, config.head_dim, weights.embed.device)
 
@@ -187,6 +188,7 @@ class Transformer:
         parts = parts_of(batch.segments, self._stacks if is_together else None)
         for index, weights in enumerate(self.weights.layers):
             x = self.block(index, weights, x, rope, batch, parts, attention)
+            self.layers_done += 1
         for part in parts:
             part.count()
         return x

@@ -133,6 +133,7 @@ _FUNCTIONS = {  # name -> (result, arguments)
     "moa_engine_step": (c_int32, (c_void_p, POINTER(BatchStruct))),
     "moa_engine_threads": (c_int32, (c_void_p,)),
     "moa_engine_ticks": (None, (c_void_p, POINTER(c_uint64))),
+    "moa_engine_layers_done": (c_int64, (c_void_p,)),
     "moa_page_bytes": (None, (POINTER(ModelStruct), POINTER(c_int64), POINTER(c_int64))),
     "moa_probe_read": (c_int32, (c_char_p, c_void_p, c_int64, POINTER(c_float))),
     "moa_op_exp": (c_int32, (c_char_p, c_void_p, c_void_p, c_int64)),

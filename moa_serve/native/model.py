@@ -6,6 +6,7 @@ engine thread, but for `prepare`, `warm` and `forget`.
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from moa_serve.adapter.adapter import Adapter
 from moa_serve.config import ModelConfig
-from moa_serve.errors import EngineError, InvalidRequest, ModelUnsupported
+from moa_serve.errors import EngineError, InvalidRequest, ModelUnsupported, OutOfMemory
 from moa_serve.model.attention import CachedSpan
 from moa_serve.model.batch import ForwardBatch, RoutingTrace, Segment
 from moa_serve.model.build import build
@@ -187,6 +188,7 @@ class NativeModel:
     ) -> None:
         assert not is_int8 or weights.embed.dtype == torch.bfloat16, "eight bits become bfloat16"
         self._engine: int | None = None
+        self._closing = threading.Lock()  # between `close` and whoever looks how far a step has come
         self._cache: NativeCache | None = None
         self.config, self.dtype, self.device = config, weights.embed.dtype, torch.device("cpu")
         self.instruction_set = instruction_set or lib.instruction_sets()[0]
@@ -265,10 +267,16 @@ class NativeModel:
     def forget(self, revision: str) -> None:
         self._packed.forget(revision)
 
+    @property
+    def layers_done(self) -> int:
+        with self._closing:
+            return int(self._library.moa_engine_layers_done(self._engine)) if self._engine else 0
+
     def close(self) -> None:
-        if self._engine and os.getpid() == self._process:  # a forked process has none of the threads to wait for
-            self._library.moa_engine_delete(self._engine)
-        self._engine = self._cache = None
+        with self._closing:
+            if self._engine and os.getpid() == self._process:  # a forked process has none of the threads to wait for
+                self._library.moa_engine_delete(self._engine)
+            self._engine = self._cache = None
 
     def __del__(self) -> None:
         self.close()
@@ -313,7 +321,7 @@ class NativeModel:
             num_logits=len(rows),
         )
         if self._library.moa_engine_step(self._engine, struct):
-            raise EngineError(f"there is no memory for the buffers of a step of {len(ids)} tokens; lower max_batch_tokens")
+            raise OutOfMemory(f"there is no memory for the buffers of a step of {len(ids)} tokens; lower max_batch_tokens")
         if batch.trace is not None:
             for number, view in enumerate(views):
                 view.fill(number, batch.trace)

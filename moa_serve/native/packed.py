@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from moa_serve import faults
 from moa_serve.adapter.manifest import Manifest
 from moa_serve.model.cache import cache_dir, warn_read_only
 from moa_serve.native.compile import stamp
@@ -111,6 +112,8 @@ class PackedAdapters:
         text = _MAGIC + json.dumps(head).encode() + b"\n"
         unfinished = file.with_name(f".{file.name}-{secrets.token_hex(6)}")
         try:
+            if faults.active:
+                faults.active.strike("write", name=file.name)
             file.parent.mkdir(parents=True, exist_ok=True)
             _make_room(self._folder.parent, _DISK_BYTES - len(blob))
             with unfinished.open("wb") as out:

@@ -2,6 +2,9 @@
 
     SIGTERM, SIGINT   no new work, running requests end within `drain_seconds`, exit 0; a second one: exit 143 at once
     SIGHUP            look at the adapters directory again
+    SIGPIPE           ignored, as Python does: a reader that is gone is an error of its own write
+
+An engine that is broken ends the process with 1, one that is stuck with 70.
 
 Everything is refused before the port is told to anyone: a port in use, a base that cannot be served, a wrong setting.
 """
@@ -13,13 +16,16 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version as version_of
+from pathlib import Path
 
 import uvicorn
 
+from moa_serve import faults
 from moa_serve.adapter.state import StateDirectory
 from moa_serve.adapter.store import AdapterStore
 from moa_serve.api.adapters import AdapterRegistry
@@ -29,6 +35,8 @@ from moa_serve.api.logs import configure_logs, log_event
 from moa_serve.api.protocol import uvicorn_config
 from moa_serve.engine.async_engine import AsyncEngine
 from moa_serve.engine.engine import Engine, EngineOptions
+from moa_serve.engine.pressure import MemoryWatch
+from moa_serve.engine.watchdog import Watchdog
 from moa_serve.errors import AdapterError, InvalidRequest
 from moa_serve.llm import new_model, open_base
 from moa_serve.metrics import Metrics
@@ -41,6 +49,7 @@ from moa_serve.text import Tokenizer
 FAILED, STOPPED_TWICE = 1, 143
 _SWITCH_INTERVAL_SECONDS = 0.0005  # Python's 5 ms is most of a step: the engine thread would wait for the loop, and it for the engine
 _LOOK_SECONDS = 0.1
+_LAST_SECONDS = 2.0  # for what is not generation once that has ended: an operator's load, then threads that read files for it
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +60,8 @@ def serve(settings: ServerSettings) -> int:
     Raises:
         ModelError, InvalidRequest: it cannot start, and why.
     """
+    signal.signal(signal.SIGTERM, _leave)  # the first process of a container has no default for it, and starting takes seconds
+    _arm_faults(settings)
     keys = [key.get_secret_value() for key in (*settings.api_key, *([settings.admin_key] if settings.admin_key else []))]
     configure_logs(settings.log_level, keys)
     listener = _bind(settings.host, settings.port)
@@ -67,6 +78,28 @@ def serve(settings: ServerSettings) -> int:
         if directory is not None:
             directory.close()
         listener.close()
+
+
+def _leave(*_: object) -> None:
+    raise SystemExit(0)
+
+
+def _leave_soon(code: int) -> None:
+    """Nobody waits for a thread that reads a file from a disk that does not answer."""
+    timer = threading.Timer(_LAST_SECONDS, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
+
+
+def _arm_faults(settings: ServerSettings) -> None:
+    """Raises InvalidRequest: faults are asked for without the flag that says that this is a test."""
+    if file := os.environ.get(faults.VARIABLE):
+        if not settings.unsafe_test_hooks:
+            raise InvalidRequest(
+                f"{faults.VARIABLE} is set, which injects faults into the server; unset it, or say --unsafe-test-hooks in a test",
+                param="unsafe_test_hooks",
+            )
+        faults.activate(Path(file))
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -113,6 +146,11 @@ def compose(settings: ServerSettings, base: Base, backend: str, directory: State
     )
     registry = AdapterRegistry(store, engine, metrics=metrics, directory=directory)
     metrics.attach(engine, registry)
+
+    def evict() -> None:
+        store.cache.evict_idle()
+        engine.trim()
+
     return Server(
         engine=engine,
         registry=registry,
@@ -123,6 +161,7 @@ def compose(settings: ServerSettings, base: Base, backend: str, directory: State
         base_digest=base.digest,
         version=version_of("moa_serve"),
         started=int(time.time()),
+        memory=MemoryWatch(settings.memory_limit_bytes, evict),
     )
 
 
@@ -131,6 +170,9 @@ async def _run(
 ) -> int:
     server = compose(settings, base, backend, directory)
     server.engine.start()
+    watchdog = Watchdog(server.engine, stuck_seconds=settings.watchdog_seconds)
+    watchdog.start()
+    server.metrics.watch(watchdog, server.memory)
     try:
         try:
             problem = await asyncio.to_thread(server.registry.scan)
@@ -146,11 +188,15 @@ async def _run(
         if sys.stderr.isatty():  # a person, who wants less than the log says
             names = ", ".join(item.name for item in server.registry.items()) or "none"
             terminal.note(f"{server.base_name} is served at {_facts(server, listener)['url']}/v1; adapters: {names}. Ctrl-C ends it.")
+        watching = asyncio.create_task(server.memory.run())
         await http.serve(sockets=[listener])
+        watching.cancel()
         return FAILED if server.engine.failure is not None else 0
     finally:
         server.registry.stop()
         await server.engine.stop()
+        watchdog.stop()
+        _leave_soon(FAILED if server.engine.failure is not None else 0)
 
 
 def _facts(server: Server, listener: socket.socket) -> dict[str, object]:
@@ -208,6 +254,7 @@ class _Http(uvicorn.Server):
             await asyncio.sleep(_LOOK_SECONDS)
         if self._server.engine.num_open:
             await self._server.engine.stop()  # ends the streams that are left with an error, which their readers get
+        self.config.timeout_graceful_shutdown = max(1, round(_LAST_SECONDS))
         self.should_exit = True
 
     async def _watch(self) -> None:

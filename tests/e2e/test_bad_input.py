@@ -26,6 +26,7 @@ import pytest
 import safetensors.torch
 import torch
 from bad_adapters import Bad, bad_adapters, has_run, params, params_tensors
+from cases import numbered
 from families import base_tensors
 from hostile import ADMIN, GOOD, USER, WAIT_SECONDS, Answer, Target, bearer, head, request_bytes, under_attack, wait_until
 from servers import TALKING, write_talking_base
@@ -121,7 +122,7 @@ def test_every_case_has_a_line() -> None:
 # -- A: adapter files
 
 
-@pytest.mark.parametrize("bad", BAD, ids=str)
+@pytest.mark.parametrize("bad", numbered(BAD))
 def test_a_bad_folder_is_refused_whoever_asks(server: Target, bad: Bad) -> None:
     """By its name in a request, and by an operator's load: nothing is registered, and no code of the file runs."""
     name, before = name_of(bad), server.process.memory_info().rss
@@ -206,7 +207,7 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("load", [*PATHS, *NAMES], ids=str)
+@pytest.mark.parametrize("load", numbered([*PATHS, *NAMES]))
 def test_a_bad_load_is_refused(server: Target, load: Load) -> None:
     body = json.dumps({"lora_name": load.lora_name, "lora_path": load.lora_path})  # httpx would not send a lone surrogate
     headers = {"Content-Type": "application/json"}
@@ -464,7 +465,7 @@ ROWS: list[Row] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", numbered(ROWS))
 def test_a_bad_request_is_told_what_is_wrong(server: Target, row: Row) -> None:
     content = row.content if row.json is None else json.dumps(row.json).encode()
     headers = {"Content-Type": "application/json", **row.headers} if content is not None else row.headers
@@ -559,7 +560,7 @@ WIRE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", WIRE, ids=str)
+@pytest.mark.parametrize("case", numbered(WIRE))
 def test_bad_http_is_told_in_the_same_shape_and_closed(server: Target, case: Wire) -> None:
     """What stands behind it on the connection is not taken for a request."""
     said = server.talk(itertools.chain(case.pieces(), [request_bytes(POST, BODY)] if case.case == 34 else []))
@@ -585,8 +586,8 @@ def scenario(case: int, table: list[tuple[int, Scenario]] = SHARED) -> Callable[
     return add
 
 
-def ids_of(table: list[tuple[int, Scenario]]) -> list[str]:
-    return [f"{case} {run.__name__}" for case, run in table]
+def scenarios(table: list[tuple[int, Scenario]]) -> list[Any]:
+    return [pytest.param(run, marks=pytest.mark.case(case), id=f"{case} {run.__name__}") for case, run in table]
 
 
 def overflow_token() -> int:
@@ -843,7 +844,7 @@ def readers_that_stop_reading(server: Target) -> None:
     assert after["moa_generated_tokens_total"] - before["moa_generated_tokens_total"] < count * most / 2
 
 
-@pytest.mark.parametrize("run", [run for _, run in SHARED], ids=ids_of(SHARED))
+@pytest.mark.parametrize("run", scenarios(SHARED))
 def test_case(server: Target, run: Scenario) -> None:
     run(server)
 
@@ -982,11 +983,12 @@ def a_request_that_is_sent_again(small: Target) -> None:
     assert after["moa_requests_total/length"] - before["moa_requests_total/length"] == 1
 
 
-@pytest.mark.parametrize("run", [run for _, run in SMALL], ids=ids_of(SMALL))
+@pytest.mark.parametrize("run", scenarios(SMALL))
 def test_case_with_room_for_little(small: Target, run: Scenario) -> None:
     run(small)
 
 
+@pytest.mark.case(23)
 def test_ten_thousand_folders_are_no_obstacle(tmp_path: Path) -> None:
     """Case 23: the server starts, and looks at them beside its requests."""
     write_base(tmp_path / "base")

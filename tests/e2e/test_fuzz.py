@@ -60,6 +60,7 @@ def fuzz(operation: Any, mode: GenerationMode, url: str) -> Counter[int]:
     return statuses
 
 
+@pytest.mark.case(45)
 def test_no_request_meets_more_than_an_error_of_its_own(server: Running, subtests: pytest.Subtests) -> None:
     """A status of 500 is a bug, whatever was asked, and so is an answer that the document does not tell of."""
     document = schemathesis.openapi.from_dict(httpx.get(f"{server.url}/openapi.json").json())

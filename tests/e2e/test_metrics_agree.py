@@ -53,6 +53,7 @@ def test_the_traffic_had_all_that_it_is_meant_to_have(result: Result) -> None:
     assert {entry.job.is_stream for entry in finished} == {False, True}
 
 
+@pytest.mark.case(89)
 def test_metrics_are_read_by_prometheus_parser_under_load(result: Result) -> None:
     """Each sample is a page that was parsed while requests ran; one that cannot be parsed is a wrong check."""
     assert len(result.samples) >= 5

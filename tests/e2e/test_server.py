@@ -165,6 +165,7 @@ def test_answers_tell_revision_and_timings(server: Running) -> None:
     assert (stale.status_code, stale.json()["error"]["code"]) == (404, "revision_not_found")
 
 
+@pytest.mark.case(75)
 def test_an_adapter_is_loaded_and_unloaded_under_traffic(server: Running, client: OpenAI, folder: Path) -> None:
     """In-flight requests keep their revision; new ones are told that the name is gone; everyone else sees nothing."""
     stop = threading.Event()
@@ -244,6 +245,7 @@ def gauges(server: Running) -> dict[str, float]:
     }
 
 
+@pytest.mark.case(49)
 def test_a_client_that_leaves_frees_its_row(server: Running) -> None:
     body = json.dumps({"model": "soft", "prompt": "abc", "max_tokens": 480, "ignore_eos": True, "stream": True, "temperature": 0}).encode()
     host, port = server.url.removeprefix("http://").split(":")
@@ -261,6 +263,7 @@ def test_a_client_that_leaves_frees_its_row(server: Running) -> None:
         assert gauges(server)["vllm:kv_cache_usage_perc"] == 0
 
 
+@pytest.mark.case(51)
 def test_idle_connections_do_not_shut_out_those_who_ask(folder: Path) -> None:
     """Beyond the limit the longest silent one makes room, so health answers however many there are."""
     with running(folder, "--max-connections", "10") as server:
@@ -286,6 +289,7 @@ def test_an_adapter_cannot_be_called_like_the_rest_in_metrics(server: Running, f
     shutil.rmtree(folder / "adapters" / "other")
 
 
+@pytest.mark.case(68)
 def test_sighup_finds_new_adapters(server: Running, folder: Path) -> None:
     write_family(folder / "adapters" / "fresh", "lora", 4, TALKING)
     server.process.send_signal(signal.SIGHUP)
@@ -296,6 +300,7 @@ def test_sighup_finds_new_adapters(server: Running, folder: Path) -> None:
     shutil.rmtree(folder / "adapters" / "fresh")
 
 
+@pytest.mark.case(67)
 def test_sigterm_drains_and_exits_with_zero(folder: Path) -> None:
     with running(folder) as server:
         with httpx.stream(
@@ -316,6 +321,7 @@ def test_sigterm_drains_and_exits_with_zero(folder: Path) -> None:
         assert "Traceback" not in server.log_file.read_text()
 
 
+@pytest.mark.case(72)
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
@@ -334,6 +340,7 @@ def test_what_cannot_start_says_why_and_exits_with_two(folder: Path, flags: list
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.case(72)
 def test_a_port_in_use_is_told_before_anything_is_loaded(server: Running, folder: Path) -> None:
     port = server.url.rpartition(":")[2]
     command = [sys.executable, "-m", "moa_serve", "serve", "--model", str(folder / "base"), "--port", port]

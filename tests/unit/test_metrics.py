@@ -90,6 +90,7 @@ class TestRequests:
         assert value(samples, "vllm:request_params_max_tokens_sum", **theirs) == 16
         assert value(samples, "moa_adapter_last_load_seconds", **mine) == 0.25
 
+    @pytest.mark.case(85)
     def test_clients_make_no_series(self) -> None:
         """A label that a client chooses is memory that a client fills."""
         metrics = Metrics("base")
@@ -112,6 +113,7 @@ class TestRequests:
         assert value(samples, "moa_request_seconds_count", adapter="base") is None
         assert value(samples, "vllm:request_success_total", model_name="base", engine="0", finished_reason="error") is None
 
+    @pytest.mark.case(86)
     def test_series_of_an_unloaded_adapter_go(self) -> None:
         """A server that loads a new adapter each minute would grow for ever."""
         metrics = Metrics("base")
@@ -252,6 +254,7 @@ def test_other_adds_up_adapters_with_different_experts() -> None:
     assert value(samples, "moa_expert_selected_total", adapter="other", layer="1", expert="DOWN") == 5
 
 
+@pytest.mark.case(86)
 def test_an_unloaded_adapter_leaves_no_series_and_other_keeps_its_tokens() -> None:
     grid = Grid(1)
     grid.metrics.loaded("a", "revision of a")
@@ -311,6 +314,7 @@ def test_a_long_request_is_published_now_and_then_and_at_its_end() -> None:
     assert asked[-1] == 0.99
 
 
+@pytest.mark.case(89)
 def test_a_scrape_of_a_full_grid_is_short() -> None:
     """The event loop moves no token meanwhile. Compared with the client library on the same samples, in one run."""
     from prometheus_client import CollectorRegistry, Counter, generate_latest

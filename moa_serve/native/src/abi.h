@@ -206,6 +206,8 @@ MOA_API int32_t moa_engine_step(MoaEngine* engine, const MoaBatch* batch);
 // Threads that the next step uses, and ticks of the time stamp counter by part since the last call: base, router, experts, attention, head.
 MOA_API int32_t moa_engine_threads(const MoaEngine* engine);
 MOA_API void moa_engine_ticks(MoaEngine* engine, uint64_t* ticks);
+// Layers computed since the engine was made; may be asked from any thread while a step runs: a step that is long and one that is stuck differ.
+MOA_API int64_t moa_engine_layers_done(const MoaEngine* engine);
 // Bytes of a page of one layer: keys and values of all kv heads.
 MOA_API void moa_page_bytes(const MoaModel* model, int64_t* key_bytes, int64_t* value_bytes);
 

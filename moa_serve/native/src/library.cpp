@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <new>
 #include <string>
 #include <vector>
@@ -151,6 +152,7 @@ struct MoaEngine {
   Threads threads;
   Buffers buffers;
   uint64_t ticks[MOA_NUM_PARTS] = {};
+  std::atomic<int64_t> layers_done{0};
 
   void reserve(const MoaBatch& batch, MoaBuffers& at) {
     const int64_t tokens = batch.num_tokens, threads = team_size(team), bytes = element_bytes(model.dtype);
@@ -241,7 +243,7 @@ void moa_engine_delete(MoaEngine* engine) {
 }
 
 int32_t moa_engine_step(MoaEngine* engine, const MoaBatch* batch) {
-  MoaStep step = {&engine->model, batch, engine->cache, {}, engine->team, {}};
+  MoaStep step = {&engine->model, batch, engine->cache, {}, engine->team, {}, &engine->layers_done};
   try {
     engine->reserve(*batch, step.buffers);
   } catch (...) {
@@ -254,6 +256,8 @@ int32_t moa_engine_step(MoaEngine* engine, const MoaBatch* batch) {
 }
 
 int32_t moa_engine_threads(const MoaEngine* engine) { return engine->threads.now(); }
+
+int64_t moa_engine_layers_done(const MoaEngine* engine) { return engine->layers_done.load(std::memory_order_relaxed); }
 
 void moa_engine_ticks(MoaEngine* engine, uint64_t* ticks) {
   for (int part = 0; part < MOA_NUM_PARTS; part++) ticks[part] = engine->ticks[part], engine->ticks[part] = 0;

@@ -60,7 +60,10 @@ struct Step {
     last_tick = __rdtsc();
     embed();
     meet();
-    for (int layer = 0; layer < model.num_layers; layer++) run_layer(layer);
+    for (int layer = 0; layer < model.num_layers; layer++) {
+      run_layer(layer);
+      if (thread == 0) step.layers_done->fetch_add(1, std::memory_order_relaxed);
+    }
     run_head();
     end_products();
   }

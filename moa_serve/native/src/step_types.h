@@ -1,5 +1,7 @@
 // What a step works on: the model, the batch, the cache and the buffers. No vector types, so that library.cpp may include it.
 #pragma once
+#include <atomic>
+
 #include "abi.h"
 #include "team.h"
 
@@ -44,4 +46,5 @@ struct MoaStep {
   MoaBuffers buffers;
   Team* team;
   uint64_t ticks[MOA_NUM_PARTS];
+  std::atomic<int64_t>* layers_done;  // of the engine since it was made; others may read it while the step runs
 };

@@ -19,6 +19,7 @@ def adapter(revision: str) -> Adapter:
     return Adapter(_MANIFEST, _TENSORS, revision, "moa-adapter/1")
 
 
+@pytest.mark.case(24)
 def test_least_recently_used_idle_adapter_leaves_first() -> None:
     """Evicting a leased one would pull the weights from under a running request."""
     cache = AdapterCache(3 * _SIZE)
@@ -30,6 +31,7 @@ def test_least_recently_used_idle_adapter_leaves_first() -> None:
     assert cache.acquire("b") is None
 
 
+@pytest.mark.case(24)
 def test_no_room_changes_nothing() -> None:
     """Evicting some and failing all the same would cost a reload for nothing."""
     cache = AdapterCache(2 * _SIZE)

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from bad_adapters import Bad, bad_adapters, has_run, params, params_tensors
+from cases import numbered
 from support import random_tensors, tiny_config, tiny_manifest
 
 from moa_serve.adapter.adapter import Adapter, AdapterSource
@@ -23,7 +24,7 @@ _MANIFEST = tiny_manifest(_CONFIG, "soft_moa", targets=("Q",))
 _TENSORS = random_tensors(_MANIFEST)
 
 
-@pytest.mark.parametrize("bad", bad_adapters(_MANIFEST, _TENSORS), ids=str)
+@pytest.mark.parametrize("bad", numbered(bad_adapters(_MANIFEST, _TENSORS)))
 def test_a_broken_folder_is_refused_and_nothing_else_changes(tmp_path: Path, bad: Bad) -> None:
     """One tenant's bad file must cost nobody else anything."""
     store = AdapterStore(_CONFIG, base_name="base", adapters_dir=tmp_path)
@@ -47,6 +48,7 @@ def _read(folder: Path) -> Adapter:
     return AdapterStore(_CONFIG, base_name="base").read("bad", AdapterSource(folder))
 
 
+@pytest.mark.case(12)
 def test_12_with_both_files_the_pickle_is_not_opened(tmp_path: Path) -> None:
     """A second file of another kind must not be a second chance for code to run."""
     (tmp_path / "adapter_params.json").write_text(json.dumps(params(_CONFIG.num_layers)))
@@ -59,6 +61,7 @@ def test_12_with_both_files_the_pickle_is_not_opened(tmp_path: Path) -> None:
         _read(tmp_path)
 
 
+@pytest.mark.case(19)
 def test_19_an_unreadable_file_loads_once_it_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network disk that hiccups is no reason to condemn an adapter."""
     write_adapter(tmp_path / "a", _MANIFEST, _TENSORS)
@@ -73,6 +76,7 @@ def test_19_an_unreadable_file_loads_once_it_can_be_read(tmp_path: Path, monkeyp
     assert _read(tmp_path / "a").manifest == _MANIFEST
 
 
+@pytest.mark.case(20)
 def test_20_a_folder_still_being_copied_is_changing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two equal looks are needed: what grows between them is not whole."""
     write_adapter(tmp_path / "a", _MANIFEST, _TENSORS)
@@ -90,6 +94,7 @@ def test_20_a_folder_still_being_copied_is_changing(tmp_path: Path, monkeypatch:
         _read(tmp_path / "a")
 
 
+@pytest.mark.case(8)
 def test_8_an_adapter_for_another_width_names_the_fields(tmp_path: Path) -> None:
     """The base is checked before a tensor is read."""
     write_adapter(tmp_path / "a", _MANIFEST, _TENSORS)
@@ -98,6 +103,7 @@ def test_8_an_adapter_for_another_width_names_the_fields(tmp_path: Path) -> None
         other.read("a", AdapterSource(tmp_path / "a"))
 
 
+@pytest.mark.case(8)
 def test_8_a_message_names_five_tensors_and_problems_all(tmp_path: Path) -> None:
     """A log line of a thousand names helps nobody; the whole list is for `check`."""
     write_adapter(tmp_path / "a", _MANIFEST, _TENSORS)

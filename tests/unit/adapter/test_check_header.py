@@ -91,6 +91,7 @@ def test_damaged_headers_get_the_verdict_of_the_reader(tmp_path: Path) -> None:
         assert verdict(read_safetensors_header) == verdict(read_safetensors), sample[: 8 + length]
 
 
+@pytest.mark.case(6)
 @pytest.mark.parametrize(
     "header",
     [

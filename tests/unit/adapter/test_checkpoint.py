@@ -80,6 +80,7 @@ def _header(table: Any, data: bytes = b"") -> bytes:
 # -- safetensors -------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.case(21)
 def test_safetensors_come_back_bitwise_and_survive_the_file(tmp_path: Path) -> None:
     """A mapped file that is truncated later would be a SIGBUS in the middle of serving."""
     path = _put(tmp_path, _WHOLE)
@@ -89,6 +90,7 @@ def test_safetensors_come_back_bitwise_and_survive_the_file(tmp_path: Path) -> N
     assert all(torch.equal(tensors[name], _TABLE[name]) and tensors[name].dtype == _TABLE[name].dtype for name in _TABLE)
 
 
+@pytest.mark.case(5)
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, len(_WHOLE) - 1))
 def test_truncated_at_any_byte_is_corrupt(tmp_path_factory: pytest.TempPathFactory, length: int) -> None:
@@ -98,6 +100,7 @@ def test_truncated_at_any_byte_is_corrupt(tmp_path_factory: pytest.TempPathFacto
         read_safetensors(path, max_bytes=_MIB)
 
 
+@pytest.mark.case(5, 7)
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, len(_WHOLE) - 1), st.integers(0, 255))
 def test_any_changed_byte_gives_tensors_or_an_adapter_error(tmp_path_factory: pytest.TempPathFactory, place: int, value: int) -> None:
@@ -113,6 +116,7 @@ def test_any_changed_byte_gives_tensors_or_an_adapter_error(tmp_path_factory: py
 _ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 
 
+@pytest.mark.case(6, 7)
 @pytest.mark.parametrize(
     "data",
     [
@@ -141,6 +145,7 @@ def test_malformed_safetensors_are_corrupt(tmp_path: Path, data: bytes) -> None:
         read_safetensors(_put(tmp_path, data), max_bytes=64 * _MIB)
 
 
+@pytest.mark.case(18)
 def test_sparse_giant_is_refused_by_its_size(tmp_path: Path) -> None:
     """Reading 64 GB of holes would take the machine's memory."""
     path = tmp_path / "adapter.safetensors"
@@ -153,6 +158,7 @@ def test_sparse_giant_is_refused_by_its_size(tmp_path: Path) -> None:
 # -- files -------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.case(16)
 @pytest.mark.parametrize("make", ["link", "dangling", "fifo", "folder", "device"])
 def test_only_regular_files_are_opened(tmp_path: Path, make: str) -> None:
     """A link leaves the folder; a pipe would hang the loader; a device could do anything."""
@@ -171,12 +177,14 @@ def test_only_regular_files_are_opened(tmp_path: Path, make: str) -> None:
         read_json(path)
 
 
+@pytest.mark.case(13)
 def test_a_missing_file_makes_the_adapter_incomplete(tmp_path: Path) -> None:
     """It is not 'not found': the folder is there."""
     with pytest.raises(AdapterIncomplete, match=r"adapter\.safetensors"):
         read_safetensors(tmp_path / "adapter.safetensors", max_bytes=1)
 
 
+@pytest.mark.case(19)
 def test_permission_and_input_errors_are_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They may pass: the caller can try again, and no Python error reaches a client."""
     path = _put(tmp_path, b"{}")
@@ -195,6 +203,7 @@ def test_permission_and_input_errors_are_unreadable(tmp_path: Path, monkeypatch:
     assert read_json(path) == {}
 
 
+@pytest.mark.case(20)
 def test_a_file_that_grows_meanwhile_is_changing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder still being copied would load half an adapter."""
     path = _put(tmp_path, b"{}")
@@ -214,6 +223,7 @@ def test_a_file_that_grows_meanwhile_is_changing(tmp_path: Path, monkeypatch: py
 # -- JSON --------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.case(14)
 @pytest.mark.parametrize(
     "data",
     [
@@ -272,6 +282,7 @@ def _code_in_tar(mark: Path) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.case(1, 3)
 @pytest.mark.parametrize("make", [_code_in_zip, _code_in_legacy, _code_bare, _code_in_tar])
 @pytest.mark.parametrize("name", ["adapter.pth", "adapter_model.bin"])
 def test_code_in_a_pickle_never_runs(tmp_path: Path, make: Callable[[Path], bytes], name: str) -> None:
@@ -283,6 +294,7 @@ def test_code_in_a_pickle_never_runs(tmp_path: Path, make: Callable[[Path], byte
     assert not mark.exists()
 
 
+@pytest.mark.case(2)
 def test_a_training_checkpoint_is_told_from_an_adapter(tmp_path: Path) -> None:
     """The usual mistake: checkpoint-N.pth instead of the extracted adapter.pth; the message must say what to do."""
     path = _put(tmp_path, _saved({"model": dict(_TABLE), "args": argparse.Namespace(lr=1)}), "adapter.pth")
@@ -310,6 +322,7 @@ def test_a_pickle_of_anything_else_is_refused(tmp_path: Path, value: Any) -> Non
         read_pickle(_put(tmp_path, _saved(value), "adapter.pth"), max_bytes=_MIB)
 
 
+@pytest.mark.case(4)
 def test_zip_bombs_are_judged_from_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unpacking first and measuring later is how a small file fills the memory."""
     bomb = _zip({"archive/data.pkl": bytes(50 * _MIB)}, zipfile.ZIP_DEFLATED)

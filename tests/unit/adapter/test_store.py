@@ -51,6 +51,7 @@ def test_a_published_adapter_can_be_leased_by_name(tmp_path: Path) -> None:
         store.publish("a", AdapterSource(tmp_path / "b"), adapter)
 
 
+@pytest.mark.case(22)
 @pytest.mark.parametrize("name", ["base", "", "a" * 65, "a/b", ".hidden", "a b", "a\n", "\u202eabc", "ä", None, 7, ["a"]])
 def test_bad_names_are_refused(tmp_path: Path, name: Any) -> None:
     """Names reach metrics, logs, URLs and paths: control characters and slashes would forge any of them."""
@@ -59,6 +60,7 @@ def test_bad_names_are_refused(tmp_path: Path, name: Any) -> None:
         store.read(name, write(tmp_path, "good"))
 
 
+@pytest.mark.case(17)
 @pytest.mark.parametrize(
     "path", ["..", "../x", "a/../../x", "/etc", "", ".", "~/x", "$HOME", "http://x/y", "a\0b", "link", "link/a", "x" * 5000]
 )
@@ -98,6 +100,7 @@ def test_scan_finds_adapters_and_skips_the_rest(tmp_path: Path) -> None:
     assert AdapterStore(_CONFIG, base_name="base").scan() == []
 
 
+@pytest.mark.case(23)
 def test_ten_thousand_folders_scan_fast_and_the_limit_holds(tmp_path: Path) -> None:
     """A scan that opens files would block the start for minutes; its time is taken against listing alone."""
     for index in range(10_000):
@@ -114,6 +117,7 @@ def test_ten_thousand_folders_scan_fast_and_the_limit_holds(tmp_path: Path) -> N
         small.scan()
 
 
+@pytest.mark.case(23)
 def test_more_than_max_adapters_are_not_published(tmp_path: Path) -> None:
     store = store_with(tmp_path, "ab", max_adapters=2)
     source = write(tmp_path, "c", 2)
@@ -121,6 +125,7 @@ def test_more_than_max_adapters_are_not_published(tmp_path: Path) -> None:
         store.publish("c", source, store.read("c", source))
 
 
+@pytest.mark.case(24, 80)
 def test_an_evicted_adapter_is_read_again(tmp_path: Path) -> None:
     """More adapters than memory is the normal case; names stay, weights come and go."""
     store = store_with(tmp_path, "abc", max_bytes=2 * _SIZE)
@@ -133,6 +138,7 @@ def test_an_evicted_adapter_is_read_again(tmp_path: Path) -> None:
     assert store.cache.num_leases(store.get("a").revision) == 0
 
 
+@pytest.mark.case(80)
 def test_replaced_files_are_not_served_under_the_old_revision(tmp_path: Path) -> None:
     """Cached keys and values belong to the old weights: mixing the two would answer with neither."""
     store = store_with(tmp_path, "ab", max_bytes=_SIZE)
@@ -144,6 +150,7 @@ def test_replaced_files_are_not_served_under_the_old_revision(tmp_path: Path) ->
         pass
 
 
+@pytest.mark.case(21)
 def test_files_may_change_and_vanish_while_the_adapter_is_in_memory(tmp_path: Path) -> None:
     """Served weights are a copy: a truncated file must neither crash the process nor change an answer."""
     store = store_with(tmp_path, "a")

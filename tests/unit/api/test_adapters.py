@@ -313,6 +313,7 @@ def test_first_requests_share_one_load_which_outlives_them(base: Path, tmp_path:
     serve(base, tmp_path / "adapters", body)
 
 
+@pytest.mark.case(75)
 def test_unload_hides_at_once_waits_and_frees_every_byte(base: Path, tmp_path: Path) -> None:
     write_family(tmp_path / "adapters" / "a", "soft")
 
@@ -343,6 +344,7 @@ def test_unload_hides_at_once_waits_and_frees_every_byte(base: Path, tmp_path: P
     serve(base, tmp_path / "adapters", body)
 
 
+@pytest.mark.case(75)
 def test_an_unload_that_waits_too_long_is_taken_back(base: Path, tmp_path: Path) -> None:
     write_family(tmp_path / "adapters" / "a", "soft")
 
@@ -357,6 +359,7 @@ def test_an_unload_that_waits_too_long_is_taken_back(base: Path, tmp_path: Path)
     serve(base, tmp_path / "adapters", body, unload_seconds=0.02)
 
 
+@pytest.mark.case(77)
 def test_a_reload_never_changes_a_running_request(base: Path, tmp_path: Path) -> None:
     """Each answer is wholly old or wholly new, and the old weights leave with the last old request."""
     folder = tmp_path / "adapters"
@@ -384,6 +387,7 @@ def test_a_reload_never_changes_a_running_request(base: Path, tmp_path: Path) ->
     serve(base, folder, body)
 
 
+@pytest.mark.case(78)
 def test_a_failed_reload_leaves_the_old_one_serving(base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "adapters"
     write_family(folder / "good", "soft")
@@ -401,6 +405,7 @@ def test_a_failed_reload_leaves_the_old_one_serving(base: Path, tmp_path: Path) 
     serve(base, folder, body)
 
 
+@pytest.mark.case(76)
 @pytest.mark.parametrize("kinds", ["ll", "lu", "ul", "uu", "luluul", "rrrr", "lluurr"])
 @pytest.mark.parametrize("is_loaded", [False, True])
 def test_operations_on_one_name_are_serial(base: Path, tmp_path: Path, kinds: str, is_loaded: bool) -> None:
@@ -425,6 +430,7 @@ def test_operations_on_one_name_are_serial(base: Path, tmp_path: Path, kinds: st
     serve(base, tmp_path / "adapters", body)
 
 
+@pytest.mark.case(76)
 def test_traffic_beside_loads_and_unloads_only_ever_sees_200_or_404(base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "adapters"
     for seed in (1, 2):
@@ -512,6 +518,7 @@ def test_an_adapter_that_was_loaded_before_its_folder_was_seen_can_be_unloaded_f
     serve(base, tmp_path / "adapters", body)
 
 
+@pytest.mark.case(79)
 def test_changed_content_brings_a_hidden_name_back(base: Path, tmp_path: Path) -> None:
     write_family(tmp_path / "adapters" / "a", "soft", 1)
 
@@ -531,6 +538,7 @@ def test_changed_content_brings_a_hidden_name_back(base: Path, tmp_path: Path) -
 # -- memory
 
 
+@pytest.mark.case(24, 80)
 def test_the_least_recently_used_leaves_and_is_read_again(base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "adapters"
     for seed, name in enumerate(("a", "b", "c")):
@@ -579,6 +587,7 @@ def test_what_is_refused_after_its_trial_is_forgotten(base: Path, tmp_path: Path
     serve(base, folder, body, max_bytes=int(size * 1.5))
 
 
+@pytest.mark.case(80)
 def test_an_evicted_adapter_whose_files_changed(base: Path, tmp_path: Path) -> None:
     """What an operator chose is never swapped behind his back; what requests found is what lies there."""
     folder = tmp_path / "adapters"
@@ -626,6 +635,7 @@ def test_two_names_of_one_content_share_its_memory(base: Path, tmp_path: Path) -
     serve(base, tmp_path / "adapters", body)
 
 
+@pytest.mark.case(11)
 def test_loading_again_ends_a_quarantine(base: Path, tmp_path: Path) -> None:
     write_family(tmp_path / "adapters" / "a", "soft")
 
@@ -658,6 +668,7 @@ def test_without_an_adapters_directory_nothing_can_be_loaded(base: Path, tmp_pat
     serve(base, tmp_path / "adapters", body)
 
 
+@pytest.mark.case(23)
 def test_too_many_folders_at_run_time_change_nothing(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_family(tmp_path / "adapters" / "a", "soft")
 

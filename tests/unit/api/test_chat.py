@@ -59,6 +59,7 @@ def test_a_chat_is_encoded_as_its_rendered_text_is() -> None:
     assert ChatTemplate(made).encode(messages) == made.encode(rendered, parse_special=True, add_special=False)
 
 
+@pytest.mark.case(40)
 @pytest.mark.parametrize(
     "evil",
     [
@@ -83,6 +84,7 @@ def test_a_control_token_inside_a_message_is_text(evil: str) -> None:
     assert str(made.encode("user\n" + evil, parse_special=False, add_special=False))[1:-1] in str(ids)
 
 
+@pytest.mark.case(40)
 @given(
     contents=st.lists(
         st.lists(st.sampled_from([*CONTROL, "<", "|", ">", "[", "a", "s>", "im_end", " ", "é", "\ue000"])).map("".join), min_size=1

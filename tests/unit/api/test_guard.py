@@ -75,6 +75,7 @@ def bearer(key: str) -> dict[str, str]:
 class TestKeys:
     BOTH: ClassVar[dict[str, Any]] = {"api_key": ["other-key", USER], "admin_key": ADMIN}
 
+    @pytest.mark.case(41)
     @pytest.mark.parametrize(
         ("headers", "path"),
         [
@@ -105,6 +106,7 @@ class TestKeys:
         for method, path in (("GET", "/v1/models"), ("GET", "/metrics"), ("GET", "/v1/adapters"), ("POST", "/v1/completions")):
             assert ask(method, path, headers=bearer(key), limits=self.BOTH).status_code == 200
 
+    @pytest.mark.case(41)
     @pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/adapters", "/v1/adapters/x/pin"])
     def test_adapters_are_changed_with_the_admin_key_only(self, path: str) -> None:
         """A user who can load an adapter can replace what others are served."""
@@ -132,6 +134,7 @@ class TestKeys:
         assert ask("GET", "/health", limits=self.BOTH).status_code == 200
         assert ask("HEAD", "/health/live", limits=self.BOTH).status_code == 200
 
+    @pytest.mark.case(42)
     @pytest.mark.parametrize(
         "path",
         [
@@ -148,6 +151,7 @@ class TestKeys:
         if with_key.status_code == 200:
             assert with_key.text.startswith("GET /v1/models ")
 
+    @pytest.mark.case(42)
     @pytest.mark.parametrize(
         "path", ["//v1/load_lora_adapter", "/v1/load_lora_adapter/", "/v1/./load_lora_adapter", "/v1/%6coad_lora_adapter"]
     )
@@ -167,11 +171,13 @@ class TestKeys:
 class TestHead:
     """Limits that the head of a request alone can break."""
 
+    @pytest.mark.case(43)
     @pytest.mark.parametrize("given", ["a" * 128, "req_1.2-3"])
     def test_a_plain_request_id_is_kept(self, given: str) -> None:
         for path in ("/v1/models", "/nothing", "/fail", "//"):
             assert ask("GET", path, headers={"X-Request-Id": given}).headers.get_list("x-request-id") == [given]
 
+    @pytest.mark.case(43)
     @pytest.mark.parametrize("given", ["", "a" * 129, "a b", "a\u00e9", "a;b", '{"x":1}'])
     def test_any_other_request_id_is_replaced(self, given: str) -> None:
         """It stands in logs and in other systems' headers."""
@@ -184,6 +190,7 @@ class TestHead:
         for port in ("", ":8000", ":1"):
             assert ask("GET", "/health", headers={"Host": host + port}).status_code == 200
 
+    @pytest.mark.case(44)
     @pytest.mark.parametrize(
         "host", ["evil.example", "localhost.evil.example", "127.0.0.1.nip.io", "localhost:8000@evil", "", "[::2]", "a b"]
     )
@@ -208,6 +215,7 @@ class TestHead:
         assert ask("POST", "/v1/completions", headers={"Origin": "http://localhost"}).status_code == 200
         assert ask("POST", "/v1/completions", headers=evil, limits={"cors_origin": ["https://evil.example"]}).status_code == 200
 
+    @pytest.mark.case(36)
     def test_cors_is_off_unless_asked_for(self) -> None:
         preflight = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}
         assert ask("OPTIONS", "/v1/completions", headers=preflight).status_code == 405
@@ -220,17 +228,20 @@ class TestHead:
         other = ask("OPTIONS", "/v1/completions", headers=preflight | {"Origin": "https://b.example"}, limits=limits)
         assert "access-control-allow-origin" not in other.headers
 
+    @pytest.mark.case(33)
     def test_too_many_or_too_large_headers_and_urls_are_refused(self) -> None:
         assert error_of(ask("GET", "/health", headers=[(f"x-{i}", "1") for i in range(101)])) == (431, "headers_too_large")
         assert error_of(ask("GET", "/health", headers={"x-large": "a" * 17_000})) == (431, "headers_too_large")
         assert error_of(ask("GET", "/health?" + "a" * 9000)) == (414, "url_too_long")
 
+    @pytest.mark.case(35)
     @pytest.mark.parametrize("encoding", ["gzip", "br", "deflate", "gzip, identity"])
     def test_a_compressed_body_is_never_decoded(self, encoding: str) -> None:
         """A bomb of a few kilobytes is gigabytes."""
         response = ask("POST", "/v1/completions", headers={"Content-Encoding": encoding}, content=b"x")
         assert error_of(response) == (415, "unsupported_media_type")
 
+    @pytest.mark.case(34)
     def test_a_request_with_two_lengths_is_refused(self) -> None:
         """Two servers that read its end in different places let one request hide in another."""
         both = [("Content-Length", "1"), ("Transfer-Encoding", "chunked")]
@@ -238,11 +249,13 @@ class TestHead:
         assert error_of(ask("POST", "/v1/completions", headers=[("Content-Length", "1"), ("Content-Length", "2")])) == (400, "invalid_http")
         assert error_of(ask("POST", "/v1/completions", headers=[("Content-Length", "-1")])) == (400, "invalid_http")
 
+    @pytest.mark.case(36)
     def test_head_is_get_without_a_body(self) -> None:
         for path in ("/health", "/v1/models", "/metrics"):
             assert (ask("HEAD", path).status_code, ask("HEAD", path).content) == (200, b"")
         assert ask("HEAD", "/v1/completions").status_code == 405
 
+    @pytest.mark.case(67)
     def test_a_draining_server_takes_nothing_new_and_still_tells(self) -> None:
         response = ask("POST", "/v1/completions", is_draining=True)
         assert error_of(response) == (503, "draining")
@@ -291,22 +304,26 @@ class TestBody:
 
     CHUNKED: ClassVar[list[tuple[bytes, bytes]]] = [(b"transfer-encoding", b"chunked")]
 
+    @pytest.mark.case(32)
     def test_a_declared_length_above_the_limit_is_refused_unread(self) -> None:
         for length in (b"1025", b"9" * 4000):
             sent, taken = self.feed([], [(b"content-length", length)])
             assert (sent[0]["status"], taken) == (413, 0)
             assert (b"connection", b"close") in sent[0]["headers"]
 
+    @pytest.mark.case(32)
     def test_a_chunked_body_is_cut_at_the_limit(self) -> None:
         """A body without a declared length must not fill the memory."""
         part: Message = {"type": "http.request", "body": b"x" * 600, "more_body": True}
         sent, taken = self.feed([part] * 9, self.CHUNKED)
         assert (sent[0]["status"], taken) == (413, 2)
 
+    @pytest.mark.case(32)
     def test_many_tiny_chunks_are_cut(self) -> None:
         sent, taken = self.feed([{"type": "http.request", "body": b"x", "more_body": True}] * 9, self.CHUNKED)
         assert (sent[0]["status"], taken) == (413, 5)
 
+    @pytest.mark.case(46)
     def test_a_sender_that_stops_gets_408(self) -> None:
         sent, _ = self.feed([{"type": "http.request", "body": b"x", "more_body": True}], self.CHUNKED)
         assert sent[0]["status"] == 408
@@ -322,6 +339,7 @@ class TestBody:
 
 
 class TestReply:
+    @pytest.mark.case(48)
     def test_a_reader_that_takes_nothing_is_cut(self) -> None:
         """Its answer would stay in memory for as long as it likes."""
         aborted: list[bool] = []
@@ -430,6 +448,7 @@ def over_a_socket(test: Callable[[int], Awaitable[None]], app: ASGIApp | None = 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
 
 
+@pytest.mark.case(46)
 def test_slow_and_silent_senders_are_cut() -> None:
     """uvicorn waits for ever for the rest of a request; a hundred of them are an outage."""
 
@@ -449,6 +468,7 @@ def test_slow_and_silent_senders_are_cut() -> None:
     over_a_socket(test, keep_alive_seconds=30)
 
 
+@pytest.mark.case(47)
 def test_an_idle_connection_is_closed() -> None:
     async def test(port: int) -> None:
         answer = await talk(port, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -457,6 +477,7 @@ def test_an_idle_connection_is_closed() -> None:
     over_a_socket(test, keep_alive_seconds=1)
 
 
+@pytest.mark.case(34)
 @pytest.mark.parametrize(
     ("sent", "status", "code"),
     [
@@ -485,6 +506,7 @@ def test_what_is_no_good_http_is_told_in_our_shape_and_closed(sent: bytes, statu
     over_a_socket(test, max_body_chunks=10)
 
 
+@pytest.mark.case(48)
 def test_a_reader_that_stops_is_cut_while_others_are_served() -> None:
     """Its connection and its row would be held for ever."""
     ended = asyncio.Event()

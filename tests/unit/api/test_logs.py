@@ -50,6 +50,7 @@ def test_a_request_is_one_line_with_its_timings(lines: io.StringIO) -> None:
     assert (line["status"], line["completion_tokens"], line["seconds"]) == (200, 5, 3.0)
 
 
+@pytest.mark.case(87)
 @pytest.mark.parametrize("evil", ['x\r\n{"level":"info"}', "\x1b[31mred", "a\u2028b\u2029c", "\x00\x7f\x85\x9b", "\ud800", 'q"\\'])
 def test_no_client_forges_a_line(lines: io.StringIO, evil: str) -> None:
     """A model name or a path is the client's; a terminal or a log reader must not act on it."""
@@ -59,6 +60,7 @@ def test_no_client_forges_a_line(lines: io.StringIO, evil: str) -> None:
     assert len(read(lines)) == 3
 
 
+@pytest.mark.case(88)
 def test_keys_are_replaced_wherever_they_stand(lines: io.StringIO) -> None:
     log_refused("r", "GET", f"/{KEY}-longer/{KEY}", 401, "invalid_api_key")
     log_event("start", settings={"keys": [KEY]})

@@ -178,6 +178,7 @@ def test_a_stream_is_not_kept_back_by_proxies(serving: Serving) -> None:
     assert headers["x-request-id"]
 
 
+@pytest.mark.case(40)
 def test_special_tokens_in_a_prompt_are_text_unless_asked(serving: Serving) -> None:
     """A user's text must not end his own turn."""
     body = GREEDY | {"prompt": "</s>a"}
@@ -303,6 +304,7 @@ REFUSED: list[tuple[str, str, Any, int, str, str | None]] = [
 ]
 
 
+@pytest.mark.case(27, 28)
 @pytest.mark.parametrize(("number", "path", "body", "status", "code", "param"), REFUSED)
 def test_bad_input_is_refused_in_openais_shape(
     serving: Serving, number: str, path: str, body: Any, status: int, code: str, param: str | None
@@ -349,6 +351,7 @@ def test_a_body_that_does_not_say_that_it_is_json_is_refused(serving: Serving, k
     assert (response.status_code, response.json()["error"]["code"]) == (415, "unsupported_media_type")
 
 
+@pytest.mark.case(36)
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nothing", 404), ("GET", COMPLETIONS, 405), ("DELETE", "/v1/models", 405)])
 def test_wrong_paths_and_methods_have_the_same_shape(serving: Serving, method: str, path: str, status: int) -> None:
     response = serving.run(serving.send(method, path))
@@ -379,6 +382,7 @@ def is_sent(message: Message) -> bool:
     return str(message["type"]) == "sent"
 
 
+@pytest.mark.case(49)
 @pytest.mark.parametrize("body", [{"stream": True}, {"stream": True, "n": 3}, {"stream": True, "prompt": ["a", "b"], "echo": True}])
 def test_a_client_that_leaves_a_stream_frees_its_rows(serving: Serving, body: dict[str, Any]) -> None:
     """Else a row decodes for nobody, and its lease keeps the adapter for ever."""
@@ -391,6 +395,7 @@ def test_a_client_that_leaves_a_stream_frees_its_rows(serving: Serving, body: di
     serving.assert_clean()
 
 
+@pytest.mark.case(49)
 @pytest.mark.parametrize("body", [{}, {"n": 3}, {"stream": True}])
 def test_a_client_that_leaves_before_the_answer_frees_its_rows(serving: Serving, body: dict[str, Any]) -> None:
     before = len(serving.metrics.records)
@@ -467,6 +472,7 @@ async def together(narrow: Serving, *bodies: dict[str, Any]) -> list[Any]:
     return await asyncio.gather(*tasks)
 
 
+@pytest.mark.case(53, 55)
 def test_a_full_server_says_so_at_once_and_a_long_queue_after_a_while(narrow: Serving) -> None:
     """Waiting without end looks like a hang; the client's library retries after the time that it is told."""
     running, waiting, refused = narrow.run(together(narrow, LONG | {"model": "tiny", "stream": True}, OK, OK))
@@ -477,6 +483,7 @@ def test_a_full_server_says_so_at_once_and_a_long_queue_after_a_while(narrow: Se
     assert narrow.server.engine.num_open == 0
 
 
+@pytest.mark.case(55)
 def test_a_request_that_takes_too_long_ends_with_an_error(narrow: Serving) -> None:
     whole = narrow.post(COMPLETIONS, **LONG | {"model": "tiny"})
     assert (whole.status_code, whole.json()["error"]["code"]) == (504, "request_timeout")

@@ -8,63 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+from engines import PROMPT, ask, events_of, is_idle, until, with_engine
 from families import write_base, write_family
 from native_tools import overflow
 
 from moa_serve import LLM, SamplingParams
-from moa_serve.adapter.adapter import Adapter, AdapterSource
+from moa_serve.adapter.adapter import AdapterSource
 from moa_serve.adapter.importers import read_adapter
-from moa_serve.engine.async_engine import PAUSE_AT, AsyncEngine, Stream
+from moa_serve.engine.async_engine import PAUSE_AT, AsyncEngine
 from moa_serve.engine.engine import Engine, EngineOptions, TokenEvent
 from moa_serve.engine.request import Request
 from moa_serve.errors import Draining, EngineError, InvalidRequest, Overloaded
 from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import load_base
 
-PROMPT = (5, 17, 80)
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("base"))
-
-
-def with_engine(base: Path, body: Callable[[AsyncEngine], Awaitable[Any]], max_waiting: int = 64, **options: Any) -> Any:
-    loaded = load_base(base, dtype=torch.float32)
-
-    async def main() -> Any:
-        chosen = EngineOptions(**{"kv_cache_bytes": 2**21} | options)
-        engine = AsyncEngine(
-            lambda lease: Engine(Transformer(loaded.config, loaded.weights), chosen, lease=lease, base_digest="d"),
-            max_waiting=max_waiting,
-        )
-        engine.start()
-        try:
-            async with asyncio.timeout(30):
-                return await body(engine)
-        finally:
-            await engine.stop()
-
-    return asyncio.run(main())
-
-
-def ask(count: int | None, adapter: Adapter | None = None, prompt: tuple[int, ...] = PROMPT) -> Request:
-    params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-    return Request(prompt, params, adapter.revision if adapter else None, is_pooled=bool(adapter and adapter.manifest.is_pooled))
-
-
-async def events_of(stream: Stream) -> list[TokenEvent]:
-    async with stream:
-        return [event async for events in stream for event in events]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.002)
-
-
-def is_idle(engine: AsyncEngine) -> bool:
-    return engine.engine.block_pool.num_held == 0 and engine.engine.slot_table.num_busy == 0 and not engine._sequences
 
 
 def test_streams_give_what_the_llm_gives(base: Path, tmp_path: Path) -> None:
@@ -85,6 +46,7 @@ def test_streams_give_what_the_llm_gives(base: Path, tmp_path: Path) -> None:
     assert with_engine(base, body, num_slots=2) == expected
 
 
+@pytest.mark.case(49)
 def test_closing_a_stream_frees_its_row_at_once(base: Path) -> None:
     closed = []
 
@@ -101,6 +63,7 @@ def test_closing_a_stream_frees_its_row_at_once(base: Path) -> None:
     assert closed == [1]
 
 
+@pytest.mark.case(49)
 def test_a_stream_closed_before_it_was_added_never_runs(base: Path) -> None:
     async def body(engine: AsyncEngine) -> None:
         for _ in range(20):
@@ -112,6 +75,7 @@ def test_a_stream_closed_before_it_was_added_never_runs(base: Path) -> None:
     with_engine(base, body)
 
 
+@pytest.mark.case(48)
 def test_a_slow_reader_pauses_its_own_row_only(base: Path) -> None:
     async def body(engine: AsyncEngine) -> None:
         slow = engine.open(ask(480))
@@ -142,6 +106,7 @@ def test_a_paused_row_that_is_closed_is_gone_from_the_load(base: Path) -> None:
     with_engine(base, body, kv_cache_bytes=2**22)
 
 
+@pytest.mark.case(48)
 def test_a_paused_row_gives_its_pages_to_those_who_run(base: Path) -> None:
     """Else a reader that sleeps would hold the whole cache."""
 
@@ -157,6 +122,7 @@ def test_a_paused_row_gives_its_pages_to_those_who_run(base: Path) -> None:
     with_engine(base, body, kv_cache_bytes=34 * page, max_model_len=512)
 
 
+@pytest.mark.case(53)
 def test_too_many_are_refused_at_once(base: Path) -> None:
     async def body(engine: AsyncEngine) -> None:
         streams = [engine.open(ask(20)) for _ in range(5)]
@@ -201,19 +167,6 @@ def test_a_failed_step_ends_its_requests_and_the_next_ones_run(base: Path) -> No
     with_engine(base, body)
 
 
-def test_an_engine_that_keeps_failing_gives_up_and_says_so(base: Path) -> None:
-    async def body(engine: AsyncEngine) -> None:
-        engine.engine.step = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
-        for _ in range(3):
-            events = await events_of(engine.open(ask(5)))
-            assert events[-1].finish_reason == "error"
-        await until(lambda: engine.failure is not None)
-        with pytest.raises(EngineError, match="stopped"):
-            engine.open(ask(5))
-
-    with_engine(base, body)
-
-
 def poison(engine: AsyncEngine) -> None:
     """Finite weights that overflow in use."""
     for slot in range(engine.engine.slot_table.num_slots):
@@ -221,6 +174,7 @@ def poison(engine: AsyncEngine) -> None:
             overflow(engine.engine._bank[slot])
 
 
+@pytest.mark.case(11)
 def test_a_request_behind_a_quarantine_ends_with_its_error(base: Path, tmp_path: Path) -> None:
     """It was admitted before the third overflow and is queued after it; the engine and everyone else go on."""
     adapter = read_adapter(AdapterSource(write_family(tmp_path / "a", "lora")), load_base(base, dtype=torch.float32).config)

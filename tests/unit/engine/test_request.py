@@ -134,6 +134,7 @@ def test_stop_ids_are_the_models_own_and_the_requests() -> None:
     assert stops == {False: {2, 3, 8}, True: {8}}
 
 
+@pytest.mark.case(79)
 def test_kv_root_tells_every_field_apart() -> None:
     """Two roots that collide serve one tenant the keys and values of another adapter."""
     fields: list[list[Any]] = [

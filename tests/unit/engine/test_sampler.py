@@ -214,6 +214,7 @@ def test_a_seed_gives_the_same_text_again_and_others_another() -> None:
     assert len({tuple(ids) for ids in texts}) == len(texts)
 
 
+@pytest.mark.case(56)
 def test_preemption_changes_no_token() -> None:
     """A preempted sequence comes back with the same tokens and nothing computed; its draws and counts must go on as before."""
     logits = make_logits(24, scale=0.5)
@@ -325,6 +326,7 @@ def test_logprobs_at_places_are_those_of_whole_rows() -> None:
     assert found == [one.logprob for one in token_logprobs(logits[[row for row, _ in places]], [token for _, token in places], [0] * 55)]
 
 
+@pytest.mark.case(11, 66)
 @pytest.mark.parametrize("bad", [[NAN], [INF], [-INF] * V, [NAN, INF, -INF]], ids=["nan", "inf", "all -inf", "mixed"])
 @pytest.mark.parametrize("params", [*FILTERS, {"repetition_penalty": 1.5, "logprobs": 2}], ids=str)
 def test_a_row_that_is_not_finite_hurts_only_itself(bad: list[float], params: dict[str, Any]) -> None:

@@ -230,6 +230,7 @@ def test_a_newcomer_is_let_in_only_beside_a_spare_block_for_each_row() -> None:
     assert not engine.scheduler.has_work
 
 
+@pytest.mark.case(56)
 def test_the_youngest_row_gives_way_and_keeps_its_tokens() -> None:
     """Taking from an older row lets two rows undo each other's work without end."""
     engine = Engine(num_blocks=6)
@@ -317,6 +318,7 @@ def test_who_waits_for_a_slot_does_not_hold_up_others() -> None:
     assert counts(engine.step()).keys() == {0, 2, 3}
 
 
+@pytest.mark.case(59)
 def test_a_hot_adapter_cannot_starve_a_cold_one() -> None:
     """Its requests join the slot that never empties; the cold one's users would wait as long as traffic lasts."""
     engine = Engine(num_slots=1, max_skips=4)
@@ -477,6 +479,7 @@ def traffic(draw: st.DrawFn) -> tuple[Engine, dict[int, list[Sequence]], dict[in
     return engine, arrivals, leaving, draw(st.sets(st.integers(0, 40), max_size=5))
 
 
+@pytest.mark.case(56, 59)
 @settings(max_examples=250, deadline=None)
 @given(traffic())
 def test_whatever_happens_everything_ends_and_nothing_is_lost(

@@ -1,0 +1,52 @@
+"""What is done before memory runs out."""
+
+import logging
+from pathlib import Path
+
+import psutil
+import pytest
+
+from moa_serve.engine import pressure
+from moa_serve.engine.pressure import MemoryWatch
+from moa_serve.model import control_groups, memory
+from moa_serve.model.memory import memory_in_use
+
+
+@pytest.mark.case(58)
+def test_what_is_idle_goes_before_work_is_refused_and_readiness_after(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    shares = iter([None, 0.5, 0.89, 0.91, 0.93, 0.96, 0.5])
+    monkeypatch.setattr(pressure, "memory_in_use", lambda limit: next(shares))
+    evictions: list[float | None] = []
+    watch = MemoryWatch(evict=lambda: evictions.append(watch.share))
+    seen = []
+    for _ in range(7):
+        watch.look()
+        seen.append((watch.is_short, watch.is_critical))
+    assert seen == [(False, False)] * 3 + [(True, False)] * 2 + [(True, True), (False, False)]
+    assert evictions == [0.91], "once: what was idle is gone then, and looking for more would only cost"
+    assert [record.getMessage() for record in caplog.records] == [
+        "91 % of the memory limit are in use; new work is refused",
+        "50 % of the memory limit are in use; new work is taken",
+    ]
+
+
+@pytest.mark.case(58)
+def test_the_share_is_the_worst_of_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every control group, without the file pages that the kernel would take back, and of the limit that was set."""
+    for folder, limit in ((tmp_path, "max"), (tmp_path / "a", "1000"), (tmp_path / "a" / "b", "2000")):
+        folder.mkdir(exist_ok=True)
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text("900\n")
+        (folder / "memory.stat").write_text("anon 5\ninactive_file 200\n")
+    (tmp_path / "self").write_text("0::/a/b\n")
+    groups = control_groups.groups
+    monkeypatch.setattr(memory, "groups", lambda controller: groups(controller, tmp_path / "self", tmp_path))
+    assert memory_in_use() == 0.7
+    rss = psutil.Process().memory_info().rss
+    assert memory_in_use(rss * 10) == 0.7
+    assert memory_in_use(rss) == pytest.approx(1, abs=0.1)
+    (tmp_path / "self").write_text("0::/\n")
+    assert memory_in_use() is None
