@@ -1,9 +1,9 @@
 """`moa-serve serve`: composes one server from its settings and runs it until it is told to stop.
 
     SIGTERM, SIGINT   no new work, running requests end within `drain_seconds`, exit 0; a second one: exit 143 at once
-    SIGHUP            look at the adapters directory again
+    SIGHUP            look at the adapters directory again, and at the TLS certificate
 
-Everything is refused before the port is told to anyone: a port in use, a base that cannot be served, a wrong setting.
+Everything is refused before the port is told to anyone: a port in use, a base that cannot be served, a wrong setting or certificate.
 """
 
 import asyncio
@@ -12,15 +12,18 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version as version_of
 
 import uvicorn
 
 from moa_serve.adapter.store import AdapterStore
+from moa_serve.api import tls
 from moa_serve.api.adapters import AdapterRegistry
 from moa_serve.api.app import build_app
 from moa_serve.api.context import Server
@@ -33,7 +36,7 @@ from moa_serve.llm import new_model, open_base
 from moa_serve.metrics import Metrics
 from moa_serve.model.weights import Base
 from moa_serve.native.library import status
-from moa_serve.settings import ServerSettings
+from moa_serve.settings import DEFAULT, ServerSettings, strange_variables
 from moa_serve.shell import terminal
 from moa_serve.text import Tokenizer
 
@@ -50,8 +53,9 @@ def serve(settings: ServerSettings) -> int:
     Raises:
         ModelError, InvalidRequest: it cannot start, and why.
     """
-    keys = [key.get_secret_value() for key in (*settings.api_key, *([settings.admin_key] if settings.admin_key else []))]
-    configure_logs(settings.log_level, keys)
+    configure_logs(settings.log_level, settings.secrets)
+    tell(settings)
+    context = tls.server_context(*settings.tls) if settings.tls else None
     listener = _bind(settings.host, settings.port)
     try:
         started = time.monotonic()
@@ -59,9 +63,17 @@ def serve(settings: ServerSettings) -> int:
             settings.model, backend=settings.backend, device=settings.device, dtype=settings.dtype, base_dtype=settings.base_dtype
         )
         sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
-        return asyncio.run(_run(settings, base, backend, listener, started))
+        return asyncio.run(_run(settings, base, backend, listener, context, started))
     finally:
         listener.close()
+
+
+def tell(settings: ServerSettings) -> None:
+    """What is not as usual, and where each of it comes from; secrets are hidden."""
+    given = {item.name: {"value": item.value, "from": item.source} for item in settings.explain() if item.source != DEFAULT}
+    log_event("settings", given=given)
+    for warning in strange_variables():
+        logger.warning("%s", warning)
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -118,7 +130,9 @@ def compose(settings: ServerSettings, base: Base, backend: str) -> Server:
     )
 
 
-async def _run(settings: ServerSettings, base: Base, backend: str, listener: socket.socket, started: float) -> int:
+async def _run(
+    settings: ServerSettings, base: Base, backend: str, listener: socket.socket, context: ssl.SSLContext | None, started: float
+) -> int:
     server = compose(settings, base, backend)
     server.engine.start()
     try:
@@ -126,7 +140,7 @@ async def _run(settings: ServerSettings, base: Base, backend: str, listener: soc
             await asyncio.to_thread(server.registry.scan)
         except AdapterError as error:
             raise InvalidRequest(str(error), param="adapters_dir") from None
-        http = _Http(uvicorn_config(build_app(server), settings), server)
+        http = _Http(uvicorn_config(build_app(server), settings, context), server)
         gc.freeze()  # what is there now stays: a full collection would stop everything for a tenth of a second to find that out
         gc.enable()
         log_event("starting", **_facts(server, listener), seconds=round(time.monotonic() - started, 2))
@@ -143,7 +157,7 @@ def _facts(server: Server, listener: socket.socket) -> dict[str, object]:
     engine, settings = server.engine.engine, server.settings
     host, port = listener.getsockname()[:2]
     return {
-        "url": f"http://{f'[{host}]' if ':' in host else host}:{port}",
+        "url": f"{'https' if settings.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}",
         "base": server.base_name,
         "backend": engine.backend,
         "native": status(),
@@ -171,13 +185,28 @@ class _Http(uvicorn.Server):
         watching = loop.create_task(self._watch())
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
-        loop.add_signal_handler(signal.SIGHUP, self._server.registry.rescan)
+        loop.add_signal_handler(signal.SIGHUP, self._look_again)
         try:
             yield
         finally:
             watching.cancel()
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 loop.remove_signal_handler(number)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.config.is_ssl:  # asyncio gives a handshake a minute, in which a silent client holds a descriptor
+            loop = asyncio.get_running_loop()
+            timed = partial(loop.create_server, ssl_handshake_timeout=self._server.settings.header_timeout_seconds)
+            loop.create_server = timed  # type: ignore[method-assign]
+        await super().startup(sockets)
+
+    def _look_again(self) -> None:
+        self._server.registry.rescan()
+        if self.config.ssl is not None and (files := self._server.settings.tls):
+            try:
+                tls.load(self.config.ssl, *files)
+            except InvalidRequest as error:
+                logger.error("the certificate in use is kept: %s", error)
 
     def _stop(self) -> None:
         if self._stopping is not None:
