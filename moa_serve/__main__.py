@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from moa_serve.api.tls import Tls
 from moa_serve.errors import AdapterCorrupt, AdapterError, DataInvalid, InvalidRequest, MoaError, ModelError
 from moa_serve.settings import HIDDEN, WITHOUT_FLAG, Explained, ServerSettings, load_settings, strange_variables
 from moa_serve.shell import terminal
@@ -410,10 +411,11 @@ def _serve(*, config: Path | None, print_settings: bool, **flags: Any) -> None:
         for warning in strange_variables():
             terminal.warn(warning)
         raise typer.Exit
+    tls = Tls(*settings.tls) if settings.tls else None
     gc.disable()  # until it is ready: what is imported and loaded stays, and to look through it again and again takes a tenth of the start
     with terminal.spinner("Loading torch"):
         from moa_serve.shell.server import serve
-    raise typer.Exit(serve(settings))
+    raise typer.Exit(serve(settings, tls))
 
 
 def _toml(item: Explained) -> str:
@@ -487,13 +489,20 @@ def _usual_adapters_dir() -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def main() -> None:
-    """The console's entry."""
-    for descriptor in range(3):  # what was closed for us would be the next file or connection, and be written to as standard error
+def _open_closed_streams() -> None:
+    """`>&-` closes standard output; the next file or connection would get its number, and what is printed would go there."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(descriptor, "r" if name == "stdin" else "w", closefd=False))
+
+
+def main() -> None:
+    """The console's entry."""
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 shows "?", rather than ending us
             stream.reconfigure(errors="replace")

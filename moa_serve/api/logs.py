@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from typing import Any, TextIO
 
 from moa_serve.metrics import RequestRecord, timings
+from moa_serve.settings import DEFAULT, Explained
 
 logger = logging.getLogger("moa_serve.request")
 
@@ -161,6 +162,12 @@ def log_refused(request_id: str, method: str, path: str, status: int, code: str)
     """The line of a request that no handler saw: too large, too slow, without a key."""
     fields = {"event": "refused", "request_id": request_id, "method": method[:16], "path": path[:128], "status": status, "code": code}
     logger.info("refused", extra={_EVENT: fields})
+
+
+def log_settings(settings: Iterable[Explained]) -> None:
+    """What is not as usual, and where each of it comes from; secrets are hidden."""
+    given = {item.name: {"value": item.value, "from": item.source} for item in settings if item.source != DEFAULT}
+    log_event("settings", given=given)
 
 
 def log_event(event: str, **fields: Any) -> None:

@@ -5,7 +5,6 @@ an expired one, one for another purpose, and a key that does not fit are found a
 """
 
 import contextlib
-import logging
 import os
 import re
 import ssl
@@ -15,13 +14,11 @@ from pathlib import Path
 
 from moa_serve.errors import InvalidRequest
 
-logger = logging.getLogger(__name__)
-
 WARN_DAYS = 14  # before a certificate ends
 _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 
 
-def server_context(cert: Path, key: Path | None, password: str | None) -> ssl.SSLContext:
+class Tls:
     """
     Args:
         cert: PEM, the server's own certificate first, then those between it and its root.
@@ -30,27 +27,35 @@ def server_context(cert: Path, key: Path | None, password: str | None) -> ssl.SS
     Raises:
         InvalidRequest: what is wrong with them, in one line; `param` is the setting.
     """
+
+    def __init__(self, cert: Path, key: Path | None, password: str | None) -> None:
+        self._cert, self._key, self._password = cert, key, password
+        self.context = _new_context()
+        self.warnings: list[str] = []
+        self.load()
+
+    def load(self) -> None:
+        """Read the files again; connections that begin after it have the new certificate.
+
+        Raises:
+            InvalidRequest: nothing has changed then.
+        """
+        text = _readable(self._cert, "tls_cert")
+        if self._key is not None:
+            _readable(self._key, "tls_key")
+        tried = _new_context()
+        _load_pair(tried, self._cert, self._key, self._password)
+        leaf = _CERTIFICATE.search(text)
+        assert leaf is not None, "OpenSSL has just read it"
+        until = _shake_hands(tried, leaf[0], self._cert)
+        _load_pair(self.context, self._cert, self._key, self._password)
+        self.warnings = [*_mode_warning(self._key or self._cert), *_end_warning(self._cert, until)]
+
+
+def _new_context() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    load(context, cert, key, password)
     return context
-
-
-def load(context: ssl.SSLContext, cert: Path, key: Path | None, password: str | None) -> None:
-    """Put certificate and key into a context; one that is in use has them for its next connection.
-
-    Raises: InvalidRequest: nothing has changed then.
-    """
-    text = _readable(cert, "tls_cert")
-    if key is not None:
-        _readable(key, "tls_key")
-    _warn_of_open_key(key or cert)
-    tried = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    _load_pair(tried, cert, key, password)
-    leaf = _CERTIFICATE.search(text)
-    if leaf is not None:  # else it is no PEM, which loading has said
-        _shake_hands(tried, leaf[0], cert)
-    _load_pair(context, cert, key, password)
 
 
 def _readable(path: Path, setting: str) -> str:
@@ -60,10 +65,14 @@ def _readable(path: Path, setting: str) -> str:
         raise InvalidRequest(f"{setting}: {path} cannot be read ({error.strerror})", param=setting) from None
 
 
-def _warn_of_open_key(path: Path) -> None:
-    mode = stat.S_IMODE(os.stat(path).st_mode)
-    if mode & 0o177:
-        logger.warning("tls_key: %s has mode %04o, so others than its owner may use it; chmod 600 it", path, mode)
+def _mode_warning(key: Path) -> list[str]:
+    mode = stat.S_IMODE(os.stat(key).st_mode)
+    return [f"tls_key: {key} has mode {mode:04o}, so others than its owner may use it; chmod 600 it"] if mode & 0o177 else []
+
+
+def _end_warning(cert: Path, until: str) -> list[str]:
+    days = (ssl.cert_time_to_seconds(until) - time.time()) / 86400
+    return [f"tls_cert: {cert} ends in {days:.0f} days, on {until}"] if days < WARN_DAYS else []
 
 
 def _load_pair(context: ssl.SSLContext, cert: Path, key: Path | None, password: str | None) -> None:
@@ -90,8 +99,8 @@ def _load_pair(context: ssl.SSLContext, cert: Path, key: Path | None, password: 
         raise InvalidRequest(f"tls_cert: {cert} cannot be read ({error.strerror})", param="tls_cert") from None
 
 
-def _shake_hands(server: ssl.SSLContext, leaf: str, cert: Path) -> None:
-    """Raises InvalidRequest where a client that trusts `leaf` would refuse it all the same."""
+def _shake_hands(server: ssl.SSLContext, leaf: str, cert: Path) -> str:
+    """When the certificate ends. Raises InvalidRequest where a client that trusts `leaf` would refuse it all the same."""
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False  # which names clients will use is not known here
     client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
@@ -103,14 +112,8 @@ def _shake_hands(server: ssl.SSLContext, leaf: str, cert: Path) -> None:
             for end in ends:
                 with contextlib.suppress(ssl.SSLWantReadError):
                     end.do_handshake()
-        _warn_of_its_end(ends[0], cert)
+        return str((ends[0].getpeercert() or {})["notAfter"])
     except ssl.SSLCertVerificationError as error:
         raise InvalidRequest(f"tls_cert: {cert} cannot be used: {error.verify_message}", param="tls_cert") from None
     except ssl.SSLError as error:
         raise InvalidRequest(f"tls_cert: {cert} cannot be used ({error.reason or error})", param="tls_cert") from None
-
-
-def _warn_of_its_end(client: ssl.SSLObject, cert: Path) -> None:
-    until = (client.getpeercert() or {}).get("notAfter")
-    if isinstance(until, str) and (days := (ssl.cert_time_to_seconds(until) - time.time()) / 86400) < WARN_DAYS:
-        logger.warning("tls_cert: %s ends in %.0f days, on %s", cert, days, until)

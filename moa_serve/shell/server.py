@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import socket
-import ssl
 import sys
 import time
 from collections.abc import Iterator
@@ -23,12 +22,12 @@ from importlib.metadata import version as version_of
 import uvicorn
 
 from moa_serve.adapter.store import AdapterStore
-from moa_serve.api import tls
 from moa_serve.api.adapters import AdapterRegistry
 from moa_serve.api.app import build_app
 from moa_serve.api.context import Server
-from moa_serve.api.logs import configure_logs, log_event
+from moa_serve.api.logs import configure_logs, log_event, log_settings
 from moa_serve.api.protocol import uvicorn_config
+from moa_serve.api.tls import Tls
 from moa_serve.engine.async_engine import AsyncEngine
 from moa_serve.engine.engine import Engine, EngineOptions
 from moa_serve.errors import AdapterError, InvalidRequest
@@ -36,7 +35,7 @@ from moa_serve.llm import new_model, open_base
 from moa_serve.metrics import Metrics
 from moa_serve.model.weights import Base
 from moa_serve.native.library import status
-from moa_serve.settings import DEFAULT, ServerSettings, strange_variables
+from moa_serve.settings import ServerSettings, strange_variables
 from moa_serve.shell import terminal
 from moa_serve.text import Tokenizer
 
@@ -47,15 +46,16 @@ _LOOK_SECONDS = 0.1
 logger = logging.getLogger(__name__)
 
 
-def serve(settings: ServerSettings) -> int:
+def serve(settings: ServerSettings, tls: Tls | None = None) -> int:
     """Run a server; what comes back is the exit code.
 
     Raises:
         ModelError, InvalidRequest: it cannot start, and why.
     """
     configure_logs(settings.log_level, settings.secrets)
-    tell(settings)
-    context = tls.server_context(*settings.tls) if settings.tls else None
+    log_settings(settings.explain())
+    for warning in (*strange_variables(), *(tls.warnings if tls else ())):
+        logger.warning("%s", warning)
     listener = _bind(settings.host, settings.port)
     try:
         started = time.monotonic()
@@ -63,17 +63,9 @@ def serve(settings: ServerSettings) -> int:
             settings.model, backend=settings.backend, device=settings.device, dtype=settings.dtype, base_dtype=settings.base_dtype
         )
         sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
-        return asyncio.run(_run(settings, base, backend, listener, context, started))
+        return asyncio.run(_run(settings, base, backend, listener, tls, started))
     finally:
         listener.close()
-
-
-def tell(settings: ServerSettings) -> None:
-    """What is not as usual, and where each of it comes from; secrets are hidden."""
-    given = {item.name: {"value": item.value, "from": item.source} for item in settings.explain() if item.source != DEFAULT}
-    log_event("settings", given=given)
-    for warning in strange_variables():
-        logger.warning("%s", warning)
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -130,9 +122,7 @@ def compose(settings: ServerSettings, base: Base, backend: str) -> Server:
     )
 
 
-async def _run(
-    settings: ServerSettings, base: Base, backend: str, listener: socket.socket, context: ssl.SSLContext | None, started: float
-) -> int:
+async def _run(settings: ServerSettings, base: Base, backend: str, listener: socket.socket, tls: Tls | None, started: float) -> int:
     server = compose(settings, base, backend)
     server.engine.start()
     try:
@@ -140,7 +130,7 @@ async def _run(
             await asyncio.to_thread(server.registry.scan)
         except AdapterError as error:
             raise InvalidRequest(str(error), param="adapters_dir") from None
-        http = _Http(uvicorn_config(build_app(server), settings, context), server)
+        http = _Http(uvicorn_config(build_app(server), settings, tls.context if tls else None), server, tls)
         gc.freeze()  # what is there now stays: a full collection would stop everything for a tenth of a second to find that out
         gc.enable()
         log_event("starting", **_facts(server, listener), seconds=round(time.monotonic() - started, 2))
@@ -174,9 +164,9 @@ def _facts(server: Server, listener: socket.socket) -> dict[str, object]:
 class _Http(uvicorn.Server):
     """uvicorn with our way to stop: it goes on answering while it drains, so that health can say so."""
 
-    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+    def __init__(self, config: uvicorn.Config, server: Server, tls: Tls | None) -> None:
         super().__init__(config)
-        self._server = server
+        self._server, self._tls = server, tls
         self._stopping: asyncio.Task[None] | None = None
 
     @contextmanager
@@ -194,7 +184,7 @@ class _Http(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        if self.config.is_ssl:  # asyncio gives a handshake a minute, in which a silent client holds a descriptor
+        if self._tls is not None:  # asyncio gives a handshake a minute, in which a silent client holds a descriptor
             loop = asyncio.get_running_loop()
             timed = partial(loop.create_server, ssl_handshake_timeout=self._server.settings.header_timeout_seconds)
             loop.create_server = timed  # type: ignore[method-assign]
@@ -202,9 +192,10 @@ class _Http(uvicorn.Server):
 
     def _look_again(self) -> None:
         self._server.registry.rescan()
-        if self.config.ssl is not None and (files := self._server.settings.tls):
+        if self._tls is not None:
             try:
-                tls.load(self.config.ssl, *files)
+                self._tls.load()
+                log_event("certificate loaded", warnings=self._tls.warnings)
             except InvalidRequest as error:
                 logger.error("the certificate in use is kept: %s", error)
 

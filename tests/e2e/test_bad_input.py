@@ -28,6 +28,7 @@ import torch
 from bad_adapters import Bad, bad_adapters, has_run, params, params_tensors
 from families import base_tensors
 from hostile import ADMIN, GOOD, USER, WAIT_SECONDS, Answer, Target, bearer, head, request_bytes, under_attack, wait_until
+from prometheus_client.parser import text_string_to_metric_families
 from servers import TALKING, write_talking_base
 from support import random_tensors, tiny_manifest
 
@@ -44,6 +45,11 @@ ADAPTER_BYTES = sum(4 * tensor.numel() for tensor in TENSORS.values())
 BAD = bad_adapters(MANIFEST, TENSORS)
 MIB = 2**20
 RSS_BYTES, BAD_SIZES_RSS_BYTES = 128 * MIB, 64 * MIB  # that any bad input may cost, and one that lies about sizes
+
+
+def numbered(table: Iterable[Any]) -> list[Any]:
+    """Parameters of a test, each with its name and the number of its case."""
+    return [pytest.param(row, id=str(row), marks=pytest.mark.case(row.case)) for row in table]
 
 
 def name_of(bad: Bad) -> str:
@@ -115,13 +121,13 @@ def test_every_case_has_a_line() -> None:
     """A case that nobody tries is a promise that nobody keeps."""
     tables: list[Any] = [*BAD, *PATHS, *NAMES, *ROWS, *WIRE]
     cases = {row.case for row in tables} | {case for case, _ in (*SHARED, *SMALL)}
-    assert cases == set(range(1, 53))
+    assert cases == {*range(1, 53), 85}
 
 
 # -- A: adapter files
 
 
-@pytest.mark.parametrize("bad", BAD, ids=str)
+@pytest.mark.parametrize("bad", numbered(BAD))
 def test_a_bad_folder_is_refused_whoever_asks(server: Target, bad: Bad) -> None:
     """By its name in a request, and by an operator's load: nothing is registered, and no code of the file runs."""
     name, before = name_of(bad), server.process.memory_info().rss
@@ -206,7 +212,7 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("load", [*PATHS, *NAMES], ids=str)
+@pytest.mark.parametrize("load", numbered([*PATHS, *NAMES]))
 def test_a_bad_load_is_refused(server: Target, load: Load) -> None:
     body = json.dumps({"lora_name": load.lora_name, "lora_path": load.lora_path})  # httpx would not send a lone surrogate
     headers = {"Content-Type": "application/json"}
@@ -464,7 +470,7 @@ ROWS: list[Row] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", numbered(ROWS))
 def test_a_bad_request_is_told_what_is_wrong(server: Target, row: Row) -> None:
     content = row.content if row.json is None else json.dumps(row.json).encode()
     headers = {"Content-Type": "application/json", **row.headers} if content is not None else row.headers
@@ -559,7 +565,7 @@ WIRE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", WIRE, ids=str)
+@pytest.mark.parametrize("case", numbered(WIRE))
 def test_bad_http_is_told_in_the_same_shape_and_closed(server: Target, case: Wire) -> None:
     """What stands behind it on the connection is not taken for a request."""
     said = server.talk(itertools.chain(case.pieces(), [request_bytes(POST, BODY)] if case.case == 34 else []))
@@ -585,8 +591,8 @@ def scenario(case: int, table: list[tuple[int, Scenario]] = SHARED) -> Callable[
     return add
 
 
-def ids_of(table: list[tuple[int, Scenario]]) -> list[str]:
-    return [f"{case} {run.__name__}" for case, run in table]
+def told(table: list[tuple[int, Scenario]]) -> list[Any]:
+    return [pytest.param(run, id=f"{case} {run.__name__}", marks=pytest.mark.case(case)) for case, run in table]
 
 
 def overflow_token() -> int:
@@ -776,6 +782,33 @@ def two_hundred_damaged_bodies(server: Target) -> None:
             answer.error()
 
 
+@scenario(85)
+def names_that_clients_make_up(server: Target) -> None:
+    """A label that a client chooses is memory that a client fills."""
+
+    def junk(number: int) -> None:
+        name = f"junk{number}"
+        server.complete(model=name)
+        server.send("GET", f"/{name}")
+        server.send(name.upper(), "/v1/models")
+        server.send("POST", "/v1/completions", key=name)
+
+    def series() -> set[tuple[str, ...]]:
+        page = server.send("GET", "/metrics").body.decode()
+        return {
+            (sample.name, *map("=".join, sorted(sample.labels.items())))
+            for family in text_string_to_metric_families(page)
+            for sample in family.samples
+        }
+
+    for number in range(2):
+        junk(number)
+    before = series()
+    for number in range(2, 102):
+        junk(number)
+    assert series() == before
+
+
 # -- C: clients and connections
 
 
@@ -843,7 +876,7 @@ def readers_that_stop_reading(server: Target) -> None:
     assert after["moa_generated_tokens_total"] - before["moa_generated_tokens_total"] < count * most / 2
 
 
-@pytest.mark.parametrize("run", [run for _, run in SHARED], ids=ids_of(SHARED))
+@pytest.mark.parametrize("run", told(SHARED))
 def test_case(server: Target, run: Scenario) -> None:
     run(server)
 
@@ -982,13 +1015,14 @@ def a_request_that_is_sent_again(small: Target) -> None:
     assert after["moa_requests_total/length"] - before["moa_requests_total/length"] == 1
 
 
-@pytest.mark.parametrize("run", [run for _, run in SMALL], ids=ids_of(SMALL))
+@pytest.mark.parametrize("run", told(SMALL))
 def test_case_with_room_for_little(small: Target, run: Scenario) -> None:
     run(small)
 
 
+@pytest.mark.case(23)
 def test_ten_thousand_folders_are_no_obstacle(tmp_path: Path) -> None:
-    """Case 23: the server starts, and looks at them beside its requests."""
+    """The server starts, and looks at them beside its requests."""
     write_base(tmp_path / "base")
     write_good(tmp_path / "adapters" / "good")
     for index in range(9_999):

@@ -1,6 +1,7 @@
 """What a scrape says: names, numbers, and who gets a series."""
 
 import asyncio
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -90,6 +91,7 @@ class TestRequests:
         assert value(samples, "vllm:request_params_max_tokens_sum", **theirs) == 16
         assert value(samples, "moa_adapter_last_load_seconds", **mine) == 0.25
 
+    @pytest.mark.case(85)
     def test_clients_make_no_series(self) -> None:
         """A label that a client chooses is memory that a client fills."""
         metrics = Metrics("base")
@@ -125,6 +127,31 @@ class TestRequests:
         assert not any("math" in label for _, labels in samples for _, label in labels)
         assert value(samples, "moa_requests_total", adapter="law", finish_reason="stop") == 1
         assert value(samples, "moa_requests_total", adapter="other", finish_reason="stop") == 1
+
+    @pytest.mark.case(86)
+    def test_adapters_that_came_and_went_leave_nothing(self) -> None:
+        """A server that lives for a year loads more names than it ever has at once."""
+        metrics = Metrics("base")
+
+        def live(number: int) -> None:
+            name = f"tenant{number}"
+            loaded(metrics, name)
+            metrics.observe_request(replace(RECORD, model=name, adapter=name))
+            metrics.observe_tokens(name, [0.1])
+            metrics.adapter_unloaded(name)
+
+        def held() -> tuple[int, int]:
+            gc.collect()
+            return len(scrape(metrics)), len(gc.get_objects())
+
+        for number in range(20):
+            live(number)
+        before = held()
+        for number in range(20, 520):
+            live(number)
+        after = held()
+        assert after[0] == before[0]
+        assert after[1] - before[1] < 100, "objects; one name has a thousand"
 
     def test_responses_are_counted_by_status(self) -> None:
         metrics = Metrics("base")
@@ -311,6 +338,7 @@ def test_a_long_request_is_published_now_and_then_and_at_its_end() -> None:
     assert asked[-1] == 0.99
 
 
+@pytest.mark.case(89)
 def test_a_scrape_of_a_full_grid_is_short() -> None:
     """The event loop moves no token meanwhile. Compared with the client library on the same samples, in one run."""
     from prometheus_client import CollectorRegistry, Counter, generate_latest

@@ -5,7 +5,9 @@ The parsers have their own tests, with many more inputs; here the whole way thro
 
 import json
 import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -15,6 +17,7 @@ from support import random_tensors, tiny_config, tiny_manifest
 
 from moa_serve.adapter.adapter import Adapter, AdapterSource
 from moa_serve.adapter.checkpoint import write_adapter
+from moa_serve.adapter.importers import read_adapter
 from moa_serve.adapter.store import AdapterStore
 from moa_serve.errors import AdapterChanging, AdapterConfigInvalid, AdapterCorrupt, AdapterMismatch, AdapterUnreadable
 
@@ -23,7 +26,10 @@ _MANIFEST = tiny_manifest(_CONFIG, "soft_moa", targets=("Q",))
 _TENSORS = random_tensors(_MANIFEST)
 
 
-@pytest.mark.parametrize("bad", bad_adapters(_MANIFEST, _TENSORS), ids=str)
+_BAD = [pytest.param(bad, id=str(bad), marks=pytest.mark.case(bad.case)) for bad in bad_adapters(_MANIFEST, _TENSORS)]
+
+
+@pytest.mark.parametrize("bad", _BAD)
 def test_a_broken_folder_is_refused_and_nothing_else_changes(tmp_path: Path, bad: Bad) -> None:
     """One tenant's bad file must cost nobody else anything."""
     store = AdapterStore(_CONFIG, base_name="base", adapters_dir=tmp_path)
@@ -47,6 +53,7 @@ def _read(folder: Path) -> Adapter:
     return AdapterStore(_CONFIG, base_name="base").read("bad", AdapterSource(folder))
 
 
+@pytest.mark.case(12)
 def test_12_with_both_files_the_pickle_is_not_opened(tmp_path: Path) -> None:
     """A second file of another kind must not be a second chance for code to run."""
     (tmp_path / "adapter_params.json").write_text(json.dumps(params(_CONFIG.num_layers)))
@@ -59,6 +66,7 @@ def test_12_with_both_files_the_pickle_is_not_opened(tmp_path: Path) -> None:
         _read(tmp_path)
 
 
+@pytest.mark.case(19)
 def test_19_an_unreadable_file_loads_once_it_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network disk that hiccups is no reason to condemn an adapter."""
     write_adapter(tmp_path / "a", _MANIFEST, _TENSORS)
@@ -73,6 +81,7 @@ def test_19_an_unreadable_file_loads_once_it_can_be_read(tmp_path: Path, monkeyp
     assert _read(tmp_path / "a").manifest == _MANIFEST
 
 
+@pytest.mark.case(20)
 def test_20_a_folder_still_being_copied_is_changing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two equal looks are needed: what grows between them is not whole."""
     write_adapter(tmp_path / "a", _MANIFEST, _TENSORS)
@@ -90,6 +99,53 @@ def test_20_a_folder_still_being_copied_is_changing(tmp_path: Path, monkeypatch:
         _read(tmp_path / "a")
 
 
+@pytest.mark.case(20)
+@pytest.mark.parametrize("missing", [1, 5_000])
+def test_20_a_copy_that_has_stopped_for_a_moment_is_changing_and_not_corrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: int
+) -> None:
+    """Half a file looks like a broken one. Whoever is told so deletes it, where waiting was enough."""
+    write_adapter(tmp_path / "a", _MANIFEST, _TENSORS)
+    weights = tmp_path / "a" / "adapter.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-missing])
+    hostile = AdapterStore(_CONFIG, base_name="base", isolate=True)
+    waited: list[float] = []
+
+    def copy_on(seconds: float) -> None:
+        waited.append(seconds)
+        with weights.open("ab") as file:
+            file.write(whole[-missing:][:1])
+
+    monkeypatch.setattr(time, "sleep", copy_on)
+    with pytest.raises(AdapterChanging, match="load it again"):
+        hostile.read("a", AdapterSource(tmp_path / "a"))
+    weights.write_bytes(whole[:-missing])
+    monkeypatch.setattr(time, "sleep", waited.append)
+    with pytest.raises(AdapterCorrupt):
+        hostile.read("a", AdapterSource(tmp_path / "a"))
+    os.utime(weights, (1, 1))
+    os.utime(tmp_path / "a" / "adapter.json", (1, 1))
+    with pytest.raises(AdapterCorrupt):  # nobody writes there any more: no time is lost
+        hostile.read("a", AdapterSource(tmp_path / "a"))
+    assert len(waited) == 2
+
+
+@pytest.mark.case(20)
+def test_20_a_config_and_weights_of_two_versions_are_no_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_adapter(tmp_path / "a", _MANIFEST, _TENSORS)
+
+    def replaced_meanwhile(*arguments: Any, **more: Any) -> Any:
+        adapter = read_adapter(*arguments, **more)
+        write_adapter(tmp_path / "a", _MANIFEST, _TENSORS)
+        return adapter
+
+    monkeypatch.setattr("moa_serve.adapter.store.read_adapter", replaced_meanwhile)
+    with pytest.raises(AdapterChanging):
+        _read(tmp_path / "a")
+
+
+@pytest.mark.case(8)
 def test_8_an_adapter_for_another_width_names_the_fields(tmp_path: Path) -> None:
     """The base is checked before a tensor is read."""
     write_adapter(tmp_path / "a", _MANIFEST, _TENSORS)
@@ -98,6 +154,7 @@ def test_8_an_adapter_for_another_width_names_the_fields(tmp_path: Path) -> None
         other.read("a", AdapterSource(tmp_path / "a"))
 
 
+@pytest.mark.case(8)
 def test_8_a_message_names_five_tensors_and_problems_all(tmp_path: Path) -> None:
     """A log line of a thousand names helps nobody; the whole list is for `check`."""
     write_adapter(tmp_path / "a", _MANIFEST, _TENSORS)

@@ -160,6 +160,7 @@ def test_only_what_is_shown_to_people_reads_the_wall_clock() -> None:
         "moa_serve/api/generation.py": 1,  # `created` of an answer
         "moa_serve/shell/server.py": 1,  # `created` of a model
         "moa_serve/api/tls.py": 1,  # when a certificate ends
+        "moa_serve/adapter/store.py": 1,  # how old a file is
         "moa_serve/metrics/state.py": 1,  # the value of vLLM's gauge of running adapters
     }
     layers = ("api", "engine", "metrics", "adapter", "shell/server.py")

@@ -1,6 +1,5 @@
 """Certificates and keys: which are taken, and what is said of the others."""
 
-import logging
 import shutil
 import ssl
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 from certificates import write_certificate
 
-from moa_serve.api.tls import server_context
+from moa_serve.api.tls import Tls
 from moa_serve.errors import InvalidRequest
 from moa_serve.settings import load_settings
 
@@ -22,21 +21,38 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def refused(cert: Path, key: Path | None, password: str | None = None) -> tuple[str | None, str]:
     with pytest.raises(InvalidRequest) as error:
-        server_context(cert, key, password)
+        Tls(cert, key, password)
     assert "\n" not in str(error.value)
     return error.value.param, str(error.value)
 
 
-def test_a_good_pair_is_served_by_tls_1_2_or_newer(pair: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
-    context = server_context(*pair, None)
-    assert context.minimum_version == ssl.TLSVersion.TLSv1_2
-    assert caplog.records == []
+def test_a_good_pair_is_served_by_tls_1_2_or_newer(pair: tuple[Path, Path]) -> None:
+    tls = Tls(*pair, None)
+    assert tls.context.minimum_version == ssl.TLSVersion.TLSv1_2
+    assert tls.warnings == []
+
+
+def test_what_cannot_be_used_does_not_replace_what_can(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """A renewal that writes half a file must not stop the server."""
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    for to, source in ((cert, pair[0]), (key, pair[1])):
+        shutil.copy(source, to)
+    tls = Tls(cert, key, None)
+    context = tls.context
+    cert.write_text("half")
+    with pytest.raises(InvalidRequest):
+        tls.load()
+    shutil.copy(write_certificate(tmp_path, "short", days=3)[0], cert)
+    shutil.copy(tmp_path / "short.key", key)
+    tls.load()
+    assert tls.context is context
+    assert len(tls.warnings) == 1
 
 
 def test_one_file_can_hold_both(pair: tuple[Path, Path], tmp_path: Path) -> None:
     both = tmp_path / "both.pem"
     both.write_bytes(pair[1].read_bytes() + pair[0].read_bytes())
-    server_context(both, None, None)
+    Tls(both, None, None)
     param, message = refused(pair[0], None)
     assert param == "tls_cert"
     assert "missing" in message
@@ -65,28 +81,25 @@ def test_a_certificate_that_has_ended_is_refused(tmp_path: Path) -> None:
     assert "expired" in message
 
 
-def test_one_that_will_end_soon_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    server_context(*write_certificate(tmp_path, "short", days=3), None)
-    (record,) = caplog.records
-    assert "ends in 3 days" in record.getMessage()
+def test_one_that_will_end_soon_is_told(tmp_path: Path) -> None:
+    (warning,) = Tls(*write_certificate(tmp_path, "short", days=3), None).warnings
+    assert "ends in 3 days" in warning
 
 
 def test_an_encrypted_key_needs_its_password_and_asks_no_terminal(tmp_path: Path) -> None:
     cert, key = write_certificate(tmp_path, "locked", password="open sesame")
     assert "MOA_TLS_KEY_PASSWORD" in refused(cert, key)[1]
     assert "does not open it" in refused(cert, key, "wrong")[1]
-    server_context(cert, key, "open sesame")
+    Tls(cert, key, "open sesame")
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o644, 0o660, 0o700])
-def test_a_key_that_others_can_read_is_warned_of(tmp_path: Path, pair: tuple[Path, Path], mode: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_key_that_others_can_read_is_warned_of(tmp_path: Path, pair: tuple[Path, Path], mode: int) -> None:
     key = tmp_path / "open.key"
     key.write_bytes(pair[1].read_bytes())
     key.chmod(mode)
-    with caplog.at_level(logging.WARNING):
-        server_context(pair[0], key, None)
-    (record,) = caplog.records
-    assert f"{mode:04o}" in record.getMessage()
+    (warning,) = Tls(pair[0], key, None).warnings
+    assert f"{mode:04o}" in warning
 
 
 def test_a_key_without_a_certificate_is_refused() -> None:
