@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from moa_serve.api.tls import Tls
 from moa_serve.errors import AdapterCorrupt, AdapterError, DataInvalid, InvalidRequest, MoaError, ModelError
-from moa_serve.settings import ServerSettings, load_settings
+from moa_serve.settings import HIDDEN, WITHOUT_FLAG, Explained, ServerSettings, load_settings, strange_variables
 from moa_serve.shell import terminal
 from moa_serve.shell.bench_command import bench
 from moa_serve.shell.train_command import train
@@ -398,24 +399,44 @@ def evaluate(
         raise typer.Exit(FAILURE)
 
 
-def _serve(*, config: Path | None, **flags: Any) -> None:
+def _serve(*, config: Path | None, print_settings: bool, **flags: Any) -> None:
     """Serve the base and its adapters over the OpenAI API.
 
     Every option is also an environment variable (MOA_PORT, MOA_API_KEY, ...) and a key of the TOML file of --config; an option
     counts before the variable, and that before the file. Stops after SIGTERM, when running requests have ended: exit 0.
     """
     settings = load_settings(flags, config)
+    if print_settings:
+        typer.echo("\n".join(_toml(item) for item in settings.explain()))
+        for warning in strange_variables():
+            terminal.warn(warning)
+        raise typer.Exit
+    tls = Tls(*settings.tls) if settings.tls else None
     gc.disable()  # until it is ready: what is imported and loaded stays, and to look through it again and again takes a tenth of the start
     with terminal.spinner("Loading torch"):
         from moa_serve.shell.server import serve
-    raise typer.Exit(serve(settings))
+    raise typer.Exit(serve(settings, tls))
+
+
+def _toml(item: Explained) -> str:
+    """A line of a settings file. What is hidden, or not set, is a comment, so that the file can be used as it is."""
+    if item.value is None:
+        return f"# {item.name} is not set"
+    is_hidden = HIDDEN in (item.value if isinstance(item.value, list) else [item.value])
+    return f"{'# ' if is_hidden else ''}{item.name} = {json.dumps(item.value, ensure_ascii=False)}  # {item.source}"
 
 
 def _serve_parameters() -> list[inspect.Parameter]:
     """One option for each setting: name, help and bounds are written once, in settings.py."""
     file = typer.Option("--config", envvar="MOA_CONFIG", exists=True, dir_okay=False, help="TOML file with settings.")
-    parameters = [inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, file])]
+    shown = typer.Option("--print-settings", help="Show every setting and where it comes from as a TOML file, and exit.")
+    parameters = [
+        inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, file]),
+        inspect.Parameter("print_settings", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, shown]),
+    ]
     for name, setting in ServerSettings.model_fields.items():
+        if name in WITHOUT_FLAG:
+            continue
         flag = f"--{name.replace('_', '-')}"
         is_switch, is_list = setting.annotation is bool, isinstance(setting.default, tuple)
         if is_switch and setting.default:
@@ -470,8 +491,20 @@ def _usual_adapters_dir() -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def _open_closed_streams() -> None:
+    """`>&-` closes standard output; the next file or connection would get its number, and what is printed would go there."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(descriptor, "r" if name == "stdin" else "w", closefd=False))
+
+
 def main() -> None:
     """The console's entry."""
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 shows "?", rather than ending us
             stream.reconfigure(errors="replace")

@@ -4,21 +4,28 @@ A setting is a flag (`--max-waiting`), an environment variable (`MOA_MAX_WAITING
 order of precedence. Plain values: nothing below reads settings or the environment itself. Immutable; shared freely.
 """
 
+import difflib
 import ipaddress
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from moa_serve.errors import InvalidRequest
 
 ENV_PREFIX = "MOA_"
+OTHER_VARIABLES = frozenset({"MOA_CONFIG", "MOA_CACHE_DIR"})  # that this package reads besides
+HIDDEN, DEFAULT = "(hidden)", "default"
+WITHOUT_FLAG = frozenset({"tls_key_password"})  # the list of processes would show them
+KEY_LIMITS = ("key_requests_per_minute", "key_tokens_per_minute", "key_concurrent_requests")
 _KEY = re.compile(r"[\x21-\x7e]{1,512}")  # what fits an Authorization header
+_FROM_KUBERNETES = re.compile(r"MOA_(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP)\w*)")  # beside a service called moa
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
@@ -31,10 +38,26 @@ def _default_adapters_dir() -> Path | None:
     return place if place.is_dir() else None
 
 
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """One setting.
+
+    Args:
+        value: as JSON and TOML have it; HIDDEN for a secret.
+        source: "flag", the name of a variable, the path of the file, or DEFAULT.
+    """
+
+    name: str
+    value: Any
+    source: str
+
+
 class ServerSettings(BaseSettings):
     """What one server is told. Made by `load_settings`, which also says which name was wrong."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, hide_input_in_errors=True)
+
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)  # of the settings that somebody has given
 
     # -- what is served
     model: str | None = Field(None, min_length=1, description="Base: a folder, a GGUF file or a hub id; the default base if omitted.")
@@ -74,6 +97,22 @@ class ServerSettings(BaseSettings):
         (), description="Host headers to answer besides localhost on a loopback bind, the only ones on another; against DNS rebinding."
     )
     cors_origin: Texts = Field((), description="Origins whose web pages may call the API from a browser, as scheme://host:port.")
+    tls_cert: Path | None = Field(
+        None, description="PEM file of the server's certificate and those above it; with it HTTPS is served, and nothing else."
+    )
+    tls_key: Path | None = Field(None, description="PEM file of its private key; the certificate's file holds it if omitted.")
+    tls_key_password: SecretStr | None = Field(None, description="Password of an encrypted key. Variable or file only: others see flags.")
+
+    # -- what one API key may do; the admin key is not limited
+    key_requests_per_minute: int | None = Field(
+        None, ge=1, le=10**9, description="Requests of one API key a minute that make work; more get 429. Not limited if omitted."
+    )
+    key_tokens_per_minute: int | None = Field(
+        None, ge=1, le=10**12, description="Tokens of one API key a minute, read and generated; more get 429. Not limited if omitted."
+    )
+    key_concurrent_requests: int | None = Field(
+        None, ge=1, le=100_000, description="Requests of one API key at the same time; more get 429. Not limited if omitted."
+    )
 
     # -- the engine
     max_num_seqs: int = Field(32, ge=1, le=4096, description="Sequences in one step; more wait.")
@@ -202,12 +241,32 @@ class ServerSettings(BaseSettings):
                 f"host: {self.host} can be reached by others, and there is no API key; set MOA_API_KEY, bind 127.0.0.1, "
                 f"or say --allow-unauthenticated"
             )
+        if self.tls_cert is None and self.tls_key is not None:
+            raise ValueError("tls_key: there is no certificate for it; set MOA_TLS_CERT, or leave it out")
+        if not self.api_key and (limited := [name for name in KEY_LIMITS if getattr(self, name) is not None]):
+            raise ValueError(f"{limited[0]}: there is no API key that it could limit; set MOA_API_KEY, or leave it out")
         if self.max_batch_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_batch_tokens: {self.max_batch_tokens} is less than max_num_seqs {self.max_num_seqs}, so a step could not give each "
                 f"row one token; raise it"
             )
         return self
+
+    @property
+    def tls(self) -> tuple[Path, Path | None, str | None] | None:
+        """Certificate, key and password; None is plain HTTP."""
+        password = self.tls_key_password.get_secret_value() if self.tls_key_password else None
+        return None if self.tls_cert is None else (self.tls_cert, self.tls_key, password)
+
+    @property
+    def secrets(self) -> list[str]:
+        """What no log may hold."""
+        found = [*self.api_key, self.admin_key, self.tls_key_password]
+        return [secret.get_secret_value() for secret in found if secret is not None]
+
+    def explain(self) -> list["Explained"]:
+        """Every setting as it counts, and where it comes from."""
+        return [Explained(name, _shown(getattr(self, name)), self._sources.get(name, DEFAULT)) for name in type(self).model_fields]
 
     @property
     def is_loopback(self) -> bool:
@@ -232,7 +291,8 @@ def load_settings(overrides: Mapping[str, Any], config_file: Path | None = None)
     for names, where in ((given, "flags"), (from_file, str(config_file))):
         unknown = sorted(set(names) - set(ServerSettings.model_fields))
         if unknown:
-            raise InvalidRequest(f"{where}: unknown setting {', '.join(map(repr, unknown))}", param=unknown[0])
+            named = ", ".join(f"{name!r}{_meant(name, ServerSettings.model_fields)}" for name in unknown)
+            raise InvalidRequest(f"{where}: unknown setting {named}", param=unknown[0])
 
     class WithFile(ServerSettings):
         @classmethod
@@ -242,7 +302,9 @@ def load_settings(overrides: Mapping[str, Any], config_file: Path | None = None)
             return sources["init_settings"], sources["env_settings"], InitSettingsSource(settings_cls, from_file)
 
     try:
-        return WithFile(**given)
+        settings = WithFile(**given)
+        settings._sources.update({name: source for name in settings.model_fields_set if (source := _source(name, given, str(config_file)))})
+        return settings
     except ValidationError as error:
         problems = [_line(item["loc"], item["msg"], given, from_file) for item in error.errors(include_url=False, include_input=False)]
         raise InvalidRequest("; ".join(problems), param=problems[0].partition(":")[0].partition(" ")[0], problems=problems) from None
@@ -257,13 +319,37 @@ def _read(config_file: Path) -> dict[str, Any]:
         raise InvalidRequest(f"{config_file}: is not TOML ({error})", param="config") from None
 
 
+def _source(name: str, given: Mapping[str, Any], config_file: str) -> str:
+    variable = (ENV_PREFIX + name).upper()
+    is_variable = any(key.upper() == variable and value for key, value in os.environ.items())
+    return "flag" if name in given else variable if is_variable else config_file
+
+
+def strange_variables() -> list[str]:
+    """Variables that look like settings and are none: what is mistyped would silently be the default."""
+    known = {(ENV_PREFIX + name).upper() for name in ServerSettings.model_fields}
+    found = sorted(key for key in map(str.upper, os.environ) if key.startswith(ENV_PREFIX) and key not in known | OTHER_VARIABLES)
+    return [f"{key} is no setting{_meant(key, known)}; it counts for nothing" for key in found if not _FROM_KUBERNETES.fullmatch(key)]
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_shown(item) for item in value]
+    if isinstance(value, SecretStr):
+        return HIDDEN
+    return str(value) if isinstance(value, Path) else value
+
+
 def _line(place: tuple[int | str, ...], message: str, given: Mapping[str, Any], from_file: Mapping[str, Any]) -> str:
     """One finding, with where the value came from: a variable set by a container's host is easily overlooked."""
     text = message.removeprefix("Value error, ")
     if not place:
         return text  # of several settings together; it names them
     name = str(place[0])
-    variable = (ENV_PREFIX + name).upper()
-    is_variable = name not in given and any(key.upper() == variable for key in os.environ)
-    source = f" (from {variable})" if is_variable else "" if name in given or name not in from_file else " (from the file)"
-    return f"{name}{source}: {text}"
+    source = _source(name, given, "the file" if name in from_file else "")
+    return f"{name} (from {source}): {text}" if source not in ("flag", "") else f"{name}: {text}"

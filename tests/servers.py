@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -56,23 +57,27 @@ def write_adapters(folder: Path, *families: str) -> Path:
 
 
 @contextmanager
-def running(folder: Path, *flags: str, env: Mapping[str, str] | None = None, under: Sequence[str] = ()) -> Iterator[Running]:
+def running(
+    folder: Path, *flags: str, env: Mapping[str, str] | None = None, under: Sequence[str] = (), trusts: Path | None = None
+) -> Iterator[Running]:
     """A server over `folder/base` and `folder/adapters`; ready inside the block, ended behind it. `under`: a command that runs it."""
     command = [*under, sys.executable, "-m", "moa_serve", "serve", "--model", str(folder / "base"), "--port", "0"]
     command += ["--adapters-dir", str(folder / "adapters"), "--device", "cpu", "--kv-cache-bytes", str(2**22), *flags]
-    with running_command(command, folder, env=env) as server:
+    with running_command(command, folder, env=env, trusts=trusts) as server:
         yield server
 
 
 @contextmanager
-def running_command(command: list[str], folder: Path, *, env: Mapping[str, str] | None = None) -> Iterator[Running]:
-    """The server that `command` starts in `folder`."""
+def running_command(
+    command: list[str], folder: Path, *, env: Mapping[str, str] | None = None, trusts: Path | None = None
+) -> Iterator[Running]:
+    """The server that `command` starts in `folder`; `trusts` is its own certificate, where it has one."""
     log_file = folder / "server.log"
     with log_file.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
     server = Running("", process, log_file)
     try:
-        server.url = _wait(server)
+        server.url = _wait(server, ssl.create_default_context(cafile=trusts) if trusts else True)
         yield server
     finally:
         if process.poll() is None:
@@ -80,7 +85,7 @@ def running_command(command: list[str], folder: Path, *, env: Mapping[str, str] 
         process.wait(10)
 
 
-def _wait(server: Running) -> str:
+def _wait(server: Running, verify: ssl.SSLContext | bool) -> str:
     """The address, once it is ready."""
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline and server.process.poll() is None:
@@ -88,7 +93,7 @@ def _wait(server: Running) -> str:
         if starting:
             url = str(starting[0]["url"])
             try:
-                if httpx.get(f"{url}/health/ready").status_code == 200:
+                if httpx.get(f"{url}/health/ready", verify=verify).status_code == 200:
                     return url
             except httpx.TransportError:
                 pass

@@ -7,6 +7,7 @@ locks; only `read` may run in a loader thread, for it changes nothing.
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from pathlib import Path
 
 from moa_serve.adapter.adapter import Adapter, AdapterSource
 from moa_serve.adapter.cache import AdapterCache
-from moa_serve.adapter.importers import MAX_FILE_BYTES, check_adapter, has_config, read_adapter
+from moa_serve.adapter.importers import MAX_FILE_BYTES, Signature, check_adapter, has_config, read_adapter, signature_of
 from moa_serve.config import ModelConfig
 from moa_serve.errors import (
+    AdapterChanging,
     AdapterError,
     AdapterExists,
     AdapterLimit,
@@ -29,6 +31,7 @@ from moa_serve.errors import (
 __all__ = ["Adapter", "AdapterEntry", "AdapterSource", "AdapterStore", "resolve_below"]
 
 RESERVED_NAMES = {"other": "what metrics call the rest", "events": "a route of the API"}
+JUST_WRITTEN_SECONDS, LOOK_AGAIN_SECONDS = 2.0, 0.2  # by the clock of the file system, and what a copy's next piece takes at most
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -71,6 +74,18 @@ def resolve_below(root: Path, path: str | os.PathLike[str]) -> Path:
     return place
 
 
+def _is_being_written(folder: str | os.PathLike[str], before: Signature) -> bool:
+    """Whether a folder, of which something was written just now, differs from `before`, also after a moment for the next piece to come."""
+    newest = max((modified for _, _, modified, _ in before), default=0) / 1e9
+    if signature_of(folder) == before and abs(time.time() - newest) < JUST_WRITTEN_SECONDS:
+        time.sleep(LOOK_AGAIN_SECONDS)
+    return signature_of(folder) != before
+
+
+def _changing() -> AdapterChanging:
+    return AdapterChanging("its files are being written; load it again when the copy is whole")
+
+
 class AdapterStore:
     """Names and their adapters for one base.
 
@@ -79,7 +94,7 @@ class AdapterStore:
         base_digest: of the base's weights; adapters made for other weights get a warning.
         adapters_dir: where set, every source lies below it; relative sources start there.
         max_bytes: of host memory for adapters; the least recently used idle ones leave first and are read again when asked for.
-        isolate: unpickle in a child process (when files come from others).
+        isolate: files come from others: unpickle in a child process, and tell a broken folder from one that is still being copied.
     """
 
     def __init__(
@@ -158,10 +173,17 @@ class AdapterStore:
         """Read and validate; publishes nothing, so that the caller can try the adapter first. Safe in a loader thread."""
         self.check_name(name)
         source = self._resolved(source)
+        before = signature_of(source.path)
         try:
-            return read_adapter(source, self.config, base_digest=self.base_digest, isolate=self.isolate, max_file_bytes=self.max_file_bytes)
+            adapter = read_adapter(
+                source, self.config, base_digest=self.base_digest, isolate=self.isolate, max_file_bytes=self.max_file_bytes
+            )
+            if signature_of(source.path) != before:  # its config may be of one version, and its weights of another
+                raise _changing()
+            return adapter
         except AdapterError as error:
-            raise self._told(name, error) from None
+            is_copied = self.isolate and not isinstance(error, AdapterChanging) and _is_being_written(source.path, before)
+            raise self._told(name, _changing() if is_copied else error) from None
 
     def check_header(self, name: str, source: AdapterSource) -> str | None:
         """Whether config and tensor header fit the base: milliseconds, where `read` reads every value. Safe in a loader thread.

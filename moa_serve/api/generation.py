@@ -32,7 +32,7 @@ from moa_serve.api.errors import (
     response_of,
     status_of,
 )
-from moa_serve.api.guard import KEY_ID, ClientGone
+from moa_serve.api.guard import CHARGE, KEY_ID, ClientGone
 from moa_serve.api.logs import log_request
 from moa_serve.api.schemas import GenerationRequest, read_json
 from moa_serve.engine.async_engine import Stream
@@ -161,6 +161,7 @@ class Generation(Response):
             except TimeoutError:
                 raise self._late() from None
             progress.prompts = [prompt for prompt, _ in prepared]
+            self._charge(progress.prompt_tokens)
             self._check_scored(prepared)
             progress.max_tokens = prepared[0][1][0].params.max_tokens
             for prompt, rows in prepared:
@@ -440,8 +441,15 @@ class Generation(Response):
             status=CLIENT_CLOSED_REQUEST if progress.is_cancelled and not progress.is_started else progress.status,
         )
 
+    def _charge(self, num_tokens: int) -> None:
+        """To the account of the key, where tokens are limited."""
+        charge = self._request.scope.get("state", {}).get(CHARGE)
+        if charge is not None:
+            charge(num_tokens)
+
     def _observe(self) -> None:
         self._hand_gaps()
+        self._charge(self._progress.completion_tokens)
         record = self._record()
         self._server.metrics.observe_request(record)
         log_request(record)

@@ -12,13 +12,14 @@ import logging
 import re
 import secrets
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moa_serve.api.errors import RETRY_AFTER_SECONDS, dump_json, error_body
+from moa_serve.api.limits import Account, Accounts, RateLimited
 from moa_serve.api.logs import log_refused
 from moa_serve.settings import ServerSettings
 
@@ -34,7 +35,9 @@ _LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 # What the server's protocol (protocol.py) puts into `scope["state"]`, and what the guard puts there for handlers.
 ABORT, RECEIVED_AT = "moa.abort", "moa.received_at"
-REQUEST_ID, KEY_ID = "request_id", "key_id"
+REQUEST_ID = "request_id"
+KEY_ID = "key_id"  # who asks: 16 hex digits of the key's SHA-256, the same after a restart; absent where no key was asked for
+CHARGE = "moa.charge"  # a function to be told of every token that a request has used; absent where tokens are not limited
 
 
 class ResponseCounter(Protocol):
@@ -74,6 +77,7 @@ class Guard:
         self._app, self._settings, self._is_draining, self._metrics = app, settings, is_draining, metrics
         self._user_keys = [_digest(key.get_secret_value()) for key in settings.api_key]
         self._admin_key = _digest(settings.admin_key.get_secret_value()) if settings.admin_key else None
+        self._accounts = Accounts(settings, [_key_id(key) for key in self._user_keys])
         extra = {host.lower() for host in settings.allowed_hosts}
         self._hosts = _LOOPBACK_HOSTS | extra | {_bracketed(settings.host)} if settings.is_loopback else frozenset(extra)
 
@@ -98,13 +102,21 @@ class Guard:
                 await reply.empty(204, _PREFLIGHT)
                 return
             self._check(scope, headers)
-            body = await self._body(state, headers, receive)
-            if body is None:
-                return  # gone before it had sent its request
-            await self._app(_as_get(scope), _Replay(body, receive), reply)
+            reply.account = self._account(scope)
+            with reply.account.admit() if reply.account else nullcontext():
+                if reply.account is not None:
+                    state[CHARGE] = reply.account.charge
+                body = await self._body(state, headers, receive)
+                if body is None:
+                    return  # gone before it had sent its request
+                await self._app(_as_get(scope), _Replay(body, receive), reply)
         except Refusal as refusal:
             log_refused(request_id, scope["method"], scope["path"], refusal.status, refusal.code)
             await reply.error(refusal)
+        except RateLimited as limited:
+            log_refused(request_id, scope["method"], scope["path"], 429, limited.code)
+            wait = (b"retry-after", str(limited.retry_seconds).encode("ascii"))
+            await reply.error(Refusal(429, limited.code, str(limited), (wait,), closes=headers.has_body))
         except asyncio.CancelledError:  # the time to drain is over
             if not reply.is_begun:
                 with suppress(Exception):
@@ -213,7 +225,12 @@ class Guard:
             if self._admin_key is None:
                 message += ", and this server has none; start it with MOA_ADMIN_KEY"
             raise Refusal(403, "admin_key_required", message, closes=headers.has_body)
-        scope["state"][KEY_ID] = digest.hex()[:16]
+        scope["state"][KEY_ID] = _key_id(digest)
+
+    def _account(self, scope: Scope) -> Account | None:
+        """Of a request that makes work. Reading is cheap and watches the server; who changes adapters is the operator."""
+        is_limited = scope["method"] not in _READS and not scope["path"].startswith(ADMIN)
+        return self._accounts.of(scope["state"].get(KEY_ID)) if is_limited else None
 
     # -- the body
 
@@ -298,6 +315,7 @@ class _Reply:
         self._send, self._extra, self._timeout, self._metrics = send, extra, timeout, metrics
         self._abort: Callable[[], None] | None = scope["state"].get(ABORT)
         self._is_head = scope["method"] == "HEAD"
+        self.account: Account | None = None
         self.is_begun = self.is_complete = self.is_cut = False
 
     async def __call__(self, message: Message) -> None:
@@ -306,7 +324,8 @@ class _Reply:
         if message["type"] == "http.response.start":
             self.is_begun = True
             kept = [pair for pair in message.get("headers", []) if pair[0].lower() != b"x-request-id"]
-            message = {**message, "headers": [*kept, *self._extra]}
+            limits = self.account.headers() if self.account else ()
+            message = {**message, "headers": [*kept, *self._extra, *limits]}
             if self._metrics is not None:
                 self._metrics.observe_response(message["status"])
         elif message["type"] == "http.response.body":
@@ -355,6 +374,10 @@ _PREFLIGHT = [
 def _digest(key: str) -> bytes:
     """Of equal length whatever the key, so that comparing takes equal time."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _key_id(digest: bytes) -> str:
+    return digest.hex()[:16]
 
 
 def _bearer(headers: _Headers) -> bytes:

@@ -7,6 +7,7 @@ client that reads nothing never lets happen. Belongs to the event loop.
 
 import asyncio
 import resource
+import ssl
 import sys
 from typing import Any
 
@@ -120,7 +121,8 @@ class Protocol(H11Protocol):
             self.transport.close()
             return
         self._can_discard = self.settings.max_body_bytes
-        self.transport.write_eof()
+        if self.transport.can_write_eof():  # TLS cannot say it in one direction only
+            self.transport.write_eof()
         self.flow.resume_reading()
         self._close_timer = self.loop.call_later(LINGER_SECONDS, self.transport.abort)
 
@@ -174,7 +176,7 @@ class Protocol(H11Protocol):
             self._close_timer = self.loop.call_later(self.settings.write_timeout_seconds, self.transport.abort)
 
 
-def uvicorn_config(app: Any, settings: ServerSettings) -> Config:
+def uvicorn_config(app: Any, settings: ServerSettings, tls: ssl.SSLContext | None = None) -> Config:
     """What `uvicorn.Server` runs the app with. Logs are left to logs.py, the number of requests to the engine's queue."""
     # Files must still be opened when all connections are; the kernel hands over up to `_BACKLOG` new ones before one is looked at.
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -195,4 +197,5 @@ def uvicorn_config(app: Any, settings: ServerSettings) -> Config:
         timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
         h11_max_incomplete_event_size=settings.max_header_bytes,
+        ssl_context_factory=None if tls is None else lambda *_: tls,
     )

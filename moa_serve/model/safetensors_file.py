@@ -41,9 +41,9 @@ class SafetensorsFile:
         """Raises: ModelNotFound where there is no such file, ModelCorrupt where its header or its length is wrong."""
         self.path = path
         try:
-            with safe_open(path, framework="pt"):
-                pass  # the library checks length, JSON, dtypes, and that the tensors tile the file exactly
-            with path.open("rb") as file:
+            with path.open("rb") as file:  # first, since of a file that may not be read the library says that there is none
+                with safe_open(path, framework="pt"):
+                    pass  # it checks length, JSON, dtypes, and that the tensors tile the file exactly
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size))
         except FileNotFoundError:

@@ -1,12 +1,12 @@
 """`moa-serve serve`: composes one server from its settings and runs it until it is told to stop.
 
     SIGTERM, SIGINT   no new work, running requests end within `drain_seconds`, exit 0; a second one: exit 143 at once
-    SIGHUP            look at the adapters directory again
+    SIGHUP            look at the adapters directory again, and at the TLS certificate
     SIGPIPE           ignored, as Python does: a reader that is gone is an error of its own write
 
 An engine that is broken ends the process with 1, one that is stuck with 70.
 
-Everything is refused before the port is told to anyone: a port in use, a base that cannot be served, a wrong setting.
+Everything is refused before the port is told to anyone: a port in use, a base that cannot be served, a wrong setting or certificate.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version as version_of
 from pathlib import Path
 
@@ -31,8 +32,9 @@ from moa_serve.adapter.store import AdapterStore
 from moa_serve.api.adapters import AdapterRegistry
 from moa_serve.api.app import build_app
 from moa_serve.api.context import Server
-from moa_serve.api.logs import configure_logs, log_event
+from moa_serve.api.logs import configure_logs, log_event, log_settings
 from moa_serve.api.protocol import uvicorn_config
+from moa_serve.api.tls import Tls
 from moa_serve.engine.async_engine import AsyncEngine
 from moa_serve.engine.engine import Engine, EngineOptions
 from moa_serve.engine.pressure import MemoryWatch
@@ -42,7 +44,7 @@ from moa_serve.llm import new_model, open_base
 from moa_serve.metrics import Metrics
 from moa_serve.model.weights import Base
 from moa_serve.native.library import status
-from moa_serve.settings import ServerSettings
+from moa_serve.settings import ServerSettings, strange_variables
 from moa_serve.shell import terminal
 from moa_serve.text import Tokenizer
 
@@ -54,7 +56,7 @@ _LAST_SECONDS = 2.0  # for what is not generation once that has ended: an operat
 logger = logging.getLogger(__name__)
 
 
-def serve(settings: ServerSettings) -> int:
+def serve(settings: ServerSettings, tls: Tls | None = None) -> int:
     """Run a server; what comes back is the exit code.
 
     Raises:
@@ -62,8 +64,10 @@ def serve(settings: ServerSettings) -> int:
     """
     signal.signal(signal.SIGTERM, _leave)  # the first process of a container has no default for it, and starting takes seconds
     _arm_faults(settings)
-    keys = [key.get_secret_value() for key in (*settings.api_key, *([settings.admin_key] if settings.admin_key else []))]
-    configure_logs(settings.log_level, keys)
+    configure_logs(settings.log_level, settings.secrets)
+    log_settings(settings.explain())
+    for warning in (*strange_variables(), *(tls.warnings if tls else ())):
+        logger.warning("%s", warning)
     listener = _bind(settings.host, settings.port)
     directory = None
     try:
@@ -73,7 +77,7 @@ def serve(settings: ServerSettings) -> int:
             settings.model, backend=settings.backend, device=settings.device, dtype=settings.dtype, base_dtype=settings.base_dtype
         )
         sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
-        return asyncio.run(_run(settings, base, backend, listener, started, directory))
+        return asyncio.run(_run(settings, base, backend, listener, tls, started, directory))
     finally:
         if directory is not None:
             directory.close()
@@ -166,7 +170,13 @@ def compose(settings: ServerSettings, base: Base, backend: str, directory: State
 
 
 async def _run(
-    settings: ServerSettings, base: Base, backend: str, listener: socket.socket, started: float, directory: StateDirectory | None
+    settings: ServerSettings,
+    base: Base,
+    backend: str,
+    listener: socket.socket,
+    tls: Tls | None,
+    started: float,
+    directory: StateDirectory | None,
 ) -> int:
     server = compose(settings, base, backend, directory)
     server.engine.start()
@@ -181,7 +191,7 @@ async def _run(
         if problem is not None:
             logger.error("the registry begins anew, with what lies in the adapters directory: %s", problem)
         server.registry.start(look_seconds=settings.adapters_look_seconds)
-        http = _Http(uvicorn_config(build_app(server), settings), server)
+        http = _Http(uvicorn_config(build_app(server), settings, tls.context if tls else None), server, tls)
         gc.freeze()  # what is there now stays: a full collection would stop everything for a tenth of a second to find that out
         gc.enable()
         log_event("starting", **_facts(server, listener), seconds=round(time.monotonic() - started, 2))
@@ -203,7 +213,7 @@ def _facts(server: Server, listener: socket.socket) -> dict[str, object]:
     engine, settings = server.engine.engine, server.settings
     host, port = listener.getsockname()[:2]
     return {
-        "url": f"http://{f'[{host}]' if ':' in host else host}:{port}",
+        "url": f"{'https' if settings.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}",
         "base": server.base_name,
         "backend": engine.backend,
         "native": status(),
@@ -220,9 +230,9 @@ def _facts(server: Server, listener: socket.socket) -> dict[str, object]:
 class _Http(uvicorn.Server):
     """uvicorn with our way to stop: it goes on answering while it drains, so that health can say so."""
 
-    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+    def __init__(self, config: uvicorn.Config, server: Server, tls: Tls | None) -> None:
         super().__init__(config)
-        self._server = server
+        self._server, self._tls = server, tls
         self._stopping: asyncio.Task[None] | None = None
 
     @contextmanager
@@ -231,13 +241,29 @@ class _Http(uvicorn.Server):
         watching = loop.create_task(self._watch())
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
-        loop.add_signal_handler(signal.SIGHUP, self._server.registry.looks.begin)
+        loop.add_signal_handler(signal.SIGHUP, self._look_again)
         try:
             yield
         finally:
             watching.cancel()
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 loop.remove_signal_handler(number)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._tls is not None:  # asyncio gives a handshake a minute, in which a silent client holds a descriptor
+            loop = asyncio.get_running_loop()
+            timed = partial(loop.create_server, ssl_handshake_timeout=self._server.settings.header_timeout_seconds)
+            loop.create_server = timed  # type: ignore[method-assign]
+        await super().startup(sockets)
+
+    def _look_again(self) -> None:
+        self._server.registry.looks.begin()
+        if self._tls is not None:
+            try:
+                self._tls.load()
+                log_event("certificate loaded", warnings=self._tls.warnings)
+            except InvalidRequest as error:
+                logger.error("the certificate in use is kept: %s", error)
 
     def _stop(self) -> None:
         if self._stopping is not None:

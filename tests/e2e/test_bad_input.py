@@ -29,6 +29,7 @@ from bad_adapters import Bad, bad_adapters, has_run, params, params_tensors
 from cases import numbered
 from families import base_tensors
 from hostile import ADMIN, GOOD, USER, WAIT_SECONDS, Answer, Target, bearer, head, request_bytes, under_attack, wait_until
+from prometheus_client.parser import text_string_to_metric_families
 from servers import TALKING, write_talking_base
 from support import random_tensors, tiny_manifest
 
@@ -116,7 +117,7 @@ def test_every_case_has_a_line() -> None:
     """A case that nobody tries is a promise that nobody keeps."""
     tables: list[Any] = [*BAD, *PATHS, *NAMES, *ROWS, *WIRE]
     cases = {row.case for row in tables} | {case for case, _ in (*SHARED, *SMALL)}
-    assert cases == set(range(1, 53))
+    assert cases == {*range(1, 53), 85}
 
 
 # -- A: adapter files
@@ -777,6 +778,33 @@ def two_hundred_damaged_bodies(server: Target) -> None:
             answer.error()
 
 
+@scenario(85)
+def names_that_clients_make_up(server: Target) -> None:
+    """A label that a client chooses is memory that a client fills."""
+
+    def junk(number: int) -> None:
+        name = f"junk{number}"
+        server.complete(model=name)
+        server.send("GET", f"/{name}")
+        server.send(name.upper(), "/v1/models")
+        server.send("POST", "/v1/completions", key=name)
+
+    def series() -> set[tuple[str, ...]]:
+        page = server.send("GET", "/metrics").body.decode()
+        return {
+            (sample.name, *map("=".join, sorted(sample.labels.items())))
+            for family in text_string_to_metric_families(page)
+            for sample in family.samples
+        }
+
+    for number in range(2):
+        junk(number)
+    before = series()
+    for number in range(2, 102):
+        junk(number)
+    assert series() == before
+
+
 # -- C: clients and connections
 
 
@@ -990,7 +1018,7 @@ def test_case_with_room_for_little(small: Target, run: Scenario) -> None:
 
 @pytest.mark.case(23)
 def test_ten_thousand_folders_are_no_obstacle(tmp_path: Path) -> None:
-    """Case 23: the server starts, and looks at them beside its requests."""
+    """The server starts, and looks at them beside its requests."""
     write_base(tmp_path / "base")
     write_good(tmp_path / "adapters" / "good")
     for index in range(9_999):

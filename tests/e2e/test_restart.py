@@ -16,6 +16,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_place(tmp_path_factory.mktemp("restarts"))
 
 
+@pytest.mark.case(71)
 def test_71_kill_at_any_instant_loses_nothing_that_was_acknowledged(folder: Path) -> None:
     """Three times; `python -m tests.restarts --times 20` at length."""
     report = kill_and_restart(folder, times=3, seed=71)
@@ -23,6 +24,7 @@ def test_71_kill_at_any_instant_loses_nothing_that_was_acknowledged(folder: Path
     assert (report.restarts, report.changes > 10) == (3, True)
 
 
+@pytest.mark.case(73)
 def test_73_a_second_server_on_a_state_directory_is_refused(folder: Path, tmp_path: Path) -> None:
     flags = ["--state-dir", str(tmp_path / "state")]
     with running(folder, *flags):
@@ -33,6 +35,7 @@ def test_73_a_second_server_on_a_state_directory_is_refused(folder: Path, tmp_pa
     assert "Traceback" not in second.stderr
 
 
+@pytest.mark.case(82)
 def test_82_a_corrupt_registry_is_set_aside_or_ends_the_start(folder: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
     state.mkdir()

@@ -347,3 +347,38 @@ def test_a_completion_that_ends_in_an_error_is_shown_and_is_exit_1(run: Run, tmp
     plain = run(*arguments)
     assert plain.exit_code == 1
     assert "error: " in plain.stdout
+
+
+# -- serve
+
+
+def test_settings_are_printed_as_a_file_that_gives_the_same_settings(run: Run, tmp_path: Path) -> None:
+    """With their sources, and without what is secret."""
+    env = {"MOA_API_KEY": "sk-secret", "MOA_MAX_WAITING": "7"}
+    result = run("serve", "--print-settings", "--max-n", "4", "--allowed-hosts", 'a"b\\c', "--header-timeout-seconds", "2.5", env=env)
+    assert result.exit_code == 0, result.output
+    assert "sk-secret" not in result.output
+    for line in (
+        '# api_key = ["(hidden)"]  # MOA_API_KEY',
+        "max_n = 4  # flag",
+        "max_waiting = 7  # MOA_MAX_WAITING",
+        "# model is not set",
+    ):
+        assert line in result.stdout.splitlines()
+    assert "port = 8000  # default" in result.stdout.splitlines()
+    file = tmp_path / "moa.toml"
+    file.write_text(result.stdout)
+    again = run("serve", "--config", file, "--print-settings")
+    assert again.exit_code == 0, again.output
+
+    def values(text: str) -> set[str]:
+        return {line.partition("  # ")[0] for line in text.splitlines() if not line.startswith("#")} - {"api_key = []"}
+
+    assert values(again.stdout) == values(result.stdout)
+
+
+def test_secrets_that_a_list_of_processes_would_show_are_no_flags(run: Run) -> None:
+    help_text = run("serve", "--help").stdout
+    assert "--tls-cert" in help_text
+    assert "tls-key-password" not in help_text
+    assert run("serve", "--tls-key-password", "x").exit_code == 2

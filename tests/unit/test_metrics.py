@@ -1,6 +1,7 @@
 """What a scrape says: names, numbers, and who gets a series."""
 
 import asyncio
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -127,6 +128,31 @@ class TestRequests:
         assert not any("math" in label for _, labels in samples for _, label in labels)
         assert value(samples, "moa_requests_total", adapter="law", finish_reason="stop") == 1
         assert value(samples, "moa_requests_total", adapter="other", finish_reason="stop") == 1
+
+    @pytest.mark.case(86)
+    def test_adapters_that_came_and_went_leave_nothing(self) -> None:
+        """A server that lives for a year loads more names than it ever has at once."""
+        metrics = Metrics("base")
+
+        def live(number: int) -> None:
+            name = f"tenant{number}"
+            loaded(metrics, name)
+            metrics.observe_request(replace(RECORD, model=name, adapter=name))
+            metrics.observe_tokens(name, [0.1])
+            metrics.adapter_unloaded(name)
+
+        def held() -> tuple[int, int]:
+            gc.collect()
+            return len(scrape(metrics)), len(gc.get_objects())
+
+        for number in range(20):
+            live(number)
+        before = held()
+        for number in range(20, 520):
+            live(number)
+        after = held()
+        assert after[0] == before[0]
+        assert after[1] - before[1] < 100, "objects; one name has a thousand"
 
     def test_responses_are_counted_by_status(self) -> None:
         metrics = Metrics("base")

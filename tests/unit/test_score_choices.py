@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from moa_serve import LLM, ChoiceScore, SamplingParams
 from moa_serve.engine.engine import Collected
 from moa_serve.engine.request import Request
-from moa_serve.engine.runner import StepOutput, Work
+from moa_serve.engine.scheduler import SchedulerOutput
 from moa_serve.errors import AdapterNonfiniteOutput, ContextLengthExceeded, InvalidRequest, MoaError
 from moa_serve.model.attention import PagedAttention
 from moa_serve.model.batch import ForwardBatch
@@ -178,19 +178,17 @@ def test_scores_survive_failed_steps_and_preemption(llm: LLM, base: Path, folder
         engine.step()
         request = tight._scoring_request(prompt, choices, name)
         scoring = engine.add(request)
-        run = engine._runner.run
+        advance = engine.scheduler.advance
         failures: list[int] = []
 
-        def failing(work: Work) -> StepOutput:
-            output = run(work)
-            if not scoring.num_preemptions and any(sequence is scoring for sequence, _ in work):
-                engine._collect(work, output.collected_logits, [])  # what was collected is not counted twice
-                failures.append(1)
+        def failing(output: SchedulerOutput) -> None:
+            if not scoring.num_preemptions and any(sequence is scoring for sequence, _ in output.chunks):
+                failures.append(1)  # what was collected before is not counted twice
                 assert len(failures) < 100, "nothing was preempted"
                 raise RuntimeError("no step today")
-            return output
+            advance(output)
 
-        engine._runner.run = failing  # type: ignore[method-assign]
+        engine.scheduler.advance = failing  # type: ignore[method-assign]
         while engine.has_work:
             try:
                 engine.step()

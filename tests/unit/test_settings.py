@@ -1,5 +1,6 @@
 """Settings: where they come from, which one counts, what is refused."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import yaml  # type: ignore[import-untyped]
 from pydantic import SecretStr
 
 from moa_serve.errors import InvalidRequest
-from moa_serve.settings import ServerSettings, load_settings
+from moa_serve.settings import DEFAULT, HIDDEN, ServerSettings, load_settings, strange_variables
 
 DOCKER = Path(__file__).parents[2] / "docker"
 
@@ -167,3 +168,56 @@ def test_a_flag_holds_several_keys_with_commas_and_can_be_repeated() -> None:
     """One key called "a,b" would lock both of its users out."""
     settings = load_settings({"api_key": ["first,second", "third"]})
     assert [key.get_secret_value() for key in settings.api_key] == ["first", "second", "third"]
+
+
+def test_every_setting_tells_its_value_and_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator who cannot see which of three places counts changes the other two."""
+    file = write("max_waiting = 1\nport = 1\nadmin_key = 'file-secret'\n")
+    monkeypatch.setenv("MOA_PORT", "2")
+    monkeypatch.setenv("moa_max_stop", "3")
+    monkeypatch.setenv("MOA_HOST", "")
+    monkeypatch.setenv("MOA_API_KEY", "first-secret,second-secret")
+    found = {item.name: (item.value, item.source) for item in load_settings({"max_n": 2}, file).explain()}
+    assert set(found) == set(ServerSettings.model_fields)
+    assert {name: pair for name, pair in found.items() if pair[1] != DEFAULT} == {
+        "max_n": (2, "flag"),
+        "port": (2, "MOA_PORT"),
+        "max_stop": (3, "MOA_MAX_STOP"),
+        "api_key": ([HIDDEN, HIDDEN], "MOA_API_KEY"),
+        "max_waiting": (1, "moa.toml"),
+        "admin_key": (HIDDEN, "moa.toml"),
+    }
+    assert found["host"] == ("127.0.0.1", DEFAULT)
+    assert found["adapters_dir"] == (None, DEFAULT)
+
+
+def test_every_secret_is_known_to_the_log() -> None:
+    """A setting that holds one is of a type that hides it, and is taken out of every line."""
+    cert = Path("cert.pem")
+    given: dict[str, Any] = {"api_key": ["one", "two"], "admin_key": "three", "tls_cert": cert, "tls_key_password": "four"}
+    settings = load_settings(given)
+    assert settings.secrets == ["one", "two", "three", "four"]
+    shown = str(settings.explain())
+    assert not [secret for secret in settings.secrets if f"'{secret}'" in shown]
+    kinds = {name for name, field in ServerSettings.model_fields.items() if "SecretStr" in str(field.annotation)}
+    assert kinds == {"api_key", "admin_key", "tls_key_password"}
+
+
+def test_a_variable_that_is_no_setting_is_told_with_what_was_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit that is mistyped is no limit."""
+    for name in [name for name in os.environ if name.startswith("MOA_")]:
+        monkeypatch.delenv(name)
+    for name in ("MOA_MAX_WAITNG", "MOA_XYZ", "MOA_PORT", "MOA_CONFIG", "MOA_CACHE_DIR"):
+        monkeypatch.setenv(name, "1")
+    # what Kubernetes puts beside services that are called moa and moa-serve
+    for name in ("MOA_SERVICE_HOST", "MOA_SERVICE_PORT", "MOA_SERVICE_PORT_HTTP", "MOA_PORT_8000_TCP", "MOA_PORT_8000_TCP_ADDR",
+                 "MOA_SERVE_SERVICE_HOST", "MOA_SERVE_PORT_80_TCP_PROTO"):  # fmt: skip
+        monkeypatch.setenv(name, "tcp://10.0.0.1:8000")
+    first, second = strange_variables()
+    assert first == "MOA_MAX_WAITNG is no setting (did you mean MOA_MAX_WAITING?); it counts for nothing"
+    assert second.startswith("MOA_XYZ is no setting")
+
+
+def test_a_mistyped_key_of_the_file_is_told_what_was_meant() -> None:
+    with pytest.raises(InvalidRequest, match=r"'max_wating' \(did you mean max_waiting\?\)"):
+        load_settings({}, write("max_wating = 1"))

@@ -5,7 +5,9 @@ The parsers have their own tests, with many more inputs; here the whole way thro
 
 import json
 import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -16,6 +18,7 @@ from support import random_tensors, tiny_config, tiny_manifest
 
 from moa_serve.adapter.adapter import Adapter, AdapterSource
 from moa_serve.adapter.checkpoint import write_adapter
+from moa_serve.adapter.importers import read_adapter
 from moa_serve.adapter.store import AdapterStore
 from moa_serve.errors import AdapterChanging, AdapterConfigInvalid, AdapterCorrupt, AdapterMismatch, AdapterUnreadable
 
@@ -90,6 +93,52 @@ def test_20_a_folder_still_being_copied_is_changing(tmp_path: Path, monkeypatch:
         return seen
 
     monkeypatch.setattr(os, "fstat", grow)
+    with pytest.raises(AdapterChanging):
+        _read(tmp_path / "a")
+
+
+@pytest.mark.case(20)
+@pytest.mark.parametrize("missing", [1, 5_000])
+def test_20_a_copy_that_has_stopped_for_a_moment_is_changing_and_not_corrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: int
+) -> None:
+    """Half a file looks like a broken one. Whoever is told so deletes it, where waiting was enough."""
+    write_adapter(tmp_path / "a", _MANIFEST, _TENSORS)
+    weights = tmp_path / "a" / "adapter.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-missing])
+    hostile = AdapterStore(_CONFIG, base_name="base", isolate=True)
+    waited: list[float] = []
+
+    def copy_on(seconds: float) -> None:
+        waited.append(seconds)
+        with weights.open("ab") as file:
+            file.write(whole[-missing:][:1])
+
+    monkeypatch.setattr(time, "sleep", copy_on)
+    with pytest.raises(AdapterChanging, match="load it again"):
+        hostile.read("a", AdapterSource(tmp_path / "a"))
+    weights.write_bytes(whole[:-missing])
+    monkeypatch.setattr(time, "sleep", waited.append)
+    with pytest.raises(AdapterCorrupt):
+        hostile.read("a", AdapterSource(tmp_path / "a"))
+    os.utime(weights, (1, 1))
+    os.utime(tmp_path / "a" / "adapter.json", (1, 1))
+    with pytest.raises(AdapterCorrupt):  # nobody writes there any more: no time is lost
+        hostile.read("a", AdapterSource(tmp_path / "a"))
+    assert len(waited) == 2
+
+
+@pytest.mark.case(20)
+def test_20_a_config_and_weights_of_two_versions_are_no_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_adapter(tmp_path / "a", _MANIFEST, _TENSORS)
+
+    def replaced_meanwhile(*arguments: Any, **more: Any) -> Any:
+        adapter = read_adapter(*arguments, **more)
+        write_adapter(tmp_path / "a", _MANIFEST, _TENSORS)
+        return adapter
+
+    monkeypatch.setattr("moa_serve.adapter.store.read_adapter", replaced_meanwhile)
     with pytest.raises(AdapterChanging):
         _read(tmp_path / "a")
 

@@ -73,6 +73,7 @@ def test_a_path_may_be_left_out(base: Path, tmp_path: Path) -> None:
     serve(base, tmp_path / "adapters", body)
 
 
+@pytest.mark.case(78)
 def test_reload_compares_and_sets(base: Path, tmp_path: Path) -> None:
     write_family(tmp_path / "adapters" / "a", "soft", seed=1)
 
@@ -97,6 +98,7 @@ def test_reload_compares_and_sets(base: Path, tmp_path: Path) -> None:
 # -- pins
 
 
+@pytest.mark.case(24)
 def test_what_is_pinned_is_never_evicted_and_follows_its_name(base: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 2), ("c", 3)):
         write_family(tmp_path / "adapters" / name, "soft", seed=seed)
@@ -322,6 +324,7 @@ def test_the_directory_is_followed(base: Path, tmp_path: Path) -> None:
     serve(base, tmp_path / "adapters", body, look_seconds=0.01)
 
 
+@pytest.mark.case(20)
 def test_a_folder_that_is_being_copied_waits(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folders_module, "STEADY_SECONDS", 0.4)
     write_family(tmp_path / "whole", "soft")
@@ -343,6 +346,7 @@ def test_a_folder_that_is_being_copied_waits(base: Path, tmp_path: Path, monkeyp
     serve(base, tmp_path / "adapters", body, look_seconds=0.02)
 
 
+@pytest.mark.case(20)
 def test_an_explicit_load_of_a_copy_in_progress_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folders_module, "STEADY_SECONDS", 0.2)
     write_family(tmp_path / "adapters" / "a", "soft")
@@ -398,6 +402,7 @@ def test_what_an_operator_did_outlives_the_process(base: Path, tmp_path: Path) -
         serve(base, folder, run, state_dir=tmp_path / "state")
 
 
+@pytest.mark.case(80)
 def test_a_restart_serves_the_content_that_was_loaded_or_none(base: Path, tmp_path: Path) -> None:
     write_family(tmp_path / "adapters" / "a", "soft", seed=1)
 
@@ -417,6 +422,7 @@ def test_a_restart_serves_the_content_that_was_loaded_or_none(base: Path, tmp_pa
         serve(base, tmp_path / "adapters", run, state_dir=tmp_path / "state")
 
 
+@pytest.mark.case(81)
 def test_what_cannot_be_written_is_not_done(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seed in (("a", 1), ("b", 2)):
         write_family(tmp_path / "adapters" / name, "soft", seed=seed)
@@ -463,6 +469,7 @@ def test_a_load_that_has_no_room_leaves_the_state_as_it_was(base: Path, tmp_path
     serve(base, tmp_path / "adapters", body, state_dir=tmp_path / "state")
 
 
+@pytest.mark.case(77)
 def test_running_requests_keep_their_revision_through_a_reload_loop(base: Path, tmp_path: Path) -> None:
     write_family(tmp_path / "adapters" / "a", "soft", seed=1)
 

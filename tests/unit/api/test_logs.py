@@ -3,14 +3,19 @@
 import io
 import json
 import logging
+import os
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moa_serve.api.logs import configure_logs, log_event, log_refused, log_request
+from moa_serve.api.logs import JsonFormatter, LineHandler, configure_logs, log_event, log_refused, log_request
 from moa_serve.metrics import RequestRecord
 
+REPOSITORY = Path(__file__).parents[3]
 KEY = "sk-very-secret-1"
 
 
@@ -76,3 +81,96 @@ def test_long_and_strange_values_stay_one_line_of_json(lines: io.StringIO) -> No
     log_event("x", number=float("nan"), text="a" * 10**6, other=object())
     (line,) = read(lines)
     assert len(line["text"]) < 10_000
+
+
+@contextmanager
+def logging_to(descriptor: int) -> Iterator[None]:
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    with os.fdopen(descriptor, "w") as stream:
+        configure_logs("info", (), stream)
+        try:
+            yield
+        finally:
+            logging.captureWarnings(False)
+            root.handlers[:] = before
+            root.setLevel(level)
+
+
+def read_all(descriptor: int) -> list[dict[str, Any]]:
+    os.set_blocking(descriptor, False)
+    data = b""
+    while True:
+        try:
+            part = os.read(descriptor, 2**16)
+        except BlockingIOError:
+            break
+        data += part
+    return [json.loads(line) for line in data.splitlines() if line.startswith(b"{") and line.endswith(b"}")]
+
+
+@pytest.mark.case(83)
+@pytest.mark.parametrize("size", [10, 8000])
+def test_a_reader_that_reads_no_more_stops_nobody(size: int) -> None:
+    """A log collector that hangs leaves its pipe full, and whoever writes to that waits for ever: here, the event loop."""
+    reader, writer = os.pipe()
+    try:
+        with logging_to(writer):
+            for number in range(2000):
+                log_event("x", number=number, text="a" * size)
+            got = read_all(reader)
+            numbers = [line["number"] for line in got]
+            assert numbers == list(range(len(numbers)))
+            assert 0 < len(numbers) < 2000
+            log_event("after")
+            lost, after = read_all(reader)
+            assert lost["event"] == "log lines were dropped"
+            assert lost["count"] == 2000 - len(numbers)
+            assert (lost["level"], after["event"]) == ("warning", "after")
+    finally:
+        os.close(reader)
+
+
+@pytest.mark.case(83)
+def test_a_full_disk_and_a_reader_who_has_gone_stop_nobody(capfd: pytest.CaptureFixture[str]) -> None:
+    with logging_to(os.open("/dev/full", os.O_WRONLY)):
+        log_event("x")
+        logging.getLogger("y").error("failed")
+    reader, writer = os.pipe()
+    with logging_to(writer):
+        os.close(reader)
+        log_event("x")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.case(83)
+def test_what_cannot_be_formatted_is_told_and_no_reason_to_fail() -> None:
+    stream = io.StringIO()
+    handler = LineHandler(stream)
+    handler.setFormatter(JsonFormatter())
+    handler.handle(logging.makeLogRecord({"msg": "%d", "args": ("not a number",)}))
+    (line,) = read(stream)
+    assert (line["event"], line["template"]) == ("a log line could not be made", "%d")
+
+
+@pytest.mark.case(84)
+def test_only_what_is_shown_to_people_reads_the_wall_clock() -> None:
+    """A clock that is set, by an hour or ten years, must neither end a request nor let it wait for ever."""
+    allowed = {
+        "moa_serve/api/generation.py": 1,  # `created` of an answer
+        "moa_serve/shell/server.py": 1,  # `created` of a model
+        "moa_serve/api/tls.py": 1,  # when a certificate ends
+        "moa_serve/adapter/store.py": 1,  # how old a file is
+        "moa_serve/api/folders.py": 1,  # likewise; two looks a second apart count as well
+        "moa_serve/api/adapters.py": 1,  # when an adapter was last used
+        "moa_serve/api/adapter_events.py": 1,  # when an event happened
+        "moa_serve/metrics/state.py": 1,  # the value of vLLM's gauge of running adapters
+    }
+    layers = ("api", "engine", "metrics", "adapter", "shell/server.py")
+    found: dict[str, int] = {}
+    for layer in layers:
+        place = REPOSITORY / "moa_serve" / layer
+        for path in [place] if place.is_file() else place.rglob("*.py"):
+            if count := len(re.findall(r"\btime\.time\(|datetime\.(now|utcnow|today)\(", path.read_text())):
+                found[str(path.relative_to(REPOSITORY))] = count
+    assert found == allowed
