@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moa_serve.adapter.adapter import AdapterSource
+    from moa_serve.engine.guide import Guide
     from moa_serve.engine.request import SamplingParams
     from moa_serve.engine.routing import Routing
     from moa_serve.errors import MoaError
     from moa_serve.llm import LLM, ChoiceScore, Completion
 
-__all__ = ["LLM", "AdapterSource", "ChoiceScore", "Completion", "MoaError", "Routing", "SamplingParams"]
+__all__ = ["LLM", "AdapterSource", "ChoiceScore", "Completion", "Guide", "MoaError", "Routing", "SamplingParams"]
 
 _HOMES = {
     "LLM": "moa_serve.llm",
     "AdapterSource": "moa_serve.adapter.adapter",
     "ChoiceScore": "moa_serve.llm",
     "Completion": "moa_serve.llm",
+    "Guide": "moa_serve.engine.guide",
     "MoaError": "moa_serve.errors",
     "Routing": "moa_serve.engine.routing",
     "SamplingParams": "moa_serve.engine.request",

@@ -2,7 +2,8 @@
 
     MoaError                           code
     ├── InvalidRequest                 invalid_value             a prompt or a sampling parameter
-    │   └── ContextLengthExceeded      context_length_exceeded
+    │   ├── ContextLengthExceeded      context_length_exceeded
+    │   └── GrammarInvalid             invalid_grammar           what the text must be cannot be compiled or followed
     ├── ModelError                     the base cannot be served
     │   ├── ModelNotFound              base_not_found
     │   ├── ModelUnsupported           base_unsupported
@@ -71,6 +72,10 @@ class InvalidRequest(MoaError):
 
 class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
+
+
+class GrammarInvalid(InvalidRequest):
+    code = "invalid_grammar"
 
 
 class ModelError(MoaError):

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ from moa_serve.adapter.adapter import Adapter, AdapterSource
 from moa_serve.adapter.manifest import Manifest
 from moa_serve.adapter.store import AdapterStore
 from moa_serve.engine.engine import Collected, Engine, EngineOptions, TokenEvent
+from moa_serve.engine.guide import GrammarCompiler
 from moa_serve.engine.request import Request, SamplingParams, TokenLogprob, shown
 from moa_serve.engine.routing import Routing
 from moa_serve.engine.self_test import judge, read_scores, score_request, trial_prompt
@@ -202,6 +203,12 @@ class LLM:
         except BaseException:
             self.close()
             raise
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        if self.tokenizer is None:
+            raise InvalidRequest("guide: the base has no tokenizer, so there is no text to guide", param="guide")
+        return GrammarCompiler(self.tokenizer, self.config.vocab_size, self.config.eos_token_ids)
 
     # -- life
 
@@ -490,7 +497,13 @@ class LLM:
         if params.stop and self.tokenizer is None:
             raise InvalidRequest("stop: the base has no tokenizer, so there is no text to stop at; use stop_token_ids", param="stop")
         revision, manifest = self._resolve(adapter)
-        request = Request(self._prompt_ids(prompt), params, revision, is_pooled=manifest is not None and manifest.is_pooled)
+        request = Request(
+            self._prompt_ids(prompt),
+            params,
+            revision,
+            is_pooled=manifest is not None and manifest.is_pooled,
+            grammar=None if params.guide is None else self._grammars.compile(params.guide),
+        )
         return _Generation(request, adapter, self.tokenizer)
 
     def _scoring_request(self, prompt: Prompt, choices: Any, adapter: str | None) -> Request:

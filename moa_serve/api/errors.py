@@ -22,6 +22,7 @@ MAX_MESSAGE_CHARS = 1000  # a message quotes what was sent, and what was sent ma
 _STATUS = {
     "invalid_value": 400,
     "context_length_exceeded": 400,
+    "invalid_grammar": 400,
     "invalid_json": 400,
     "unknown_parameter": 400,
     "unsupported_parameter": 400,

@@ -433,6 +433,9 @@ class Engine:
         now = time.monotonic()
         events = []
         for row, sequence in enumerate(output.sampling):
+            if sequence.matcher is not None and sequence.matcher.error is not None:
+                events.append(self._fail(sequence, sequence.matcher.error))
+                continue
             if not sampled.is_finite[row]:
                 is_overflow = _overflows(output.logits[row])
                 events.append(self._fail(sequence, self._overflow(sequence) if is_overflow else _nothing_to_choose()))
@@ -451,6 +454,8 @@ class Engine:
     def _finish_reason(self, sequence: Sequence, token: int) -> str | None:
         params = sequence.request.params
         if token in sequence.stop_ids and sequence.num_generated >= params.min_tokens:
+            return "stop"
+        if sequence.matcher is not None and sequence.matcher.is_complete:
             return "stop"
         if len(sequence.token_ids) >= self.max_model_len or sequence.num_generated == params.max_tokens:
             return "length"

@@ -15,6 +15,7 @@ from enum import Enum
 from itertools import chain
 from typing import Any
 
+from moa_serve.engine.guide import Grammar, Guide, Matcher
 from moa_serve.errors import InvalidRequest
 
 GREEDY_TEMPERATURE = 1e-5
@@ -48,6 +49,8 @@ class SamplingParams:
         ignore_eos: the model's own end of text does not stop.
         logprobs: 0 to 20: log-probability of the chosen token and of this many best ones; 0 is the chosen one alone;
             None is none. Always of the model's own logits, before anything above changed them.
+        guide: what the text must be; it stops where nothing can follow. Its end of text wins over min_tokens and ignore_eos where the
+            guide has nothing else to go on with. None is anything.
     Raises:
         InvalidRequest: `param` is the field.
     """
@@ -67,6 +70,7 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         _check_int("max_tokens", self.max_tokens, 0, None, optional=True)
@@ -86,6 +90,8 @@ class SamplingParams:
         if not isinstance(self.ignore_eos, bool):
             raise InvalidRequest(f"ignore_eos is {self.ignore_eos!r}, but must be true or false", param="ignore_eos")
         _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
+        if self.guide is not None and not isinstance(self.guide, Guide):
+            raise InvalidRequest(f"guide is {shown(self.guide)}, but must be a Guide: Guide.json(schema), Guide.regex(...)", param="guide")
         # Frozen for everyone but its own making: lists become tuples, and a mapping that its owner may change is copied.
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
         object.__setattr__(self, "stop", _stop(self.stop))
@@ -111,6 +117,7 @@ class Request:
         is_pooled: the adapter weighs its experts by the mean over the whole prompt, so the prompt is computed in one step.
         collect_logits: keep the logits of every prompt position.
         collect_routing: keep the router's weights of every position.
+        grammar: `params.guide`, compiled.
         prompt_logprobs: 0 to 20: log-probabilities of the prompt's tokens and of this many best ones at each place; None is none.
         branches: continuations of the prompt to score, each of at least one token. Each stands behind the prompt and sees nothing of the
             others; the prompt is computed once. Only with max_tokens 0 and without the three fields above. Its public name is `choices`.
@@ -126,6 +133,7 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     adapter: str | None = None
     is_pooled: bool = False
+    grammar: Grammar | None = None
     collect_logits: bool = False
     collect_routing: bool = False
     prompt_logprobs: int | None = None
@@ -137,6 +145,7 @@ class Request:
 
     def __post_init__(self) -> None:
         assert self.adapter is not None or not self.is_pooled, "only an adapter pools"
+        assert (self.grammar is None) == (self.params.guide is None), "a guide is compiled before the request is made"
         if not self.prompt_ids:
             raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
         object.__setattr__(self, "prompt_ids", _token_ids("prompt", self.prompt_ids))
@@ -192,6 +201,7 @@ class Sequence:
     eos_token_ids: tuple[int, ...] = ()
 
     finish_reason: str | None = None  # stop, length, abort, error
+    matcher: Matcher | None = field(init=False)  # how far it is in its grammar; outlives preemption
     seed: int = field(init=False)  # of the draws; kept here so that a draw after preemption is the same draw
     stop_ids: frozenset[int] = field(init=False)  # every id that ends the sequence once min_tokens are there
 
@@ -216,13 +226,16 @@ class Sequence:
     sampler_state: Any = None  # the sampler's: token counts and the like; outlives preemption
 
     def __post_init__(self) -> None:
-        params = self.request.params
+        params, grammar = self.request.params, self.request.grammar
+        self.matcher = None if grammar is None else grammar.matcher()
         self.seed = secrets.randbits(64) if params.seed is None else params.seed
         self.stop_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.eos_token_ids)
 
     def append(self, token_id: int) -> None:
         """One more generated token; it is pending until the next step computes it."""
         self.token_ids.append(token_id)
+        if self.matcher is not None:
+            self.matcher.take(token_id)
 
     @property
     def shares_pages(self) -> bool:
