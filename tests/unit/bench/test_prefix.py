@@ -42,9 +42,8 @@ def test_one_json_document_and_a_table(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["ratios"]["base hit"]["goal"] == 0.15
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    assert [line.split()[:2] for line in done.stdout.splitlines() if line.startswith(("base ", "soft_moa "))] == [
-        [name, case] for name in ("base", "soft_moa") for case in ("miss", "control", "hit")
-    ]
+    rows = [line.split()[:2] for line in done.stdout.splitlines() if line.strip().startswith(("base ", "soft_moa "))]
+    assert rows == [[name, case] for name in ("base", "soft_moa") for case in ("miss", "control", "hit")]
     assert "one model found of what the other had left: 0\n" in done.stdout
 
 
