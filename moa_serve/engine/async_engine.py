@@ -183,8 +183,10 @@ class AsyncEngine:
         self._commands.put(lambda: self._engine.drop(revision))
 
     def warm(self, adapter: Adapter) -> None:
-        """Lay an adapter out for the backend ahead of the step that first needs it. The one method for worker threads."""
-        self._engine.model.warm(adapter)
+        """Lay an adapter out for the backend ahead of the step that first needs it, unless it stands in a slot. The one method for worker
+        threads; what they see of the slots may be a step old, which costs at most a layout too many, or one in a step."""
+        if self._engine.slot_table.find(adapter.revision) is None:
+            self._engine.model.warm(adapter)
 
     def pardon(self, revision: str) -> None:
         """A revision was loaded again: end its quarantine."""
