@@ -201,6 +201,8 @@ class Generation(Response):
         return found
 
     def _encode(self, body: GenerationRequest) -> list[tuple[Prompt, list[Request]]]:
+        if self._progress.adapter is not None:  # before it waits for a slot: no step of others is to wait for its layout
+            self._server.engine.warm(self._progress.adapter)
         return [(prompt, self._requests(body, prompt)) for prompt in self._dialect.encode(self._server, body)]
 
     def _requests(self, body: GenerationRequest, prompt: Prompt) -> list[Request]:

@@ -275,6 +275,7 @@ def _engines(base: Base, model: Backend, library: _Library, plan: Plan) -> dict[
             max_batch_tokens=max(plan.streams, usual.max_batch_tokens),
             kv_cache_bytes=pages * model.bytes_per_block(PAGE),
             block_size=PAGE,
+            prefix_cache=False,  # engines share one cache: what one of them left there is not there any more when its turn comes
         )
         return _Slots(Engine(shared, options, lease=lease, base_digest=base.digest), asked, standing, swap_seconds)
 

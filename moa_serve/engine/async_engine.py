@@ -212,8 +212,10 @@ class AsyncEngine:
         self._commands.put(lambda: self._engine.drop(revision))
 
     def warm(self, adapter: Adapter) -> None:
-        """Lay an adapter out for the backend ahead of the step that first needs it. For worker threads, as `cool` is too."""
-        self._engine.model.warm(adapter)
+        """Lay an adapter out for the backend ahead of the step that first needs it, unless it stands in a slot. For worker threads, as `cool`
+        is too; what they see of the slots may be a step old, which costs at most a layout too many, or one in a step."""
+        if self._engine.slot_table.find(adapter.revision) is None:
+            self._engine.model.warm(adapter)
 
     def cool(self, revision: str) -> None:
         """An adapter left host memory; its slot, if it stands in one, stays usable."""

@@ -6,6 +6,8 @@ Every base linear may have LoRA experts of the token's adapter beside it. The ba
 Attention is an argument (attention.py). Not for sampling, not for scheduling. Owned by the thread that runs it.
 """
 
+import threading
+from collections import OrderedDict
 from typing import Self
 
 import torch
@@ -21,6 +23,8 @@ from moa_serve.model.moa import Mixture, MoaLayer, MoaWeights, Routed, Router
 from moa_serve.model.ops import inverse_frequencies, linear, prepacked, rms_norm, rotate
 from moa_serve.model.stacked import Part, Stacks, join, parts_of
 from moa_serve.model.weights import BaseWeights, LayerWeights
+
+_MOST_WARMED = 8  # adapters that are laid out and wait for a slot; each takes memory as one in a slot does
 
 
 class ActiveLayer:
@@ -97,6 +101,8 @@ class Transformer:
         self.layers_done = 0
         self._stacks = Stacks() if weights.embed.device.type == "cpu" else None  # on CUDA untried
         self.inverse_frequencies = inverse_frequencies(config.rope, config.head_dim, weights.embed.device)
+        self._warmed: OrderedDict[str, MoaWeights] = OrderedDict()  # by revision, until a slot takes them
+        self._warming = threading.Lock()
 
     @classmethod
     def packed(cls, config: ModelConfig, weights: BaseWeights) -> Self:
@@ -147,20 +153,38 @@ class Transformer:
         return KVCache(self.config, num_blocks, block_size, self.dtype, self.device)
 
     def prepare(self, adapter: Adapter) -> MoaWeights:
-        """Stack the adapter's tensors on the base's device."""
+        """Stack the adapter's tensors on the base's device, where it was not done before."""
+        with self._warming:
+            warmed = self._warmed.pop(adapter.revision, None)
+        return warmed or self._prepare(adapter)
+
+    def _prepare(self, adapter: Adapter) -> MoaWeights:
         weights = build(adapter.manifest, adapter.tensors, self.weights, self.config, self.adapter_dtype)
         if self._stacks is not None:
             join(weights)
         return weights
 
     def warm(self, adapter: Adapter) -> None:
-        """Nothing: tensors on the device belong to the engine thread."""
+        """On a CPU. Tensors on another device belong to the engine thread."""
+        if self.device.type != "cpu":
+            return
+        with self._warming:
+            if adapter.revision in self._warmed:
+                self._warmed.move_to_end(adapter.revision)
+                return
+        weights = self._prepare(adapter)
+        with self._warming:
+            self._warmed[adapter.revision] = weights
+            while len(self._warmed) > _MOST_WARMED:
+                self._warmed.popitem(last=False)
 
     def cool(self, revision: str) -> None:
         """Nothing: what was prepared stands in slots only."""
 
     def forget(self, revision: str) -> None:
-        """What was prepared goes with its slot, but for the stacks that it stood in."""
+        """What was prepared goes with its slot, but for the stacks that it stood in, and what no slot has taken."""
+        with self._warming:
+            self._warmed.pop(revision, None)
         if self._stacks is not None:
             self._stacks = Stacks()
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moa_serve.shell.bench_prefix import bench_prefix
 from moa_serve.shell.bench_quality import bench_quality
 from moa_serve.shell.bench_serve import bench_serve
 from moa_serve.shell.bench_step import bench_growth, bench_reference, bench_step
@@ -16,6 +17,7 @@ bench.command("growth")(bench_growth)
 bench.command("reference")(bench_reference)
 bench.command("serve")(bench_serve)
 bench.command("swap")(bench_swap)
+bench.command("prefix")(bench_prefix)
 bench.command("quality")(bench_quality)
 
 

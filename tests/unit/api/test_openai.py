@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serving import Serving
 from starlette.types import Message
+
+from moa_serve.model.transformer import Transformer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 GREEDY: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 8}
@@ -551,6 +554,27 @@ def test_a_prompt_is_cached_for_its_key_or_its_salt(shared: Serving) -> None:
     assert cached_tokens(shared, "one", cache_salt=key_id, **prompt) == 64
     assert cached_tokens(shared, "one", model="soft", **prompt) == 0
     assert cached_tokens(shared, "one", n=2, **prompt) == 64, "of both answers, but they share the prompt"
+
+
+def test_an_adapter_that_waits_for_a_slot_is_laid_out_in_a_worker_thread(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the step that needs it first, everybody's next token would wait for it."""
+    engine, warmed = serving.server.engine.engine, []
+    model = engine.model
+
+    def warm(adapter: Any) -> None:
+        warmed.append((adapter.revision, threading.current_thread().name))
+        Transformer.warm(model, adapter)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(model, "warm", warm)
+    revision = serving.ok(COMPLETIONS, model="soft", prompt="x", max_tokens=1)["moa"]["revision"]
+    warmed.clear()
+    serving.ok(COMPLETIONS, model="soft", prompt="x", max_tokens=1)
+    assert not warmed, "it stands in a slot"
+    engine.slot_table.drop(revision)
+    serving.ok(COMPLETIONS, model="soft", prompt="x", max_tokens=1)
+    [(found, thread)] = warmed
+    assert found == revision
+    assert thread != "moa-engine"
 
 
 # -- the rest
