@@ -6,7 +6,7 @@ there the server's count is the truth, and only has to lie between what the clie
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,13 @@ class Scrape:
             key = tuple(own[label] for label in labels)
             found[key] = found.get(key, 0.0) + value
         return found
+
+    def without(self, is_left_out: Callable[[str, Mapping[str, str]], bool]) -> "Scrape":
+        """The page without some series, by their names and labels."""
+        page = Scrape("")
+        for name, samples in self._samples.items():
+            page._samples[name] = [(labels, value) for labels, value in samples if not is_left_out(name, labels)]
+        return page
 
     @property
     def is_at_rest(self) -> bool:
@@ -129,7 +136,7 @@ def _tokens(ledger: Ledger, delta: Delta, models: Sequence[str], name: str) -> C
     wrong, exact, of_cancelled = [], 0, 0
     for model in models:
         known = sum((entry.prompt_tokens or 0) if is_prompt else entry.generated_tokens for entry in ledger.of(Outcome.OK, model))
-        left = _left(ledger, model)
+        left = [*_left(ledger, model), *(entry for entry in ledger.of(Outcome.REFUSED, model) if entry.is_planned)]
         least = sum((entry.prompt_tokens or 0) if is_prompt else entry.generated_tokens for entry in left)
         most = sum(_most_prompt(entry) if is_prompt else entry.job.n * entry.job.max_tokens for entry in left)
         theirs = delta.total(name, adapter=model)

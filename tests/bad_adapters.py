@@ -20,9 +20,14 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from families import base_tensors
+from support import tiny_manifest
 from torch import Tensor
 
+from moa_serve.adapter.checkpoint import write_adapter
 from moa_serve.adapter.manifest import Manifest
+from moa_serve.config import ModelConfig
+from moa_serve.engine.self_test import trial_prompt
 from moa_serve.errors import (
     AdapterConfigInvalid,
     AdapterCorrupt,
@@ -89,6 +94,20 @@ def params_tensors(num_layers: int, width: int) -> dict[str, Tensor]:
     layer = "llama.layers.{}.attention.lora_Q.lora_{}.weight"
     tensors = {layer.format(i, "A"): torch.ones(4, width) for i in range(num_layers)}
     return tensors | {layer.format(i, "B"): torch.ones(width, 4) for i in range(num_layers)}
+
+
+def write_overflowing(folder: Path, config: dict[str, Any], token: int, context: int) -> None:
+    """An adapter whose only expert overflows, and is chosen for one token alone: it passes every check that can be made beforehand."""
+    router = {"select": {"kind": "constant", "threshold": 0.5}}
+    manifest = tiny_manifest(ModelConfig.from_hf(config), "sparse_moa", targets=("V",), layers=[0], router=router)
+    seen = base_tensors(config)["model.embed_tokens.weight"].double()  # what the router of layer 0 reads
+    tokens = [*trial_prompt(config["vocab_size"], context), token]
+    wanted = torch.full((len(tokens), 1), -10.0, dtype=torch.float64)
+    wanted[-1] = 10
+    weight = torch.linalg.pinv(seen[tokens]) @ wanted
+    tensors = {name: torch.full(shape, 1e30) for name, shape in manifest.expected_tensors().items()}
+    tensors |= {"layers.0.router.weight": weight.T.float(), "layers.0.router.bias": torch.zeros(1)}
+    write_adapter(folder, manifest, tensors)
 
 
 def clear(folder: Path) -> None:

@@ -1,10 +1,13 @@
 """A soak of the real server: `python -m tests.soak` sends mixed traffic for some minutes, then makes the server account for all of it.
 
-    python -m tests.soak --minutes 10 --streams 32 --out soak.json
+    python -m tests.soak                            ten minutes: a tiny server, a fault every two seconds, the goals of docs/reliability.md
+    python -m tests.soak --full                     an hour: and what needs thousands of bad files and requests, overload, attackers
+    python -m tests.soak --seconds 60               in small, which judges what must be right and not how much there was of it
+    python -m tests.soak --minutes 10 --streams 32 --model FOLDER --out soak.json     plain traffic on a base of your own
 
 Starts a server of its own, ends it, and leaves its log only where something was wrong. Exit code 0 only if every request is accounted for,
 every number of the server agrees with the client's, greedy answers never changed, nothing is held at the end, and memory is flat (which
-a run of less than four minutes only shows).
+a run of less than four minutes only shows); with faults, if every goal was met.
 The last line of standard output is the result as JSON; everything for people goes to standard error.
 """
 
@@ -13,27 +16,34 @@ import asyncio
 import contextlib
 import importlib
 import json
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))  # as pytest has it, so that modules here have one name
 
+import storm as storms
+import storm_faults
+import storm_full
 from agreement import Check, Scrape, memory_is_flat, reconcile, reconcile_log
+from storm import Goal, Storm, Windows
 from traffic import MAX_NEW_TOKENS, OVERLOADED, TEXT, WORDS, Client, Ledger, Mix, Outcome, bad_jobs, canary, last_leaver
 
 READY_SECONDS, REST_SECONDS, STOP_SECONDS = 120.0, 15.0, 60.0
@@ -235,18 +245,157 @@ class OwnServer:
 
 
 @contextmanager
-def own_server(log_file: Path, flags: Sequence[str]) -> Iterator[OwnServer]:
+def own_server(log_file: Path, flags: Sequence[str], env: Mapping[str, str] | None = None) -> Iterator[OwnServer]:
     """A server on a free port. Whatever happens, it does not outlive the block."""
     command = [sys.executable, "-m", "moa_serve", "serve", "--port", "0", *flags]
     with log_file.open("wb") as log:
         # A session of its own: Ctrl-C is for the soak, which then ends the server.
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, **(env or {})})
     try:
         yield OwnServer(process, log_file)
     finally:
         if process.poll() is None:
             process.kill()
         process.wait()
+
+
+# -- under faults
+
+STORM_SECONDS, INTERVAL_SECONDS = 570.0, 2.0
+JUDGED_STORM_SECONDS = 420.0  # of a run that is judged by how much it did, too
+_QUIET = {"OMP_NUM_THREADS": "1"}  # the client has the other core
+
+
+@dataclass(slots=True)
+class Weathered:
+    """What a run under faults has shown."""
+
+    goals: list[Goal]
+    checks: list[Check]
+    storm: Storm
+    seconds: float
+
+    @property
+    def is_ok(self) -> bool:
+        return all(check.is_met for check in self.checks) and all(goal.is_met is not False for goal in self.goals)
+
+
+async def weather(
+    folder: Path, *, seconds: float, seed: int, full: bool = False, say: Callable[[str], None] = lambda text: None
+) -> Weathered:
+    """The whole run: golden answers, the storm, the phases that count something, quiet, and restarts.
+
+    Args:
+        seconds: of all but the restarts and what `full` adds.
+    """
+    is_long = seconds >= JUDGED_STORM_SECONDS
+    share = min(1.0, seconds / STORM_SECONDS)
+    models = storms.write_world(folder)
+    prompts = storms.prompts_of(random.Random(seed))
+    faults_file = folder / "faults.json"
+    env = {**_QUIET, "MOA_SERVE_FAULTS": str(faults_file), "MOA_CACHE_DIR": str(folder / "cache")}
+    flags = [*storms.server_flags(folder), "--device", "cpu"]
+
+    @asynccontextmanager
+    async def start(name: str = "restarts.log") -> AsyncIterator[tuple[str, subprocess.Popen[bytes]]]:
+        with own_server(folder / name, flags, env) as server:
+            yield await server.url(), server.process
+
+    started = time.monotonic()
+    with own_server(folder / LOG, flags, env) as server:
+        url = await server.url()
+        ledger, side, windows = Ledger(), Ledger(), Windows()
+        async with (
+            Client(url, ledger, "storm", windows.is_planned) as client,
+            Client(url, side, "side", lambda entry, code: True) as other,
+            httpx.AsyncClient(
+                base_url=url, timeout=60, trust_env=False, verify=False, limits=httpx.Limits(max_keepalive_connections=0)
+            ) as http,
+        ):
+            rng, process = random.Random(seed), psutil.Process(server.process.pid)
+            storm = Storm(url, folder, faults_file, process, client, http, other, rng, windows)
+            before = await storm.page()
+            await storms.make_golden(storm, models, prompts)
+            stop, is_quiet = asyncio.Event(), threading.Event()
+            prober = asyncio.create_task(asyncio.to_thread(storms.probe_health, storm, is_quiet))
+            kinds = {**storm_faults.KINDS, **await asyncio.to_thread(storm_faults.bad_kinds, folder)}
+            storm.skipped = storm_faults.not_built()
+            say(f"{len(models)} models, {len(kinds)} kinds of faults; skipped: {storm.skipped or 'none'}")
+            async with asyncio.TaskGroup() as tasks:
+                for number in range(storms.NUM_WORKERS):
+                    tasks.create_task(storms.work(storm, models, prompts, seed * 1009 + number, stop))
+                tasks.create_task(storms.sample_memory(storm, stop))
+                try:
+                    deadline = started + seconds - share * 70
+                    await storms.inject_all(storm, kinds, deadline, INTERVAL_SECONDS if is_long else 0.3)
+                    with _survives(storm, "an engine that is broken"):
+                        await storm_faults.rebuild(storm)
+                    say(f"{storm.survived.total()} faults survived, {len(storm.failed)} not")
+                    for phase, run in (
+                        ("poison", storms.poison_phase(storm, max(2.0, share * 20))),
+                        ("reload", storms.reload_phase(storm, round(share * 500), max(3.0, share * 60))),
+                        ("disconnect", storms.disconnect_phase(storm, round(share * 1000))),
+                    ):
+                        storm.phase = phase
+                        with _survives(storm, phase):
+                            await run
+                finally:
+                    stop.set()
+                    is_quiet.set()
+            await prober
+            for name in (storms.SCAPEGOAT, storms.POISON, storms.VICTIM):
+                await storm.unload(name)
+            await storms.measure_leaving(storm, max(10, round(share * 100)))
+            after = await storms.at_rest(storm)
+            done = time.monotonic() - started
+            checks = storms.reconciled(ledger, before, after, models)
+            checks.append(server.stop())
+    goals = storms.goals(storm, before, after, checks, done, is_long=is_long)
+    say("restarts")
+    goals += await storms.restart_phase(start, *((20, 3) if full else (5, 3) if is_long else (1, 1)), is_long=is_long)
+    if full:
+        goals += await storm_full.goals(folder, start, seed, say)
+    return Weathered(goals, checks, storm, done)
+
+
+@contextmanager
+def _survives(storm: Storm, name: str) -> Iterator[None]:
+    try:
+        yield
+    except (AssertionError, TimeoutError, httpx.HTTPError) as error:
+        storm.failed.append(f"{name}: {type(error).__name__}: {error}"[:300])
+
+
+def weathered_json(found: Weathered, seed: int) -> dict[str, Any]:
+    ledger = found.storm.client.ledger
+    return {
+        "ok": found.is_ok,
+        "seed": seed,
+        "seconds": round(found.seconds, 1),
+        "requests": len(ledger.entries),
+        "outcomes": {outcome.value: ledger.outcomes[outcome] for outcome in Outcome},
+        "golden": dict(found.storm.num_golden),
+        "goals": {goal.name: {"goal": goal.text, "figure": goal.figure, "is_met": goal.is_met} for goal in found.goals},
+        "faults": dict(sorted(found.storm.survived.items())),
+        "skipped": found.storm.skipped,
+        "failed_faults": found.storm.failed,
+        "wrong_answers": found.storm.wrong[:5],
+        "checks": [asdict(check) for check in found.checks],
+    }
+
+
+def show_weathered(console: Console, found: Weathered) -> None:
+    for goal in found.goals:
+        console.print(f"{goal.mark:7} {goal.name:4} {goal.figure}   (goal: {goal.text})", highlight=False, soft_wrap=True, markup=False)
+    for name, why in found.storm.skipped.items():
+        console.print(f"skipped: {name}: {why}", highlight=False, soft_wrap=True)
+    for line in (*found.storm.failed[:10], *found.storm.wrong[:5]):
+        console.print(f"WRONG   {line}", highlight=False, soft_wrap=True, markup=False)
+    for entry in list(found.storm.client.ledger.of(Outcome.ERROR))[:5]:
+        console.print(f"WRONG   {entry.request_id} {entry.job.model}: {entry.detail}", highlight=False, soft_wrap=True, markup=False)
+    for check in found.checks:
+        if not check.is_met:
+            console.print(f"WRONG   {check.name}: {check.detail}", highlight=False, soft_wrap=True, markup=False)
 
 
 # -- what people see
@@ -366,7 +515,12 @@ def _pyplot() -> Any:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description="Load a real server, then make it account for everything.")
-    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seconds", type=float, default=STORM_SECONDS, help="of a run under faults (%(default)g)")
+    parser.add_argument("--full", action="store_true", help="an hour: bad files and requests by the thousand, overload, attackers")
+    parser.add_argument(
+        "--plain", action="store_true", help="no faults, on the default base; so is every run with a base or URL of its own"
+    )
+    parser.add_argument("--minutes", type=float, default=10.0, help="of a plain run (%(default)g)")
     parser.add_argument("--streams", type=int, default=32, help="requests that are sent at the same time (%(default)s)")
     parser.add_argument("--model", help="base to serve; the default one if omitted")
     parser.add_argument("--adapters-dir", type=Path, help="adapters to serve; ./adapters where it exists")
@@ -375,7 +529,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="the result, with all samples")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="memory, load and speed over time; needs matplotlib")
     arguments = parser.parse_args()
-    if arguments.minutes <= 0 or arguments.streams < 1:
+    arguments.plain = arguments.plain or bool(arguments.url or arguments.model or arguments.adapters_dir)
+    if arguments.plain and arguments.full:
+        parser.error("--full is for a run under faults")
+    if arguments.minutes <= 0 or arguments.seconds <= 0 or arguments.streams < 1:
         parser.error("--minutes and --streams must be more than 0")
     if arguments.url and (arguments.model or arguments.adapters_dir):
         parser.error("--model and --adapters-dir are for a server of our own; leave them out with --url")
@@ -400,12 +557,34 @@ async def _run(arguments: argparse.Namespace, seed: int, console: Console, folde
             return result
 
 
+def _weather(arguments: argparse.Namespace, seed: int, console: Console) -> int:
+    folder = Path(tempfile.mkdtemp(prefix="moa-soak-"))
+    console.print(f"seed {seed}, {arguments.seconds:g} s under faults, in {folder}", highlight=False, soft_wrap=True)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    found = asyncio.run(weather(folder, seconds=arguments.seconds, seed=seed, full=arguments.full, say=say))
+    show_weathered(console, found)
+    line = json.dumps(weathered_json(found, seed))
+    if arguments.out:
+        arguments.out.write_text(line + "\n")
+    if found.is_ok:
+        shutil.rmtree(folder)
+    else:
+        say(f"the server's log is {folder / LOG}")
+    sys.stdout.write(line + "\n")
+    return 0 if found.is_ok else 1
+
+
 def main() -> int:
     arguments = _arguments()
     console = Console(stderr=True)
     if arguments.plot:
         _pyplot()  # ten minutes later is too late to say that it is missing
     seed = random.SystemRandom().randrange(10**6) if arguments.seed is None else arguments.seed
+    if not arguments.plain:
+        return _weather(arguments, seed, console)
     console.print(f"seed {seed}, {arguments.streams} streams for {arguments.minutes:g} minutes", highlight=False)
     folder = None if arguments.url else Path(tempfile.mkdtemp(prefix="moa-soak-"))
     where = f"; the server's log is {folder / LOG}" if folder else ""

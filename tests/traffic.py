@@ -8,7 +8,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import accumulate, count
@@ -33,6 +33,10 @@ class WrongAnswer(Exception):
     """A 200 that is not the answer to its request."""
 
 
+class PlannedError(Exception):
+    """An error that somebody caused on purpose, after the first event of a stream."""
+
+
 class Outcome(StrEnum):
     """The four ways in which a request can end."""
 
@@ -54,6 +58,7 @@ class Job:
         expected: the status that it must get.
         leave_events: the client leaves after so many events of the stream.
         leave_seconds: the client leaves after this time, whatever has come.
+        pause_seconds: the client reads nothing for this time after its first event.
     """
 
     model: str
@@ -70,6 +75,7 @@ class Job:
     expected: int = 200
     leave_events: int | None = None
     leave_seconds: float | None = None
+    pause_seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -82,6 +88,9 @@ class Entry:
         finish_reason: of the whole request as the server counts it: length if any choice had it.
         prompt_tokens, generated_tokens: by the last usage that came; of a cancelled request the server may have made more.
         detail: of an error.
+        begun: time.monotonic().
+        is_planned: it failed because a fault was injected; how far the server had come with it, only the server knows.
+        revision, logprobs: of the answer's first choice.
     """
 
     job: Job
@@ -95,6 +104,10 @@ class Entry:
     ttft_seconds: float | None = None
     text: str = ""
     detail: str = ""
+    begun: float = field(default_factory=time.monotonic)
+    is_planned: bool = False
+    revision: str | None = None
+    logprobs: list[float] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -113,7 +126,7 @@ class Ledger:
 
     def end(self, entry: Entry, outcome: Outcome, detail: str = "") -> None:
         assert entry.outcome is None, f"{entry.request_id} ended as {entry.outcome}, and now as {outcome}"
-        entry.outcome, entry.detail = outcome, detail
+        entry.outcome, entry.detail = outcome, detail or entry.detail
         self.outcomes[outcome] += 1
         self.generated_tokens += entry.generated_tokens
 
@@ -130,9 +143,13 @@ class Client:
     Args:
         base_name: the base's model name; every other one is an adapter's.
         run: what request ids begin with.
+        is_planned: whether an error with this code was caused on purpose.
     """
 
-    def __init__(self, url: str, ledger: Ledger, run: str = "soak") -> None:
+    def __init__(
+        self, url: str, ledger: Ledger, run: str = "soak", is_planned: Callable[[Entry, str], bool] = lambda entry, code: False
+    ) -> None:
+        self._is_planned = is_planned
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_SECONDS)
         self._http = httpx.AsyncClient(base_url=url, limits=limits, timeout=httpx.Timeout(READ_SECONDS), trust_env=False)
         self.ledger, self._run, self._ids = ledger, run, count(1)
@@ -166,6 +183,9 @@ class Client:
         except asyncio.CancelledError:
             self.ledger.end(entry, Outcome.CANCELLED)
             raise
+        except PlannedError:
+            entry.is_planned = True
+            self.ledger.end(entry, Outcome.REFUSED)
         except (httpx.HTTPError, WrongAnswer, ValueError, KeyError, TypeError) as error:
             self.ledger.end(entry, Outcome.ERROR, f"{type(error).__name__}: {error}")
         else:
@@ -184,7 +204,7 @@ class Client:
             if response.headers.get("x-request-id") != entry.request_id:
                 raise WrongAnswer(f"x-request-id is {response.headers.get('x-request-id')!r}")
             if response.status_code != 200:
-                return _refused(job, response.status_code, await response.aread())
+                return self._refused(job, entry, await response.aread())
             answer = _Answer(job, entry)
             if not job.is_stream:
                 answer.take(json.loads(await response.aread()))
@@ -192,6 +212,16 @@ class Client:
                 return Outcome.CANCELLED
             answer.check()
             return Outcome.OK
+
+    def _refused(self, job: Job, entry: Entry, content: bytes) -> Outcome:
+        error, status = json.loads(content)["error"], entry.status
+        if set(error) != {"message", "type", "param", "code"} or not isinstance(error["code"], str):
+            raise WrongAnswer(f"an error of another shape: {error}")
+        entry.is_planned = self._is_planned(entry, error["code"])
+        if status != job.expected and status not in OVERLOADED and not entry.is_planned:
+            raise WrongAnswer(f"status {status} instead of {job.expected}: {error['code']}: {error['message'][:200]}")
+        entry.detail = error["code"]
+        return Outcome.REFUSED
 
     async def _read_events(self, response: httpx.Response, answer: "_Answer", start: float) -> bool:
         """Whether the client stayed to the end."""
@@ -204,7 +234,12 @@ class Client:
             if line == "data: [DONE]":
                 answer.is_done = True
                 continue
-            answer.take(json.loads(line[6:]))
+            event = json.loads(line[6:])
+            if "error" in event and self._is_planned(answer.entry, event["error"]["code"]):
+                raise PlannedError
+            answer.take(event)
+            if not num_events and job.pause_seconds:
+                await asyncio.sleep(job.pause_seconds)
             num_events, now = num_events + 1, time.monotonic()
             if last:
                 self.ledger.gaps_seconds.append(now - last)
@@ -216,15 +251,6 @@ class Client:
         return True
 
 
-def _refused(job: Job, status: int, content: bytes) -> Outcome:
-    error = json.loads(content)["error"]
-    if set(error) != {"message", "type", "param", "code"} or not isinstance(error["code"], str):
-        raise WrongAnswer(f"an error of another shape: {error}")
-    if status != job.expected and status not in OVERLOADED:
-        raise WrongAnswer(f"status {status} instead of {job.expected}: {error['code']}: {error['message'][:200]}")
-    return Outcome.REFUSED
-
-
 class _Answer:
     """An answer while it comes, whole or in events, and what must hold when it is there."""
 
@@ -233,18 +259,24 @@ class _Answer:
         self._texts, self._reasons = [""] * job.n, [""] * job.n
         self._num_logprobs = 0
         self._moa: dict[str, Any] | None = None
+        self._fingerprint: str | None = None
 
     def take(self, body: dict[str, Any]) -> None:
         if "error" in body:
             raise WrongAnswer(f"an error in the stream: {body['error']}")
         if self.job.expected != 200:
             raise WrongAnswer(f"status 200 instead of {self.job.expected}")
+        self._fingerprint = self._fingerprint or body["system_fingerprint"]
+        if body["system_fingerprint"] != self._fingerprint:
+            raise WrongAnswer(f"an answer of two revisions: {self._fingerprint} and {body['system_fingerprint']}")
         for choice in body["choices"]:
             index, part = choice["index"], choice.get("message") or choice.get("delta") or choice
             self._texts[index] += part.get("text") or part.get("content") or ""
             self._reasons[index] = choice["finish_reason"] or self._reasons[index]
             if choice.get("logprobs"):
                 self._num_logprobs += len(choice["logprobs"].get("tokens") or choice["logprobs"].get("content") or ())
+                if index == 0:
+                    self.entry.logprobs += choice["logprobs"].get("token_logprobs") or ()
         if usage := body.get("usage"):
             self.entry.prompt_tokens, self.entry.generated_tokens = usage["prompt_tokens"], usage["completion_tokens"]
         self._moa = body.get("moa") or self._moa
@@ -268,6 +300,7 @@ class _Answer:
             raise WrongAnswer(f"a stop string of {job.stop} is in the text")
         if self._moa is None or self._moa["adapter"] != job.adapter:
             raise WrongAnswer(f"{job.model} was asked, but moa is {self._moa}")
+        self.entry.revision = self._moa["revision"]
 
 
 class Mix:

@@ -87,7 +87,7 @@ def _opened(path: Path, max_bytes: int) -> Iterator[tuple[BinaryIO, os.stat_resu
         if before.st_size > max_bytes:
             raise AdapterTooLarge(f"{path.name}: has {before.st_size:,} bytes, but this adapter may have {max_bytes:,}")
         if faults.active:
-            faults.active.strike("read", name=path.name)
+            faults.active.strike("read", name=[path.name, f"{path.parent.name}/{path.name}"])
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             yield file, before
     except OSError as error:

@@ -24,10 +24,8 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-import torch
-from bad_adapters import Bad, bad_adapters, has_run, params, params_tensors
+from bad_adapters import Bad, bad_adapters, has_run, params, params_tensors, write_overflowing
 from cases import numbered
-from families import base_tensors
 from hostile import ADMIN, GOOD, USER, WAIT_SECONDS, Answer, Target, bearer, head, request_bytes, under_attack, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from servers import TALKING, write_talking_base
@@ -73,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("changing", "locked", "replaced", "other"):
         write_good(place / "adapters" / name, scale=1.5)
     (place / "adapters" / "locked" / "adapter.safetensors").chmod(0)
-    write_overflowing(place / "adapters" / "overflowing")
+    write_overflowing(place / "adapters" / "overflowing", BASE, overflow_token(), CONTEXT)
     write_both(place / "adapters" / "both")
     write_good(place / "outside")
     (place / "adapters" / "inside").mkdir()
@@ -594,21 +592,6 @@ def scenarios(table: list[tuple[int, Scenario]]) -> list[Any]:
 def overflow_token() -> int:
     """A token of which no self-test knows, and that no good request has."""
     return next(token for token in range(3, 250) if token not in trial_prompt(259, CONTEXT))
-
-
-def write_overflowing(folder: Path) -> None:
-    """An adapter whose only expert overflows, and is chosen for one token alone: it passes every check that can be made beforehand."""
-    router = {"select": {"kind": "constant", "threshold": 0.5}}
-    manifest = tiny_manifest(CONFIG, "sparse_moa", targets=("V",), layers=[0], router=router)
-    seen = base_tensors(BASE)["model.embed_tokens.weight"].double()  # what the router of layer 0 reads
-    tokens = [*trial_prompt(259, CONTEXT), overflow_token()]
-    wanted = torch.full((len(tokens), 1), -10.0, dtype=torch.float64)
-    wanted[-1] = 10
-    weight = torch.linalg.pinv(seen[tokens]) @ wanted
-    shapes = manifest.expected_tensors()
-    tensors = {name: torch.full(shape, 1e30) for name, shape in shapes.items()}
-    tensors |= {"layers.0.router.weight": weight.T.float(), "layers.0.router.bias": torch.zeros(1)}
-    write_adapter(folder, manifest, tensors)
 
 
 @scenario(11)

@@ -1,11 +1,17 @@
 """The soak's judge must notice every lie: one that is content with anything would pass a server that loses requests."""
 
+import random
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import httpx
+import psutil
 import pytest
 from agreement import Check, Scrape, check_routers, memory_is_flat, reconcile, reconcile_log
-from traffic import Entry, Job, Ledger, Mix, Outcome, bad_jobs
+from storm import Storm, Windows, slope_mib_per_minute
+from traffic import Client, Entry, Job, Ledger, Mix, Outcome, bad_jobs
 
 JOB = Job("base", None, "/v1/completions", b"", max_tokens=8, max_prompt_tokens=20)
 EMPTY = Scrape("")
@@ -154,3 +160,35 @@ def test_equal_seeds_draw_equal_traffic_of_every_kind() -> None:
     assert any(job.leave_seconds for job in first)
     assert {job.expected for job in first} == {200, 400, 404, 415}
     assert len({job.content for job in bad_jobs("base", None)}) == 11
+
+
+def test_an_error_is_explained_by_a_fault_of_its_time_and_code_only() -> None:
+    windows = Windows()
+    before, code = Entry(JOB, "before"), "internal_error"
+    assert not windows.is_planned(before, code)
+    close = windows.open(code)
+    assert windows.is_planned(before, code)
+    assert not windows.is_planned(before, "model_not_found")
+    close()
+    assert windows.is_planned(before, code)
+    assert not windows.is_planned(Entry(JOB, "after", begun=time.monotonic() + 1), code)
+
+
+@pytest.mark.parametrize(
+    "change", [{"text": "ab"}, {"logprobs": [-1.0, -2.1]}, {"logprobs": [-1.0]}, {"logprobs": [-1.0, -2.0, -3.0]}, {"revision": "r2"}]
+)
+def test_an_answer_that_is_not_the_one_given_alone_is_noticed(tmp_path: Path, change: dict[str, Any]) -> None:
+    client = Client("http://nobody", Ledger())
+    storm = Storm("", tmp_path, tmp_path, psutil.Process(), client, httpx.AsyncClient(verify=False), client, random.Random(0), Windows())
+    storm.golden["r1", "x"] = ("abc", [-1.0, -2.0])
+    good: dict[str, Any] = {"outcome": Outcome.OK, "text": "abc", "logprobs": [-1.0, -2.0 + 1e-6], "revision": "r1"}
+    storm.check(Entry(JOB, "good", **good), "x")
+    assert (storm.wrong, storm.num_golden.total()) == ([], 1)
+    storm.check(Entry(JOB, "bad", **(good | change)), "x")
+    assert (len(storm.wrong), storm.num_golden.total()) == (1, 1)
+
+
+def test_the_slope_of_memory_is_in_mebibytes_a_minute() -> None:
+    grows = [(float(second), 2**30 + second * 2**20 / 30) for second in range(400)]
+    assert slope_mib_per_minute(grows) == pytest.approx(2)
+    assert slope_mib_per_minute([(float(second), 2.0**30) for second in range(400)]) == 0

@@ -1,0 +1,208 @@
+"""What of the goals needs an hour: files and requests mutated by the thousand, overload, attackers. `python -m tests.soak --full`."""
+
+import asyncio
+import contextlib
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+from families import random_adapter
+from servers import TALKING
+from storm import BASE, Goal, p
+from traffic import COMPLETIONS
+
+from moa_serve.adapter.adapter import AdapterSource
+from moa_serve.adapter.checkpoint import write_adapter
+from moa_serve.adapter.store import AdapterStore
+from moa_serve.config import ModelConfig
+from moa_serve.errors import AdapterError
+
+NUM_FILES, NUM_REQUESTS, NUM_ATTACKERS = 10_000, 50_000, 200
+OVERLOAD_SECONDS, ATTACK_SECONDS = 60.0, 40.0
+
+
+async def goals(folder: Path, start: Callable[[], Any], seed: int, say: Callable[[str], None]) -> list[Goal]:
+    found = [await asyncio.to_thread(mutated_files, folder, random.Random(seed), NUM_FILES)]
+    say(found[-1].figure)
+    for run in (lambda url: mutated_requests(url, random.Random(seed), NUM_REQUESTS), overload, attackers):
+        async with start() as (url, _):
+            found.append(await run(url))
+            say(found[-1].figure)
+    return found
+
+
+def mutated_files(folder: Path, rng: random.Random, count: int) -> Goal:
+    """A good adapter with bytes changed, cut out, doubled or cut off: it is refused, or it is whole and finite."""
+    place = folder / "mutated" / "adapters" / "mutant"
+    shutil.rmtree(place, ignore_errors=True)
+    manifest, tensors = random_adapter("sparse_fn", 3, TALKING)
+    write_adapter(place, manifest, tensors)
+    store = AdapterStore(ModelConfig.from_hf(TALKING), base_name=BASE, adapters_dir=place.parent)
+    files = {name: (place / name).read_bytes() for name in ("adapter.json", "adapter.safetensors")}
+    head = 8 + int.from_bytes(files["adapter.safetensors"][:8], "little")
+    seconds: list[float] = []
+    refused = crashed = 0
+    for _ in range(count):
+        name = rng.choice(sorted(files))
+        data = bytearray(files[name])
+        reach = head if name.endswith("safetensors") and rng.random() < 0.8 else len(data)
+        for _ in range(rng.randint(1, 4)):
+            at, size = rng.randrange(max(1, min(reach, len(data)))), rng.randint(0, 8)
+            data[at : at + size] = rng.choice((rng.randbytes(size), b"", bytes(data[at : at + size]) * 2, b"\xff" * size))
+        if rng.random() < 0.1:
+            del data[rng.randrange(len(data)) :]
+        (place / name).write_bytes(data)
+        began = time.monotonic()
+        try:
+            store.read("mutant", AdapterSource("mutant"))
+        except AdapterError:
+            refused += 1
+        except Exception:
+            crashed += 1
+        seconds.append(time.monotonic() - began)
+        (place / name).write_bytes(files[name])
+    text = f"{count:,} mutated files: {refused:,} refused, {count - refused - crashed:,} as good as before, {crashed} crashes, "
+    return Goal(
+        "G3",
+        ">= 10,000 mutated files, 0 crashes, p99 <= 1 s",
+        text + f"p99 {1000 * p(seconds, 0.99):.0f} ms",
+        crashed == 0 and p(seconds, 0.99) <= 1,
+    )
+
+
+async def mutated_requests(url: str, rng: random.Random, count: int) -> Goal:
+    """Bodies and heads with bytes changed, on raw connections: an answer of our shape, or the end of the connection."""
+    host, port = url.removeprefix("http://").split(":")
+    good = [
+        json.dumps({"model": BASE, "prompt": "x", "max_tokens": 1}).encode(),
+        json.dumps({"model": "lora", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}).encode(),
+        json.dumps({"model": BASE, "prompt": [3, 4], "n": 2, "stop": ["a"], "logit_bias": {"5": 1}, "max_tokens": 1}).encode(),
+    ]
+    statuses: dict[int, int] = {}
+    wrong: list[str] = []
+
+    def mutate(data: bytes) -> bytes:
+        found = bytearray(data)
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(found))
+            found[at : at + rng.randint(0, 4)] = rng.randbytes(rng.randint(0, 4))
+        return bytes(found)
+
+    async def one(number: int) -> None:
+        body = mutate(good[number % 3]) if number % 4 else good[number % 3]
+        path = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/v1/load_lora_adapter")[number % 4]
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n".encode()
+        head = (head if number % 4 else mutate(head)) + b"Connection: close\r\n\r\n"
+        try:
+            async with asyncio.timeout(40):
+                reader, writer = await asyncio.open_connection(host, int(port))
+                writer.write(head + body)
+                if not number % 4:
+                    writer.write_eof()  # a length that is too great would be waited for
+                said = await reader.read()
+                writer.close()
+        except TimeoutError:
+            wrong.append(f"no answer: {head + body!r}"[:300])
+            return
+        except OSError:
+            return
+        if not said:
+            return
+        status = int(said.split(b" ", 2)[1])
+        statuses[status] = statuses.get(status, 0) + 1
+        content = said.partition(b"\r\n\r\n")[2]
+        is_shaped = status < 400 or set(json.loads(content or b"{}").get("error", {})) == {"message", "type", "param", "code"}
+        if (status >= 500 and status != 503) or not is_shaped:
+            wrong.append(f"{status}: {head + body!r}"[:300])
+
+    for begin in range(0, count, 16):
+        await asyncio.gather(*(one(number) for number in range(begin, min(begin + 16, count))))
+    text = f"{count:,} requests: {dict(sorted(statuses.items()))}, {len(wrong)} wrong" + (f": {wrong[0]}" if wrong else "")
+    return Goal("G4", ">= 50,000 fuzzed requests: no 5xx, no hang, all errors of one shape", text, not wrong)
+
+
+async def overload(url: str) -> Goal:
+    """Ten times as many clients as there are places, for a minute; before that as many as there are, for the goodput there can be."""
+    body = {"model": BASE, "prompt": "load", "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+
+    async def load(clients: int, seconds: float) -> tuple[float, list[float], list[float]]:
+        deadline = time.monotonic() + seconds
+        admitted: list[float] = []
+        refused: list[float] = []
+
+        async def client(http: httpx.AsyncClient) -> None:
+            while time.monotonic() < deadline:
+                began = time.monotonic()
+                answer = await http.post(COMPLETIONS, json=body)
+                (admitted if answer.status_code == 200 else refused).append(time.monotonic() - began)
+                if answer.status_code != 200:
+                    await asyncio.sleep(1)  # as Retry-After says
+
+        async with httpx.AsyncClient(
+            base_url=url, trust_env=False, verify=False, timeout=120, limits=httpx.Limits(max_connections=None)
+        ) as http:
+            await asyncio.gather(*(client(http) for _ in range(clients)))
+        return len(admitted) / seconds, admitted, refused
+
+    peak, *_ = await load(16, 15.0)
+    rate, admitted, refused = await load(800, OVERLOAD_SECONDS)
+    share = rate / peak
+    text = (
+        f"{100 * share:.0f} % of the peak of {peak:.0f} requests/s, {len(refused):,} refusals in {1000 * p(refused, 0.99):.0f} ms (p99), "
+        f"{len(admitted):,} admitted in {p(admitted, 0.99):.1f} s (p99)"
+    )
+    is_met = share >= 0.9 and p(refused, 0.99) <= 0.1 and p(admitted, 0.99) <= 32
+    return Goal(
+        "G9", "10x capacity for 60 s: goodput >= 90 % of peak, refusals p99 <= 100 ms, admitted within the queue's limit", text, is_met
+    )
+
+
+async def attackers(url: str) -> Goal:
+    """Two hundred that send a byte a second, or nothing, beside normal users."""
+    host, port = url.removeprefix("http://").split(":")
+    body = {"model": BASE, "prompt": "normal", "max_tokens": 8, "temperature": 0}
+
+    async def users(seconds: float) -> list[float]:
+        found, deadline = [], time.monotonic() + seconds
+        async with httpx.AsyncClient(base_url=url, trust_env=False, verify=False, timeout=60) as http:
+            while time.monotonic() < deadline:
+                began = time.monotonic()
+                assert (await http.post(COMPLETIONS, json=body)).status_code == 200
+                found.append(time.monotonic() - began)
+                await asyncio.sleep(0.02)
+        return found
+
+    closed: list[float] = []
+
+    async def attack(number: int) -> None:
+        began = time.monotonic()
+        reader, writer = await asyncio.open_connection(host, int(port))
+        line = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n" + b"x" * 99
+        with contextlib.suppress(OSError):
+            for byte in line if number % 2 else b"":
+                writer.write(bytes([byte]))
+                await writer.drain()
+                if writer.transport.is_closing() or reader.at_eof():
+                    break
+                await asyncio.sleep(1)
+            await reader.read()
+        closed.append(time.monotonic() - began)
+        writer.close()
+
+    quiet = await users(10)
+    tasks = [asyncio.create_task(attack(number)) for number in range(NUM_ATTACKERS)]
+    beside = await users(ATTACK_SECONDS)
+    await asyncio.wait(tasks, timeout=5)
+    ratio, worst = p(beside, 0.95) / p(quiet, 0.95), max(closed, default=0.0)
+    text = f"normal p95 {ratio:.2f} times as long, {len(closed)} of {NUM_ATTACKERS} closed within {worst:.0f} s"
+    return Goal(
+        "G15",
+        "200 slow attackers: normal p95 <= 2x, all closed within 30 s",
+        text,
+        ratio <= 2 and len(closed) == NUM_ATTACKERS and worst <= 32,
+    )
