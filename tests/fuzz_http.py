@@ -137,7 +137,7 @@ class Fuzzer:
         while said.startswith(b"HTTP/1.1 100 "):  # it was asked whether the body may come
             said = said.partition(b"\r\n\r\n")[2]
         first = Answer.read(said)
-        if b"HEAD" in raw and not first.body:
+        if raw.lstrip(b"\r\n").startswith(b"HEAD "):
             self.score.statuses[first.status] += 1
             return
         length = int(first.headers.get("content-length", len(first.body)))
@@ -220,13 +220,13 @@ def main() -> int:
     wrong: str | None = None
     with tempfile.TemporaryDirectory() as folder, fuzzing(Path(folder)) as fuzzer:
         rounds = [
-            (operation, mode) for operation in fuzzer.operations for mode in modes(operation) for _ in range(8 if operation.body else 1)
+            (operation, mode) for operation in fuzzer.operations for mode in modes(operation) for _ in range(4 if operation.body else 1)
         ]
         try:
             while fuzzer.score.total < arguments.requests:
                 for operation, mode in rounds:
                     fuzzer.fuzz(operation, mode, 50, is_new=True)
-                    for _ in range(25):
+                    for _ in range(100):
                         fuzzer.wire(rng)
                     sys.stderr.write(f"\r{fuzzer.score.total:,} requests")
                     if fuzzer.score.total >= arguments.requests:
