@@ -136,6 +136,7 @@ async def adapter_events(request: Request) -> Response:
 
 @router.get("/v1/adapters/{name}")
 async def get_adapter(request: Request, name: str) -> Response:
+    """One of them."""
     return JsonResponse(_shape(_registry(request).item(name)))
 
 
@@ -162,11 +163,13 @@ async def pin_adapter(request: Request, name: str) -> Response:
 
 @router.post("/v1/adapters/{name}/unpin")
 async def unpin_adapter(request: Request, name: str) -> Response:
+    """Let it leave host memory again when others need the room."""
     return JsonResponse(_shape(await _registry(request).pin(name, False)))
 
 
 @router.get("/v1/aliases")
 async def list_aliases(request: Request) -> Response:
+    """Names that stand for adapters."""
     return JsonResponse({"object": "list", "data": [_alias_shape(item) for item in _registry(request).aliases()]})
 
 
@@ -179,6 +182,7 @@ async def set_alias(request: Request, alias: str) -> Response:
 
 @router.delete("/v1/aliases/{alias}")
 async def remove_alias(request: Request, alias: str) -> Response:
+    """Requests for it are 404 from now on."""
     await _registry(request).remove_alias(alias)
     return JsonResponse({"id": alias, "object": "alias.deleted", "deleted": True})
 

@@ -20,16 +20,22 @@ router = APIRouter()
 
 def build_app(server: Server) -> ASGIApp:
     """The application of one server, to be given to uvicorn."""
-    app = FastAPI(title="moa_serve", version=server.version, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = new_app(server.version)
     app.state.server = server
-    for routes in (router, openai.router, admin.router):
-        app.include_router(routes)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(MoaError, _on_moa_error)
     app.add_exception_handler(Exception, _on_bug)
-    app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     return Guard(app, server.settings, is_draining=lambda: server.is_draining, metrics=server.metrics)
+
+
+def new_app(version: str) -> FastAPI:
+    """All routes and the document that tells of them, without a server."""
+    app = FastAPI(title="moa_serve", version=version, docs_url=None, redoc_url=None, redirect_slashes=False)
+    for routes in (router, openai.router, admin.router):
+        app.include_router(routes)
+    app.openapi = lambda: describe(app)  # type: ignore[method-assign]
+    return app
 
 
 @router.get("/health/live")
@@ -50,6 +56,7 @@ async def ready(request: Request) -> Response:
 
 @router.get("/version")
 async def version(request: Request) -> Response:
+    """What this server is: versions, the base, and what computes."""
     server = server_of(request)
     engine = server.engine.engine
     return JsonResponse(
@@ -69,6 +76,7 @@ async def version(request: Request) -> Response:
 
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
+    """Everything that is counted, for Prometheus."""
     content, media_type = server_of(request).metrics.render()
     return Response(content, media_type=media_type)
 

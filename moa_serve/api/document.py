@@ -6,6 +6,8 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
+from moa_serve.api.answers import ANSWERS
+
 _REFERENCE = "#/components/schemas/{model}"
 _bodies: dict[str, type[BaseModel]] = {}  # filled while routers are imported
 
@@ -44,14 +46,19 @@ def describe(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
         schemas: dict[str, Any] = {"Error": ERROR}
-        for name, schema in _bodies.items():
+        for name, schema in (_bodies | {answer.__name__: answer for answer in ANSWERS.values()}).items():
             described = schema.model_json_schema(ref_template=_REFERENCE)
             schemas |= described.pop("$defs", {})
             schemas[name] = described
         document.setdefault("components", {})["schemas"] = schemas
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}, {}]  # none is needed where the server has no keys
         error = {"description": "Error", "content": {"application/json": {"schema": {"$ref": _REFERENCE.format(model="Error")}}}}
-        for operations in document["paths"].values():
-            for operation in operations.values():
+        for path, operations in document["paths"].items():
+            for method, operation in operations.items():
+                if (answer := ANSWERS.get((method, path))) is not None:
+                    content = {"schema": {"$ref": _REFERENCE.format(model=answer.__name__)}}
+                    operation["responses"]["200"]["content"]["application/json"] = content
                 operation["responses"].pop("422", None)  # FastAPI's own, which is never sent
                 operation["responses"]["default"] = error
         app.openapi_schema = document

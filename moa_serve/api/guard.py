@@ -195,7 +195,9 @@ class Guard:
             return  # probes come by address
         match = _HOST.fullmatch(hosts[0])
         if len(hosts) > 1 or match is None or match[1].lower() not in self._hosts:
-            message = f"this server is not {hosts[0][:64]!a}; add the name to MOA_ALLOWED_HOSTS if it is meant"
+            # What is no name is not repeated: of a header that was run together with the next one it could be a key.
+            named = f"{hosts[0][:64]!a}; add the name to MOA_ALLOWED_HOSTS if it is meant" if match else "what the Host header says"
+            message = f"this server is not {named}"
             raise Refusal(421, "misdirected_request", message, closes=headers.has_body)
 
     def _check_origin(self, scope: Scope, headers: "_Headers") -> None:

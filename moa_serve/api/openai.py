@@ -23,11 +23,13 @@ _COMPLETIONS, _CHAT = Completions(), Chat()
 
 @router.post("/v1/completions", openapi_extra=body_of(CompletionRequest), responses=GENERATED)
 async def create_completion(request: Request) -> Response:
+    """Complete a prompt, or several."""
     return Generation(server_of(request), request, _COMPLETIONS)
 
 
 @router.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest), responses=GENERATED)
 async def create_chat_completion(request: Request) -> Response:
+    """Answer a chat, by the base's template."""
     return Generation(server_of(request), request, _CHAT)
 
 
@@ -42,6 +44,7 @@ async def list_models(request: Request) -> Response:
 
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(request: Request, model: str) -> Response:
+    """One of them."""
     server = server_of(request)
     if model == server.base_name:
         return JsonResponse(_base_model(server))
@@ -53,6 +56,7 @@ async def retrieve_model(request: Request, model: str) -> Response:
 
 @router.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
 async def tokenize(request: Request) -> Response:
+    """The tokens of a text, or of a chat."""
     server = server_of(request)
     body = await read_json(request, TokenizeRequest)
     _check_model(server, body.model)

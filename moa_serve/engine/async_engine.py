@@ -212,8 +212,8 @@ class AsyncEngine:
         self._commands.put(lambda: self._engine.drop(revision))
 
     def warm(self, adapter: Adapter) -> None:
-        """Lay an adapter out for the backend ahead of the step that first needs it, unless it stands in a slot. For worker threads, as `cool`
-        is too; what they see of the slots may be a step old, which costs at most a layout too many, or one in a step."""
+        """Lay an adapter out for the backend ahead of the step that first needs it, unless it stands in a slot. For worker threads; what
+        they see of the slots may be a step old, which costs at most a layout too many, or one in a step."""
         if self._engine.slot_table.find(adapter.revision) is None:
             self._engine.model.warm(adapter)
 

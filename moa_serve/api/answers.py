@@ -1,0 +1,230 @@
+"""What routes answer, for the document alone: handlers make their own dicts, and the fuzzers hold them to these shapes. Owns no state."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+FinishReason = Literal["stop", "length", "tool_calls"] | None
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = Field(description="Prompt tokens that were not computed because they were cached.")
+
+
+class Usage(BaseModel):
+    prompt_tokens: int = Field(description="Of all prompts, each counted once.")
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class Timings(BaseModel):
+    """Seconds; null for what did not happen."""
+
+    queue: float | None = Field(description="From arrival to the first row.")
+    prefill: float | None = Field(description="From there to the first token.")
+    first_token: float | None = Field(description="From arrival to the first token (TTFT).")
+    decode: float | None = Field(description="From the first token to the end.")
+    tokens_per_second: float | None = Field(description="Of decoding, without the first tokens.")
+
+
+class MoaAnswer(BaseModel):
+    """Our extension."""
+
+    revision: str = Field(description="Of what has answered: the digest of the adapter, or of the base.")
+    adapter: str | None = Field(description="null for the base alone.")
+    variant: str | None
+    timings: Timings
+    defaults: dict[str, Any] | None = Field(None, description="Fields that the adapter gave, since the request left them out.")
+
+
+class _Generated(BaseModel):
+    id: str
+    created: int = Field(description="Unix time, in seconds.")
+    model: str
+    system_fingerprint: str = Field(description="The first digits of the revision.")
+    usage: Usage
+    moa: MoaAnswer
+
+
+class CompletionLogprobs(BaseModel):
+    """Lists side by side, an entry for each token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None] = Field(description="null for the first token of an echoed prompt.")
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int] = Field(description="Where each token begins in `text`, in characters.")
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason
+    stop_reason: int | str | None = Field(description="The stop string or token that ended it.")
+
+
+class Completion(_Generated):
+    """In a stream, each event is such an object with what is new; `usage` and `moa` come with the last one."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+
+
+class TokenLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ScoredToken(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ScoredToken]
+
+
+class AssistantMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str | None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AssistantMessage = Field(description="In a stream it is called `delta`, and holds what is new.")
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+    stop_reason: int | str | None = Field(description="The stop string or token that ended it.")
+
+
+class ChatCompletion(_Generated):
+    """In a stream, each event is such an object with what is new: a `chat.completion.chunk`; `usage` and `moa` come with the last one."""
+
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+
+
+class Model(BaseModel):
+    """vLLM's fields."""
+
+    id: str = Field(description="What requests call it.")
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str = Field(description="The base's name, or the adapter's place below the adapters directory.")
+    parent: str | None = Field(description="The base of an adapter; null for the base.")
+    max_model_len: int | None
+    permission: list[dict[str, Any]]
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class OldRevision(BaseModel):
+    revision: str
+    variant: str
+    leases: int
+
+
+class Adapter(BaseModel):
+    id: str = Field(description="What requests call it.")
+    object: Literal["adapter"]
+    state: Literal["available", "changing", "loading", "loaded", "broken", "unloading"]
+    revision: str | None = Field(description="The digest of what is served; null where nothing was read yet.")
+    variant: str | None
+    tiers: list[Literal["disk", "host", "slot"]] = Field(description="Where that revision is.")
+    bytes: int = Field(description="Host memory now.")
+    leases: int = Field(description="Requests that hold it.")
+    hits: int = Field(description="Requests that it was given to.")
+    last_used: float | None = Field(description="Unix time, in seconds.")
+    path: str = Field(description="Relative to the adapters directory.")
+    error: str | None = Field(description="Why it is broken, or cannot be read again.")
+    is_explicit: bool = Field(description="An operator loaded it.")
+    is_pinned: bool = Field(description="It stays in host memory.")
+    is_changed: bool = Field(description="Its folder holds other content than what is served.")
+    warnings: list[str]
+    old_revisions: list[OldRevision] = Field(description="Replaced, and still there for requests or aliases.")
+
+
+class AdapterList(BaseModel):
+    object: Literal["list"]
+    data: list[Adapter]
+
+
+class AdapterDeleted(BaseModel):
+    id: str
+    object: Literal["adapter.deleted"]
+    deleted: Literal[True]
+    freed_bytes: int = Field(description="Of host memory; 0 where another name has the same content.")
+
+
+class Alias(BaseModel):
+    id: str
+    object: Literal["alias"]
+    targets: dict[str, int] = Field(description="Adapters, or `name@revision`, and their shares of the requests.")
+
+
+class AliasList(BaseModel):
+    object: Literal["list"]
+    data: list[Alias]
+
+
+class AliasDeleted(BaseModel):
+    id: str
+    object: Literal["alias.deleted"]
+    deleted: Literal[True]
+
+
+class Tokens(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Text(BaseModel):
+    prompt: str
+
+
+class Healthy(BaseModel):
+    status: Literal["ok"]
+
+
+class Version(BaseModel):
+    version: str
+    base: str
+    base_digest: str
+    backend: str
+    native: str | None = Field(description="The native library: what it computes with, or why it is not used.")
+    device: str
+    dtype: str
+    base_dtype: str
+    max_model_len: int = Field(description="Tokens of context that are served.")
+
+
+ANSWERS: dict[tuple[str, str], type[BaseModel]] = {
+    ("post", "/v1/completions"): Completion,
+    ("post", "/v1/chat/completions"): ChatCompletion,
+    ("get", "/v1/models"): ModelList,
+    ("get", "/v1/models/{model}"): Model,
+    ("post", "/tokenize"): Tokens,
+    ("post", "/detokenize"): Text,
+    ("get", "/v1/adapters"): AdapterList,
+    ("post", "/v1/adapters"): Adapter,
+    ("get", "/v1/adapters/{name}"): Adapter,
+    ("delete", "/v1/adapters/{name}"): AdapterDeleted,
+    ("post", "/v1/adapters/{name}/reload"): Adapter,
+    ("post", "/v1/adapters/{name}/pin"): Adapter,
+    ("post", "/v1/adapters/{name}/unpin"): Adapter,
+    ("get", "/v1/aliases"): AliasList,
+    ("put", "/v1/aliases/{alias}"): Alias,
+    ("delete", "/v1/aliases/{alias}"): AliasDeleted,
+    ("get", "/health"): Healthy,
+    ("get", "/health/live"): Healthy,
+    ("get", "/health/ready"): Healthy,
+    ("get", "/version"): Version,
+}
+"""By method and path; the body of a 200."""

@@ -1,0 +1,188 @@
+"""The pages that are made from the code: docs/api.md, and the table of settings in docs/operations.md.
+
+    python -m tests.pages          write them
+    python -m tests.pages --check  say what is stale, exit code 1
+
+A test holds that they are as this makes them.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moa_serve.api.app import new_app
+from moa_serve.api.guard import ADMIN, PUBLIC
+from moa_serve.settings import ENV_PREFIX, WITHOUT_FLAG, ServerSettings
+
+DOCS = Path(__file__).parents[1] / "docs"
+BEGIN, END = "<!-- settings: made by `python -m tests.pages` -->", "<!-- end of settings -->"
+METHODS = ("get", "post", "put", "patch", "delete")
+
+API_HEAD = """\
+# HTTP API
+
+Made from the schemas of the code by `python -m tests.pages`; do not edit. The same as OpenAPI 3.1: `GET /openapi.json`. How to run the
+server, and what to do about each error code: [operations.md](operations.md). What is promised of bad input:
+[reliability.md](reliability.md).
+
+**Models.** `model` is the base's name, or an adapter's: each request chooses one, and all are mixed in one batch.
+
+**Keys.** `Authorization: Bearer KEY`. Where the server has API keys, every route needs one but health; routes that change adapters need
+the admin key. A server without keys takes any.
+
+**Bodies** are JSON objects in UTF-8 with `Content-Type: application/json`. A null is an absent field. Nothing is accepted and ignored
+but what changes no answer (`user`, `store`, `metadata`, `service_tier`, `safety_identifier`, `prompt_cache_key`): unknown names are 400
+`unknown_parameter`, names of OpenAI's or vLLM's API that are not served here 400 `unsupported_parameter`.
+
+**Errors** are `{"error": {"message", "type", "param", "code"}}`, whatever went wrong; `code` is a string that does not change, `param`
+the field at fault as `messages[0].content`. 429 and 503 carry `Retry-After` in seconds. In a stream, what fails after the first byte is
+one `data: {"error": ...}` event, and no `[DONE]` comes.
+
+**Headers.** `X-Request-Id` comes back as it was sent, if it is 1 to 128 of `A-Z a-z 0-9 . _ -`, else as one of the server's. Where a
+key has limits, `x-ratelimit-limit-requests`, `-remaining-requests`, `-reset-requests`, and the same with `-tokens`.
+"""
+
+
+def api_page() -> str:
+    """docs/api.md."""
+    document = new_app("0").openapi()
+    operations = [
+        (method, path, item) for path, methods in document["paths"].items() for method, item in methods.items() if method in METHODS
+    ]
+    seen: list[str] = []
+    parts = [API_HEAD, "## Routes\n", _table(("route", "key", "what it does", "answer"), list(_routes(operations, seen)))]
+    for method, path, operation in operations:
+        body = operation.get("requestBody")
+        if body is not None:
+            reference = body["content"]["application/json"]["schema"]["$ref"]
+            name = _name(reference)
+            parts += [f"## {method.upper()} {path}\n", _about(operation), _fields(document["components"]["schemas"][name], seen)]
+            if (answer := _answer(operation)) is not None:
+                parts.append(f"It answers with {_kind(answer, seen)}.\n")
+    parts.append("## Objects\n")
+    done: set[str] = set()
+    while todo := [name for name in seen if name not in done]:
+        for name in todo:
+            done.add(name)
+            schema = document["components"]["schemas"][name]
+            parts += [f"### {name}\n", _about(schema), _fields(schema, seen)]
+    return "\n".join(part for part in parts if part).rstrip() + "\n"
+
+
+def _routes(operations: list[tuple[str, str, Any]], seen: list[str]) -> Iterator[tuple[str, ...]]:
+    for method, path, operation in operations:
+        key = "none" if path in PUBLIC else "admin" if method != "get" and path.startswith(ADMIN) else "API"
+        title = f"`{method.upper()} {path}`"
+        route = f"[{title}](#{_anchor(f'{method} {path}')})" if "requestBody" in operation else title
+        answer = _answer(operation)
+        yield route, key, _about(operation).strip() or operation["summary"], _kind(answer, seen) if answer else ""
+
+
+def _answer(operation: dict[str, Any]) -> dict[str, Any] | None:
+    """A reference to the shape of a 200, where there is one."""
+    schema = operation["responses"]["200"]["content"].get("application/json", {}).get("schema", {})
+    return schema if "$ref" in schema else None
+
+
+def _anchor(title: str) -> str:
+    """As GitHub makes it of a heading."""
+    return "".join(char for char in title.lower().replace(" ", "-") if char.isalnum() or char in "-_")
+
+
+def _about(item: dict[str, Any]) -> str:
+    """Its first paragraph; what follows is for readers of the code."""
+    text: str = item.get("description", "").split("\n\n")[0]
+    return " ".join(text.split()) + "\n" if text else ""
+
+
+def _name(reference: str) -> str:
+    return reference.rpartition("/")[2]
+
+
+def _fields(schema: dict[str, Any], seen: list[str]) -> str:
+    """A row for each field. What is answered has no defaults, and says where it can be null."""
+    required = set(schema.get("required", ()))
+    is_answer = required == set(schema.get("properties", {})) and bool(required) and "additionalProperties" not in schema
+    rows = []
+    for name, field in schema.get("properties", {}).items():
+        default = "required" if name in required else _default(field)
+        kind, about = _kind(field, seen), field.get("description", "")
+        is_nullable = any(option.get("type") == "null" for option in field.get("anyOf", ()))
+        rows.append((f"`{name}`", f"{kind} or null" if is_nullable else kind, about) if is_answer else (f"`{name}`", kind, default, about))
+    return _table(("field", "type", "") if is_answer else ("field", "type", "default", ""), rows)
+
+
+def _default(field: dict[str, Any]) -> str:
+    default = field.get("default")
+    return "" if default in (None, [], {}) or isinstance(default, dict) else f"`{json.dumps(default)}`"
+
+
+def _kind(field: dict[str, Any], seen: list[str]) -> str:
+    """A type in words, with its bounds."""
+    if "$ref" in field:
+        name = _name(field["$ref"])
+        if name not in seen:
+            seen.append(name)
+        return f"[{name}](#{_anchor(name)})"
+    if "anyOf" in field or "oneOf" in field:
+        options = field.get("anyOf") or field.get("oneOf") or []
+        kinds = [_kind(option, seen) for option in options if option.get("type") != "null"]
+        return " or ".join(dict.fromkeys(kinds))
+    if "const" in field or "enum" in field:
+        return ", ".join(f"`{json.dumps(value)}`" for value in field.get("enum", [field.get("const")]))
+    kind = str(field.get("type", "any"))
+    if kind == "array":
+        kind = f"list of {_kind(field.get('items', {}), seen)}"
+    elif kind == "object" and isinstance(field.get("additionalProperties"), dict):
+        kind = f"object of {_kind(field['additionalProperties'], seen)}"
+    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    found = [f"{sign} {field[word]}" for word, sign in bounds.items() if word in field]
+    sizes = {"minLength": "≥ {} characters", "maxLength": "≤ {} characters", "minItems": "≥ {} items", "maxItems": "≤ {} items"}
+    found += [text.format(field[word]) for word, text in sizes.items() if word in field]
+    if "pattern" in field:
+        found.append(f"`{field['pattern']}`")
+    return f"{kind}, {', '.join(found)}" if found else kind
+
+
+def _table(head: tuple[str, ...], rows: Any) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def settings_table() -> str:
+    """What stands between the marks of docs/operations.md."""
+    rows = []
+    for name, field in ServerSettings.model_fields.items():
+        default = field.get_default(call_default_factory=False) if field.default_factory is None else None
+        is_empty = default is None or default == ()
+        shown = "" if is_empty else f"`{str(default).lower() if isinstance(default, bool) else default}`"
+        flag = f"`{ENV_PREFIX}{name.upper()}`" if name in WITHOUT_FLAG else f"`--{name.replace('_', '-')}`"
+        rows.append((flag, shown, field.description or ""))
+    return _table(("setting", "default", ""), rows)
+
+
+def operations_page(page: str) -> str:
+    """`page` with the table as it is now."""
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n{settings_table()}{END}{rest.split(END)[1]}"
+
+
+def pages() -> dict[Path, str]:
+    """The whole text of each."""
+    operations = DOCS / "operations.md"
+    return {DOCS / "api.md": api_page(), operations: operations_page(operations.read_text())}
+
+
+def main() -> int:
+    stale = {path: text for path, text in pages().items() if not path.exists() or path.read_text() != text}
+    for path, text in stale.items():
+        if "--check" not in sys.argv:
+            path.write_text(text)
+        sys.stdout.write(f"{path.name} {'is stale' if '--check' in sys.argv else 'written'}\n")
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
