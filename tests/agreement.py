@@ -14,11 +14,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from traffic import Entry, Ledger, Outcome
 
 OTHER = "other"  # the label of requests whose adapter was not known when they ended, and of adapters beyond the grid
+PAGE = 16  # tokens of the prefix cache
 MAX_GROWTH = 1.05
 JUDGED_SECONDS = 240.0
 TWINS = (
     ("moa_generated_tokens_total", "vllm:generation_tokens_total"),
     ("moa_prompt_tokens_total", "vllm:prompt_tokens_total"),
+    ("moa_cached_tokens_total", "vllm:prompt_tokens_cached_total"),
+    ("moa_prefix_cache_hits_total", "vllm:prefix_cache_hits_total"),
     ("moa_request_seconds_count", "vllm:e2e_request_latency_seconds_count"),
     ("moa_time_to_first_token_seconds_count", "vllm:time_to_first_token_seconds_count"),
     ("moa_inter_token_seconds_count", "vllm:inter_token_latency_seconds_count"),
@@ -203,20 +206,27 @@ def _router_sums(page: Scrape, *cells: Mapping[tuple[str, ...], float]) -> Check
 
 
 def _routed(ledger: Ledger, delta: Delta, after: Scrape, models: Sequence[str]) -> Check:
-    """Every token of a finished request but the last went through the routers of its adapter; cancelled and repeated ones come on top."""
+    """Every token of a finished request but the last, and those that were cached, went through the routers of its adapter; cancelled and
+    repeated ones come on top."""
     name = "router: tokens cover those of finished requests"
     layers = after.by("moa_router_tokens_total", "adapter", "layer")
     if any(adapter == OTHER for adapter, _ in layers):
         return Check(name, True, "not looked at: there are more adapters than series")
     wrong, shown = [], []
     for model in models:
-        need = sum(entry.job.n * ((entry.prompt_tokens or 0) - 1) + entry.generated_tokens for entry in ledger.of(Outcome.OK, model))
+        need = sum(_least_routed(entry) for entry in ledger.of(Outcome.OK, model))
         counts = [delta.total("moa_router_tokens_total", adapter=model, layer=layer) for adapter, layer in layers if adapter == model]
         if counts:
             shown.append(f"{model} {min(counts):,} of {need:,}")
         if any(count < need for count in counts):
             wrong.append(model)
     return Check(name, not wrong, ", ".join(shown) or "no adapter has a router")
+
+
+def _least_routed(entry: Entry) -> int:
+    """What usage says is cached is what all rows found; all but one of them may have found every full page before the last token."""
+    before_last = (entry.prompt_tokens or 0) - 1
+    return before_last - entry.cached_tokens + (entry.job.n - 1) * (before_last % PAGE) + entry.generated_tokens
 
 
 def reconcile_log(ledger: Ledger, lines: Iterable[Mapping[str, Any]]) -> list[Check]:
@@ -230,8 +240,10 @@ def reconcile_log(ledger: Ledger, lines: Iterable[Mapping[str, Any]]) -> list[Ch
     for line in logged:
         entry = known.get(str(line["request_id"]))
         if entry is not None and entry.outcome is Outcome.OK:
-            theirs = tuple(line[name] for name in ("status", "adapter", "finish_reason", "prompt_tokens", "completion_tokens"))
-            ours = (entry.status, entry.job.adapter, entry.finish_reason, entry.prompt_tokens, entry.generated_tokens)
+            names = ("status", "adapter", "finish_reason", "prompt_tokens", "completion_tokens", "cached_tokens")
+            theirs = tuple(line[name] for name in names)
+            tokens = (entry.prompt_tokens, entry.generated_tokens, entry.cached_tokens)
+            ours = (entry.status, entry.job.adapter, entry.finish_reason, *tokens)
             wrong += [f"{entry.request_id}: {theirs}, but the client saw {ours}"] if theirs != ours else []
     bad = [line for line in lines if line.get("level") in ("warning", "error", "critical")]
     return [

@@ -86,7 +86,7 @@ class Entry:
         is_sent: the server has got its head, so it must know of it.
         status: of the response; None where none came.
         finish_reason: of the whole request as the server counts it: length if any choice had it.
-        prompt_tokens, generated_tokens: by the last usage that came; of a cancelled request the server may have made more.
+        prompt_tokens, generated_tokens, cached_tokens: by the last usage that came; of a cancelled request the server may have made more.
         detail: of an error.
         begun: time.monotonic().
         is_planned: it failed because a fault was injected; how far the server had come with it, only the server knows.
@@ -101,6 +101,7 @@ class Entry:
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     generated_tokens: int = 0
+    cached_tokens: int = 0
     ttft_seconds: float | None = None
     text: str = ""
     detail: str = ""
@@ -279,6 +280,7 @@ class _Answer:
                     self.entry.logprobs += choice["logprobs"].get("token_logprobs") or ()
         if usage := body.get("usage"):
             self.entry.prompt_tokens, self.entry.generated_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+            self.entry.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
         self._moa = body.get("moa") or self._moa
 
     def check(self) -> None:

@@ -76,6 +76,7 @@ def test_what_agrees_is_accepted() -> None:
         ('moa_generated_tokens_total{adapter="base"}', 17),
         ('moa_generated_tokens_total{adapter="stray"}', 1),
         ('vllm:generation_tokens_total{model_name="base",engine="0"}', 11),
+        ('vllm:prompt_tokens_cached_total{model_name="base",engine="0"}', 16),
         ('moa_http_responses_total{status="200"}', 1),
         ('moa_http_responses_total{status="400"}', 2),
         ("moa_requests_running", 1),
@@ -116,6 +117,7 @@ def test_a_request_that_was_never_sent_is_not_asked_for() -> None:
 def line(entry: Entry, **changes: Any) -> dict[str, Any]:
     told = {"event": "request", "request_id": entry.request_id, "status": entry.status, "adapter": None, "level": "info"}
     told |= {"finish_reason": entry.finish_reason, "prompt_tokens": entry.prompt_tokens, "completion_tokens": entry.generated_tokens}
+    told |= {"cached_tokens": entry.cached_tokens}
     return told | changes
 
 
@@ -126,6 +128,7 @@ def line(entry: Entry, **changes: Any) -> dict[str, Any]:
         lambda lines: [*lines, lines[0]],
         lambda lines: [*lines, lines[0] | {"request_id": "stray"}],
         lambda lines: [lines[0] | {"completion_tokens": 7}, *lines[1:]],
+        lambda lines: [lines[0] | {"cached_tokens": 16}, *lines[1:]],
         lambda lines: [*lines, {"level": "warning", "message": "a step failed"}],
     ],
 )
