@@ -324,16 +324,16 @@ async def weather(
             async with asyncio.TaskGroup() as tasks:
                 for number in range(storms.NUM_WORKERS):
                     tasks.create_task(storms.work(storm, models, prompts, seed * 1009 + number, stop))
+                tasks.create_task(storms.reload_all_the_time(storm, stop))
                 tasks.create_task(storms.sample_memory(storm, stop))
                 try:
-                    deadline = started + seconds - share * 70
+                    deadline = started + seconds - share * 60
                     await storms.inject_all(storm, kinds, deadline, INTERVAL_SECONDS if is_long else 0.3)
                     with _survives(storm, "an engine that is broken"):
                         await storm_faults.rebuild(storm)
                     say(f"{storm.survived.total()} faults survived, {len(storm.failed)} not")
                     for phase, run in (
                         ("poison", storms.poison_phase(storm, max(2.0, share * 20))),
-                        ("reload", storms.reload_phase(storm, round(share * 500), max(3.0, share * 60))),
                         ("disconnect", storms.disconnect_phase(storm, round(share * 1000))),
                     ):
                         storm.phase = phase
@@ -345,10 +345,10 @@ async def weather(
             await prober
             for name in (storms.SCAPEGOAT, storms.POISON, storms.VICTIM):
                 await storm.unload(name)
-            await storms.measure_leaving(storm, max(10, round(share * 100)))
+            await storms.measure_leaving(storm, max(5, round(share * 40)))
             after = await storms.at_rest(storm)
             done = time.monotonic() - started
-            checks = storms.reconciled(ledger, before, after, models)
+            checks = storms.reconciled(ledger, side, before, after, models)
             checks.append(server.stop())
     goals = storms.goals(storm, before, after, checks, done, is_long=is_long)
     say("restarts")

@@ -27,7 +27,7 @@ from typing import Any
 
 import httpx
 import psutil
-from agreement import OTHER, Check, Scrape, reconcile
+from agreement import OTHER, Check, Delta, Scrape, reconcile
 from bad_adapters import write_overflowing
 from families import FAMILIES, write_family
 from servers import TALKING, write_talking_base
@@ -42,7 +42,7 @@ SCAPEGOAT, POISON, VICTIM = "scapegoat", "poison", "victim"  # adapters that fau
 OVERFLOW_TOKEN = next(token for token in range(100, 259) if token not in trial_prompt(259, 512))
 BASE = "base"
 LOGPROB_TOLERANCE = 1e-5
-NO_ROOM = ("adapter_memory", "server_overloaded")  # what anybody may meet
+NO_ROOM = ("adapter_memory", "server_overloaded", "adapter_busy")  # what anybody may meet
 
 
 @dataclass(slots=True)
@@ -176,7 +176,7 @@ def server_flags(folder: Path) -> list[str]:
     room = int(10 * statistics.mean(sizes))
     return [
         *("--model", str(folder / "base"), "--adapters-dir", str(folder / "adapters"), "--served-model-name", BASE),
-        *("--num-slots", "6", "--adapter-cache-bytes", str(room), "--max-num-seqs", "16", "--kv-cache-bytes", str(2**19)),
+        *("--num-slots", "6", "--adapter-cache-bytes", str(room), "--max-num-seqs", "16", "--kv-cache-bytes", str(2**17)),
         *("--unsafe-test-hooks", "--watchdog-seconds", "10"),
     ]  # fmt: skip
 
@@ -275,14 +275,16 @@ def overflow_job() -> Job:
     return Job(POISON, POISON, COMPLETIONS, json.dumps(body).encode(), max_tokens=2, max_prompt_tokens=1, expected=500)
 
 
-async def reload_phase(storm: Storm, count: int, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    done = 0
-    while done < count and time.monotonic() < deadline:
-        status, code = await storm.load(SWAPPED, f"{SWAPPED}-{1 + done % 2}")
-        assert status == 200 or code in NO_ROOM, code
-        done += status == 200
-    storm.num_reloads += done
+async def reload_all_the_time(storm: Storm, stop: asyncio.Event) -> None:
+    """From the storm's first second to its last, in place, one version after the other."""
+    for turn in itertools.count():
+        if stop.is_set():
+            return
+        status, code = await storm.load(SWAPPED, f"{SWAPPED}-{1 + turn % 2}")
+        storm.num_reloads += status == 200
+        if status != 200 and code not in (*NO_ROOM, "not_ready", "internal_error", "out_of_memory", "adapter_unreadable"):
+            storm.failed.append(f"reload: {status} {code}")
+        await asyncio.sleep(0.3)
 
 
 async def disconnect_phase(storm: Storm, count: int) -> None:
@@ -328,16 +330,21 @@ def slope_mib_per_minute(rss: list[tuple[float, float]], seconds: float = 300.0)
     return statistics.linear_regression([t for t, _ in last], [b for _, b in last]).slope * 60 / 2**20
 
 
-def reconciled(ledger: Ledger, before: Scrape, after: Scrape, models: list[str]) -> list[Check]:
+def reconciled(ledger: Ledger, side: Ledger, before: Scrape, after: Scrape, models: list[str]) -> list[Check]:
     """Client and server, without what holds only where nobody but the ledger's client asks and nothing fails: responses by status."""
 
     def is_of_victims(name: str, labels: Mapping[str, str]) -> bool:
         """A request that outlives its adapter is counted as `other`; a refusal is, whoever sent it."""
         is_other = OTHER in (labels.get("adapter"), labels.get("model_name"))
-        return is_other and not (name == "moa_requests_total" and labels["finish_reason"] == "error")
+        is_refusal = name == "moa_requests_total" and labels["finish_reason"] == "error"
+        return is_other and not is_refusal and not name.startswith(("moa_router", "moa_expert"))
 
     checks = reconcile(ledger, before.without(is_of_victims), after.without(is_of_victims), models)
-    return [check for check in checks if check.name != "responses by status"]
+    delta = Delta(before, after)
+    ours = ledger.outcomes[Outcome.REFUSED] + sum(entry.detail == "model_not_found" for entry in side.of(Outcome.REFUSED))
+    theirs = delta.total("moa_requests_total", finish_reason="error")
+    refused = Check("refused requests", ours == theirs, f"server {theirs:,}, client {ours:,}")
+    return [refused, *(check for check in checks if check.name not in ("responses by status", refused.name))]
 
 
 def goals(storm: Storm, before: Scrape, after: Scrape, checks: list[Check], seconds: float, *, is_long: bool) -> list[Goal]:

@@ -69,7 +69,7 @@ class Watchdog:
     def _beat(self) -> None:
         assert self._loop is not None
         late = time.monotonic() - self._beat_at - BEAT_SECONDS
-        # Where neither this process computed nor the other thread woke, nobody ran: it was stopped, or had no core.
+        # Where neither this process computed nor the other thread woke in time, nobody ran: it was stopped, or had no core.
         if late > STALLS[0] and (time.process_time() - self._beat_cpu > late / 2 or self._num_ticks - self._beat_tick >= 2):
             self.longest_stall_seconds = max(self.longest_stall_seconds, late)
             for limit in STALLS:
@@ -84,14 +84,17 @@ class Watchdog:
         woke = time.monotonic()
         while not self._is_stopped.wait(TICK_SECONDS):
             slept, woke = time.monotonic() - woke, time.monotonic()
-            self._num_ticks += 1
+            self._num_ticks += slept < 1.5 * TICK_SECONDS  # those that came in time show that the process ran
             progress = self._engine.progress
             is_still = self._engine.is_working and progress == seen and self._engine.failure is None
             still, seen = still + min(slept, 2 * TICK_SECONDS) if is_still else 0.0, progress
             if still >= self._stuck_seconds:
                 self._end()
                 return
-            if slept < 2 * TICK_SECONDS and woke - self._beat_at > STALLS[-1] and told != self._beat_at:
+            blocked = woke - self._beat_at if slept < 1.5 * TICK_SECONDS else 0.0
+            if blocked > STALLS[0]:
+                logger.info("the event loop has not turned for %.2f s:\n%s", blocked, self._stack(self._loop_thread))
+            if blocked > STALLS[-1] and told != self._beat_at:
                 told = self._beat_at
                 logger.error("the event loop is blocked:\n%s", self._stack(self._loop_thread))
 

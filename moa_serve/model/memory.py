@@ -60,6 +60,7 @@ def _trim_heap() -> None:
         trim(0)  # glibc keeps what was freed
 
 
+_UNLIMITED_BYTES = 2**60  # version 1 has no word for it, but the largest number of pages
 _FILES = {
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     2: ("memory.max", "memory.current", "inactive_file"),
@@ -84,4 +85,6 @@ def _use(folder: Path, limit: str, used: str, reclaimable: str) -> tuple[int, in
         statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return None
-    return None if most == "max" else (now - int(statistics.get(reclaimable, 0)), int(most))
+    if most == "max" or int(most) >= _UNLIMITED_BYTES:
+        return None
+    return now - int(statistics.get(reclaimable, 0)), int(most)

@@ -43,6 +43,11 @@ def test_version_1(tmp_path: Path) -> None:
     assert rooms(tmp_path, "5:cpu,cpuacct:/x\n4:memory:/job\n") == [GIB]
 
 
+def test_version_1_without_a_limit(tmp_path: Path) -> None:
+    group(tmp_path / "cgroup" / "memory", "9223372036854771712", GIB, 0, version=1)
+    assert rooms(tmp_path, "4:memory:/\n") == []
+
+
 def test_a_path_of_the_host_falls_back_to_the_own_top(tmp_path: Path) -> None:
     group(tmp_path / "cgroup" / "memory", str(GIB), 0, 0, version=1)
     assert rooms(tmp_path, "4:memory:/docker/0123\n") == [GIB]
