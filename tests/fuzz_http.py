@@ -146,14 +146,14 @@ class Fuzzer:
                 while data := connection.recv(65536):
                     said += data
         self.score.slowest = max(self.score.slowest, time.monotonic() - started)
+        while said.startswith(b"HTTP/1.1 100 "):  # it was asked whether the body may come
+            said = said.partition(b"\r\n\r\n")[2]
         if not said:
             self.score.closed += 1
             return
         if b"\r\ncontent-type: text/event-stream" in said.partition(b"\r\n\r\n")[0].lower():
             self.score.statuses[200] += 1
             return
-        while said.startswith(b"HTTP/1.1 100 "):  # it was asked whether the body may come
-            said = said.partition(b"\r\n\r\n")[2]
         first = Answer.read(said)
         if raw.lstrip(b"\r\n").startswith(b"HEAD "):
             self.score.statuses[first.status] += 1

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-FinishReason = Literal["stop", "length", "tool_calls"] | None
+FinishReason = Literal["stop", "length"] | None
 
 
 class PromptTokensDetails(BaseModel):
