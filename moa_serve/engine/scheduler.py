@@ -212,7 +212,7 @@ class Scheduler:
     def share(self, sequence: Sequence) -> None:
         """The logits behind all that is computed of `sequence` are finite: its full pages may serve others."""
         num_full = sequence.num_computed // self._blocks.block_size
-        if not sequence.shares_pages or num_full <= sequence.num_shared:
+        if num_full <= sequence.num_shared or not (self._blocks.is_keeping and sequence.shares_pages):
             return
         for index in range(sequence.num_shared, num_full):
             self._blocks.keep(sequence.block_table[index], self._page_key(sequence, index), sequence.request.adapter)
@@ -286,6 +286,8 @@ class Scheduler:
 
     def _admit(self, step: _Step) -> None:
         """Start waiting sequences while there are rows, tokens, blocks and slots for them."""
+        if not self._waiting or len(self._running) >= self._max_num_seqs:
+            return
         reserved = self._reserved_slots()
         for sequence in islice(self._waiting.candidates(), _LOOKAHEAD):
             if len(self._running) >= self._max_num_seqs or not step.prefill_budget:
