@@ -347,6 +347,7 @@ async def weather(
                 await storm.unload(name)
             await storms.measure_leaving(storm, max(5, round(share * 40)))
             after = await storms.at_rest(storm)
+            storm.num_preemptions = int(after.total("moa_preemptions_total"))
             done = time.monotonic() - started
             checks = storms.reconciled(ledger, side, before, after, models)
             checks.append(server.stop())
@@ -375,6 +376,7 @@ def weathered_json(found: Weathered, seed: int) -> dict[str, Any]:
         "requests": len(ledger.entries),
         "outcomes": {outcome.value: ledger.outcomes[outcome] for outcome in Outcome},
         "golden": dict(found.storm.num_golden),
+        "preemptions": found.storm.num_preemptions,
         "goals": {goal.name: {"goal": goal.text, "figure": goal.figure, "is_met": goal.is_met} for goal in found.goals},
         "faults": dict(sorted(found.storm.survived.items())),
         "skipped": found.storm.skipped,

@@ -107,6 +107,7 @@ class Storm:
     rss: list[tuple[float, float]] = field(default_factory=list)  # (seconds, bytes)
     num_series: int = 0  # of /metrics
     grown: list[str] = field(default_factory=list)  # series that came while junk was sent
+    num_preemptions: int = 0
     overruns: list[int] = field(default_factory=list)  # tokens that a row made after its client had left
 
     def inject(self, *found: dict[str, Any]) -> None:

@@ -25,3 +25,4 @@ def test_a_storm_of_faults_loses_no_request_and_changes_no_answer(tmp_path: Path
     assert storm.num_golden.total() > 300
     assert storm.num_of_model[SWAPPED] > 0
     assert storm.num_reloads > 0
+    assert storm.num_preemptions > 0
