@@ -6,13 +6,14 @@ tokens; those that stand inside a message stay text. Adapters have no templates 
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
-from typing import Any, NoReturn, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -33,6 +34,11 @@ class Message(Protocol):
     @property
     def text(self) -> str: ...
 
+    @property
+    def more(self) -> Mapping[str, Any]:
+        """What templates may read besides: tool_calls, tool_call_id."""
+        ...
+
 
 class ChatTemplate:
     """The chat template of one tokenizer."""
@@ -42,8 +48,26 @@ class ChatTemplate:
         control = sorted((tokenizer.token_text(token_id) for token_id in tokenizer.special_ids), key=len, reverse=True)
         self._control = re.compile("|".join(re.escape(text) for text in control if text) or "(?!)")
 
+    @cached_property
+    def tool_format(self) -> Literal["hermes", "llama"] | None:
+        """How the template has tools called: `<tool_call>{...}</tool_call>` (Hermes, Qwen), a bare JSON object (Llama 3), or not at all."""
+        source = self._tokenizer.chat_template or ""
+        try:
+            if "tools" not in find_undeclared_variables(_environment().parse(source)):
+                return None
+        except jinja2.TemplateError:
+            return None
+        if "<tool_call>" in source and not self._control.fullmatch("<tool_call>"):
+            return "hermes"
+        return "llama" if '"parameters"' in source else None
+
     def encode(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, check: Callable[[str], None] = lambda text: None
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
+        check: Callable[[str], None] = lambda text: None,
     ) -> list[int]:
         """Token ids of a chat, to be continued by the assistant.
 
@@ -52,18 +76,24 @@ class ChatTemplate:
         characters gets the true ones back and is encoded as text; all others are encoded as the tokenizer would read them.
 
         Args:
+            tools: as OpenAI's API writes them.
             check: is shown the rendered text before it is tokenised, and may raise.
         Raises:
             InvalidRequest: the base has no template, or its template refuses these messages.
         """
-        texts = [message.text for message in messages]
-        marks = self._marks(texts)
+        try:
+            return self._encode(messages, list(tools), add_generation_prompt, check)
+        except RecursionError:
+            raise InvalidRequest("the tools, or the arguments of a call, are nested too deep", param="messages") from None
+
+    def _encode(
+        self, messages: Sequence[Message], tools: list[Any], add_generation_prompt: bool, check: Callable[[str], None]
+    ) -> list[int]:
+        given = [{"role": _ROLES.get(message.role, message.role), "content": message.text, **message.more} for message in messages]
+        marks = self._marks([*_texts(given), *_texts(tools)])
         hide: Callable[[re.Match[str]], str] = lambda found: marks[found[0][0]] + found[0][1:]  # noqa: E731
-        shown = [
-            {"role": _ROLES.get(message.role, message.role), "content": self._hidden(text, hide)}
-            for message, text in zip(messages, texts, strict=True)
-        ]
-        rendered = self._render(shown, add_generation_prompt)
+        shown, shown_tools = self._hidden(given, hide), self._hidden(tools, hide)
+        rendered = self._render(shown, shown_tools or None, add_generation_prompt)
         check(rendered)
         truth = {ord(mark): first for first, mark in marks.items()}
         ids: list[int] = []
@@ -72,11 +102,15 @@ class ChatTemplate:
             ids += self._tokenizer.encode(text, parse_special=not is_text, add_special=False)
         return ids
 
-    def _hidden(self, text: str, hide: Callable[[re.Match[str]], str]) -> str:
-        """Repeated, because hiding one may leave another that overlapped it."""
-        while self._control.search(text):
-            text = self._control.sub(hide, text)
-        return text
+    def _hidden(self, value: Any, hide: Callable[[re.Match[str]], str]) -> Any:
+        """A JSON value with every text in it hidden; repeated, because hiding one may leave another that overlapped it."""
+        if isinstance(value, dict):
+            return {self._hidden(key, hide): self._hidden(item, hide) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._hidden(item, hide) for item in value]
+        while isinstance(value, str) and self._control.search(value):
+            value = self._control.sub(hide, value)
+        return value
 
     def _marks(self, texts: Sequence[str]) -> dict[str, str]:
         """First character of each control token that the messages hold -> a character that stands nowhere else."""
@@ -108,10 +142,14 @@ class ChatTemplate:
                 end = found.end()
         return [(is_text, piece) for is_text, piece in [*pieces, (False, clean)] if piece]
 
-    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, add_generation_prompt: bool) -> str:
         try:
             return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **self._tokenizer.special_tokens
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._tokenizer.special_tokens,
             )
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"the base's chat template refuses these messages: {error}", param="messages") from None
@@ -121,14 +159,31 @@ class ChatTemplate:
         source = self._tokenizer.chat_template
         if source is None:
             raise InvalidRequest("the base has no chat template, so it cannot chat; use /v1/completions", param="messages")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
-            return environment.from_string(source)
+            return _environment().from_string(source)
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"the base's chat template cannot be used: {error}; use /v1/completions", param="messages") from None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, names included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
+def _environment() -> jinja2.Environment:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
 
 
 class _Generation(Extension):

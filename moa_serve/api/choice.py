@@ -4,8 +4,9 @@ A whole answer and a stream take the same way: a whole one is drained once. Belo
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+from moa_serve.api.tools import CallDelta, ToolReader
 from moa_serve.engine.async_engine import Stream
 from moa_serve.engine.engine import TokenEvent
 from moa_serve.engine.request import TokenLogprob
@@ -38,15 +39,17 @@ class ScoredToken:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What came since the last one. `tokens` is empty where log-probabilities were not asked for. `is_first` of its choice."""
+    """What came since the last one. `tokens` is empty where log-probabilities were not asked for. `is_first` of its choice. `text` is
+    without the calls of tools that a reader found in it."""
 
     text: str
     tokens: list[ScoredToken]
     is_first: bool
+    calls: list[CallDelta] = field(default_factory=list)
 
     @property
     def is_empty(self) -> bool:
-        return not self.text and not self.tokens
+        return not self.text and not self.tokens and not self.calls
 
 
 class Choice:
@@ -54,9 +57,21 @@ class Choice:
     Args:
         index: in the answer: prompt * n + i.
         echo: begin with the prompt's text and, where log-probabilities were asked for, with the prompt's.
+        num_prompt_logprobs: best tokens that are told at each place of the prompt; None for nothing about it.
+        reader: finds calls of tools in the text.
     """
 
-    def __init__(self, index: int, prompt: Prompt, stream: Stream, tokenizer: Tokenizer | None, *, echo: bool = False) -> None:
+    def __init__(
+        self,
+        index: int,
+        prompt: Prompt,
+        stream: Stream,
+        tokenizer: Tokenizer | None,
+        *,
+        echo: bool = False,
+        num_prompt_logprobs: int | None = None,
+        reader: ToolReader | None = None,
+    ) -> None:
         params = stream.request.params
         assert isinstance(params.stop, tuple)  # SamplingParams made it one
         self.index, self.prompt, self.stream = index, prompt, stream
@@ -65,7 +80,7 @@ class Choice:
         self.stop_reason: str | int | None = None  # the stop string or the id of `stop_token_ids`
         self.error: MoaError | None = None
         self.tokenizer, self._echo, self._params = tokenizer, echo, params
-        self.has_logprobs = params.logprobs is not None
+        self.has_logprobs, self.num_prompt_logprobs, self._reader = params.logprobs is not None, num_prompt_logprobs, reader
         self._decoder = IncrementalDecoder(tokenizer, stop=params.stop, min_tokens=params.min_tokens) if tokenizer else None
         self._ruler = IncrementalDecoder(tokenizer) if tokenizer and self.has_logprobs else None  # counts characters, stop strings too
         self._start = len(prompt.text) if echo else 0
@@ -75,8 +90,16 @@ class Choice:
 
     @property
     def waits_for_end(self) -> bool:
-        """An echo with log-probabilities begins with what the engine gives at its end."""
+        """What is said of the prompt's tokens is what the engine gives at its end."""
+        return self._has_scored_echo or self.num_prompt_logprobs is not None
+
+    @property
+    def _has_scored_echo(self) -> bool:
         return self._echo and self.has_logprobs
+
+    @property
+    def has_calls(self) -> bool:
+        return self._reader is not None and self._reader.num_calls > 0
 
     @property
     def is_finished(self) -> bool:
@@ -120,17 +143,28 @@ class Choice:
     def drain(self) -> Delta:
         """What the client has not got yet; from now on it has."""
         tokens = self._tokens
-        if self._is_first and self.waits_for_end:
+        if self._is_first and self._has_scored_echo:
             tokens = self._prompt_tokens() + tokens
-        delta = Delta("".join(self._text), tokens, self._is_first)
+        text = "".join(self._text)
+        calls: list[CallDelta] = []
+        if self._reader is not None:
+            text, calls = self._reader.push(text, is_last=self.finish_reason is not None)
+        delta = Delta(text, tokens, self._is_first, calls)
         self._text, self._tokens, self._is_first = [], [], False
         return delta
 
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprob | None]:
+        """Of each token of the prompt; None for the first, which nothing comes before."""
+        return [None, *(self.stream.collected.prompt_logprobs if self.stream.collected else [])]
+
     def _prompt_tokens(self) -> list[ScoredToken]:
         ruler = IncrementalDecoder(self.tokenizer, skip_special=not self.prompt.shows_special) if self.tokenizer else None
-        scores = self.stream.collected.prompt_logprobs if self.stream.collected else []
+        most = self._params.logprobs or 0
         scored = []
-        for token_id, score in zip(self.prompt.ids, [None, *scores], strict=False):  # a request that failed has fewer
+        for token_id, score in zip(self.prompt.ids, self.prompt_logprobs, strict=False):  # a request that failed has fewer
+            if score is not None and len(score.top) > most:  # more were asked for as `prompt_logprobs`
+                score = replace(score, top=score.top[:most])
             scored.append(ScoredToken(token_id, score, ruler.num_chars if ruler else 0))
             if ruler is not None:
                 ruler.push([token_id])

@@ -5,6 +5,7 @@ from typing import Any
 from moa_serve.api.choice import Choice, Delta, Prompt, ScoredToken
 from moa_serve.api.context import Server
 from moa_serve.api.schemas import DEFAULT_MAX_TOKENS, CompletionRequest
+from moa_serve.api.tools import ToolReader
 from moa_serve.engine.request import SamplingParams
 from moa_serve.errors import ContextLengthExceeded, InvalidRequest
 from moa_serve.text import Tokenizer
@@ -35,21 +36,31 @@ class Completions:
 
     def prompt_logprobs(self, body: CompletionRequest) -> int | None:
         """With max_tokens 0 the prompt is scored even if nobody asks: that is what the request does."""
-        if not body.echo:
-            return None
-        return 0 if body.logprobs is None and body.max_tokens == 0 else body.logprobs
+        echoed = None if not body.echo else 0 if body.logprobs is None and body.max_tokens == 0 else body.logprobs
+        return max((wish for wish in (echoed, body.prompt_logprobs) if wish is not None), default=None)
+
+    def guide_param(self, body: CompletionRequest) -> str:
+        return body.guide()[1]
+
+    def reader(self, server: Server, body: CompletionRequest) -> ToolReader | None:
+        return None
 
     def echoes(self, body: CompletionRequest) -> bool:
         return body.echo
 
     def whole(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        more = {"prompt_logprobs": shown_prompt_logprobs(choice)} if choice.num_prompt_logprobs is not None else {}
         return {
             "index": choice.index,
             "text": delta.text,
             "logprobs": _logprobs(delta.tokens, choice.tokenizer) if choice.has_logprobs else None,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
+            **more,
         }
+
+    def more(self, choices: list[Choice]) -> dict[str, Any]:
+        return {}
 
     def chunks(self, choice: Choice, delta: Delta) -> list[dict[str, Any]]:
         if delta.is_empty and not choice.is_finished:
@@ -88,6 +99,24 @@ def check_length(server: Server, text: str, param: str) -> None:
             f"{param} has {size} bytes or more, but the served context is {server.max_model_len} tokens; at most {limit} bytes are read",
             param=param,
         )
+
+
+def shown_prompt_logprobs(choice: Choice) -> list[dict[str, Any] | None]:
+    """vLLM's `prompt_logprobs`: at each place the token itself and then the best ones, by id."""
+
+    def shown(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
+        text = choice.tokenizer.token_text(token_id) if choice.tokenizer else ""
+        return {"logprob": logprob, "rank": rank, "decoded_token": text}
+
+    most = choice.num_prompt_logprobs
+    places: list[dict[str, Any] | None] = []
+    for score in choice.prompt_logprobs:
+        if score is None:
+            places.append(None)
+            continue
+        best = {str(token): shown(token, logprob, rank) for rank, (token, logprob) in enumerate(score.top[:most], start=1)}
+        places.append({str(score.token_id): shown(score.token_id, score.logprob, score.rank)} | best)
+    return places
 
 
 def _logprobs(tokens: list[ScoredToken], tokenizer: Tokenizer | None) -> dict[str, Any]:

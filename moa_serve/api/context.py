@@ -11,6 +11,7 @@ from moa_serve.api.adapters import AdapterRegistry
 from moa_serve.api.errors import KeyOverloaded, NotReady
 from moa_serve.chat_template import ChatTemplate
 from moa_serve.engine.async_engine import AsyncEngine
+from moa_serve.engine.guide import GrammarCompiler
 from moa_serve.engine.pressure import MemoryWatch
 from moa_serve.errors import Draining, InvalidRequest, Overloaded
 from moa_serve.metrics import Metrics
@@ -43,9 +44,12 @@ class Server:
     num_preparing: int = 0  # rows of requests that are not yet in the engine: their adapter is being read, or their text tokenised
     rows_of_keys: Counter[str] = field(default_factory=Counter)  # of requests that have not ended, by the key's id
     chat_template: ChatTemplate | None = field(init=False)
+    grammars: GrammarCompiler | None = field(init=False)
 
     def __post_init__(self) -> None:
+        config = self.engine.engine.model.config
         self.chat_template = ChatTemplate(self.tokenizer) if self.tokenizer else None
+        self.grammars = GrammarCompiler(self.tokenizer, config.vocab_size, config.eos_token_ids) if self.tokenizer else None
 
     @property
     def max_model_len(self) -> int:

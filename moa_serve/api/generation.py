@@ -34,7 +34,8 @@ from moa_serve.api.errors import (
 )
 from moa_serve.api.guard import CHARGE, KEY_ID, ClientGone
 from moa_serve.api.logs import log_request
-from moa_serve.api.schemas import GenerationRequest, read_json
+from moa_serve.api.schemas import GenerationRequest, named, read_json
+from moa_serve.api.tools import ToolReader
 from moa_serve.engine.async_engine import Stream
 from moa_serve.engine.engine import TokenEvent
 from moa_serve.engine.request import Request, SamplingParams, Sequence
@@ -56,7 +57,8 @@ _EVENT_STREAM = [
 class Dialect(Protocol):
     """How one route reads its body and shapes its answer. `chunk` objects of a stream are like whole ones, but partial.
 
-    `encode` and `params` run in a worker thread. `whole` and `chunks` get a choice and what of it the client has not got yet.
+    `encode` and `params` run in a worker thread. `whole` and `chunks` get a choice and what of it the client has not got yet; `more` stands
+    beside the choices of a whole answer.
     """
 
     endpoint: str
@@ -68,10 +70,13 @@ class Dialect(Protocol):
     def num_prompts(self, body: Any) -> int: ...
     def encode(self, server: Server, body: Any) -> list[Prompt]: ...
     def params(self, server: Server, body: Any, prompt: Prompt) -> SamplingParams: ...
+    def guide_param(self, body: Any) -> str: ...
+    def reader(self, server: Server, body: Any) -> ToolReader | None: ...
     def prompt_logprobs(self, body: Any) -> int | None: ...
     def echoes(self, body: Any) -> bool: ...
     def whole(self, choice: Choice, delta: Delta) -> dict[str, Any]: ...
     def chunks(self, choice: Choice, delta: Delta) -> list[dict[str, Any]]: ...
+    def more(self, choices: list[Choice]) -> dict[str, Any]: ...
 
 
 @dataclass(slots=True)
@@ -166,7 +171,7 @@ class Generation(Response):
             progress.max_tokens = prepared[0][1][0].params.max_tokens
             for prompt, rows in prepared:
                 for request in rows:
-                    await self._open(request, prompt, stack, echo=self._dialect.echoes(body))
+                    await self._open(request, prompt, stack, body)
             stack.enter_context(self._time_limits())
             if body.stream:
                 await self._answer_events(body, send)
@@ -213,7 +218,12 @@ class Generation(Response):
             params = replace(params, max_tokens=min(params.max_tokens, room))
         if params.stop and self._server.tokenizer is None:
             raise InvalidRequest("stop: the base has no tokenizer, so there is no text to stop at; use stop_token_ids", param="stop")
-        adapter = self._progress.adapter
+        adapter, grammar = self._progress.adapter, None
+        if params.guide is not None:
+            with named(self._dialect.guide_param(body)):
+                if self._server.grammars is None:
+                    raise InvalidRequest("the base has no tokenizer, so there is no text whose form could be had")
+                grammar = self._server.grammars.compile(params.guide)
         key_id = self._key_id
         rows = []
         for index in range(body.n):
@@ -224,6 +234,7 @@ class Generation(Response):
                     seeded,
                     adapter.revision if adapter else None,
                     is_pooled=adapter is not None and adapter.manifest.is_pooled,
+                    grammar=grammar,
                     prompt_logprobs=self._dialect.prompt_logprobs(body),
                     tenant=key_id,
                     # Two words, so that no salt that somebody chooses is another one's key.
@@ -237,17 +248,21 @@ class Generation(Response):
         """Raises InvalidRequest: more prompt tokens are to be scored than one request is worth; each costs the whole vocabulary."""
         scored = sum(len(row.prompt_ids) for _, rows in prepared for row in rows if row.prompt_logprobs is not None)
         limit = MAX_SCORED_CONTEXTS * self._server.max_model_len
+        body = self._progress.body
+        param = "echo" if body is not None and self._dialect.echoes(body) else "prompt_logprobs"
         if scored > limit:
             raise InvalidRequest(
-                f"echo with logprobs would score {scored} prompt tokens, but at most {limit} in one request; "
-                f"send fewer prompts or a lower n",
-                param="echo",
+                f"{param} would score {scored} prompt tokens, but at most {limit} in one request; send fewer prompts or a lower n",
+                param=param,
             )
 
-    async def _open(self, request: Request, prompt: Prompt, stack: AsyncExitStack, *, echo: bool) -> None:
+    async def _open(self, request: Request, prompt: Prompt, stack: AsyncExitStack, body: GenerationRequest) -> None:
         stream = await stack.enter_async_context(self._server.engine.open(request, self._progress.adapter))
         index = len(self._progress.choices)
-        self._progress.choices.append(Choice(index, prompt, stream, self._server.tokenizer, echo=echo))
+        echo, reader = self._dialect.echoes(body), self._dialect.reader(self._server, body)
+        tokenizer, scores = self._server.tokenizer, body.prompt_logprobs
+        choice = Choice(index, prompt, stream, tokenizer, echo=echo, num_prompt_logprobs=scores, reader=reader)
+        self._progress.choices.append(choice)
 
     @contextmanager
     def _time_limits(self) -> Iterator[None]:
@@ -317,7 +332,7 @@ class Generation(Response):
         async with aclosing(self._news()) as news:
             async for _ in news:
                 pass
-        rest = {**self._head(self._dialect.kind), "usage": self._usage(), "moa": self._moa()}
+        rest = {**self._head(self._dialect.kind), "usage": self._usage(), "moa": self._moa(), **self._dialect.more(self._progress.choices)}
         # Log-probabilities of a long echo are megabytes of JSON: made off the loop, and choice by choice, since each holds the GIL.
         choices = [await asyncio.to_thread(self._dump_whole, choice) for choice in self._progress.choices]
         payload = dump_json(rest)[:-1] + b',"choices":[' + b",".join(choices) + b"]}"

@@ -79,10 +79,23 @@ async def detokenize(request: Request) -> Response:
     return JsonResponse({"prompt": text})
 
 
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> Response:
+    """What a client needs to know of the base's tokenizer, as vLLM tells it; clients that evaluate read the end of text here."""
+    server = server_of(request)
+    if server.tokenizer is None:
+        raise InvalidRequest("the base has no tokenizer; prompts are token ids")
+    tokens = {name: server.tokenizer.special_tokens.get(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    rest = {"chat_template": server.tokenizer.chat_template, "vocab_size": server.vocab_size, "model_max_length": server.max_model_len}
+    return JsonResponse({"tokenizer_class": "PreTrainedTokenizerFast", **tokens, **rest})
+
+
 def _encode(server: Server, body: TokenizeRequest) -> list[int]:
     if body.messages is not None:
-        return encode_chat(server, body.messages, add_generation_prompt=body.add_generation_prompt is not False)
+        return encode_chat(server, body.messages, body.tools, add_generation_prompt=body.add_generation_prompt is not False)
     assert body.prompt is not None, "the schema takes one of the two"
+    if server.tokenizer is not None and (token_id := server.tokenizer.token_to_id(body.prompt)) in server.tokenizer.special_ids:
+        return [token_id]
     add_special = body.add_special_tokens is not False
     return list(encode_prompt(server, body.prompt, body.moa.parse_special, echo=False, add_special=add_special).ids)
 

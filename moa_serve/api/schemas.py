@@ -7,7 +7,9 @@ changes no answer. Validation ends at the first finding of a list: a body of a m
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -15,6 +17,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from starlette.requests import Request
 
 from moa_serve.api.errors import InvalidJson, UnknownParameter, UnsupportedMediaType, UnsupportedParameter
+from moa_serve.engine.guide import MAX_CHOICES, MAX_SOURCE_BYTES, Guide
 from moa_serve.engine.request import MAX_TOKEN_LIST, SamplingParams
 from moa_serve.errors import InvalidRequest
 from moa_serve.settings import ServerSettings
@@ -23,6 +26,7 @@ MAX_NAME_CHARS = 256
 MAX_PARAM_CHARS = 80
 MAX_STOP_CHARS = 1024  # of one stop string: it is prepared once for every choice, in time that grows with its length
 MAX_SALT_CHARS = 128
+MAX_TOOLS = 128
 DEFAULT_MAX_TOKENS = 16
 
 _NAMES = """
@@ -67,8 +71,9 @@ class Schema(BaseModel):
     def _drop_nulls(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
-        unknown = [name for name in raw if name not in cls.model_fields and raw[name] is not None][:1]  # one is enough to refuse
-        return {name: value for name, value in raw.items() if value is not None and (name in cls.model_fields or name in unknown)}
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = [name for name in raw if name not in known and raw[name] is not None][:1]  # one is enough to refuse
+        return {name: value for name, value in raw.items() if value is not None and (name in known or name in unknown)}
 
 
 class StreamOptions(Schema):
@@ -91,10 +96,37 @@ class CompletionMoa(Moa):
 
 
 _SAME = {"max_tokens": {"max_tokens", "max_completion_tokens"}}  # fields that mean the same
+JsonSchema = dict[str, Any]
+GuideText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_SOURCE_BYTES)]
+Choices = Annotated[list[Annotated[str, StringConstraints(min_length=1)]], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
+
+
+class JsonSchemaFormat(Schema):
+    name: Annotated[str, StringConstraints(pattern="^[A-Za-z0-9_-]{1,64}$")]
+    description: str | None = Field(None, description="Changes nothing; say it in the prompt.")
+    schema_: JsonSchema = Field(alias="schema", description="What cannot be enforced is refused; oneOf is taken as anyOf.")
+    strict: bool | None = Field(None, description="The schema is enforced in either case.")
 
 
 class ResponseFormat(Schema):
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            _refuse("json_schema", "goes with type 'json_schema', and that with it")
+        return self
+
+
+class StructuredOutputs(Schema):
+    """vLLM's way to say what the text must be: one of these."""
+
+    json_: JsonSchema | GuideText | None = Field(None, alias="json", description="A JSON schema, or its text.")
+    json_object: Literal[True] | None = None
+    regex: GuideText | None = None
+    choice: Choices | None = None
+    grammar: GuideText | None = Field(None, description="Lark as llguidance has it, or GBNF.")
 
 
 class GenerationRequest(Schema):
@@ -122,7 +154,13 @@ class GenerationRequest(Schema):
     ignore_eos: bool = False
 
     cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=20, description="Log-probabilities of the prompt's tokens, as vLLM gives them.")
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonSchema | GuideText | None = Field(None, description="Older name of structured_outputs.json; so are those below.")
+    guided_regex: GuideText | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: GuideText | None = None
     user: str | None = None
     store: bool | None = None
     metadata: dict[str, Any] | None = None
@@ -135,6 +173,12 @@ class GenerationRequest(Schema):
     def _check_stream_options(self) -> Self:
         if self.stream_options is not None and not self.stream:
             _refuse("stream_options", "is only for stream: true")
+        if self.prompt_logprobs is not None and self.stream:
+            _refuse("prompt_logprobs", "is not for stream: true")
+        wishes = self._wishes()
+        if len(wishes) > 1:
+            names = [name for name, _ in wishes]
+            _refuse(names[1], f"and {names[0]} both say what the text must be; send one of them")
         return self
 
     def left_out(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,10 +186,37 @@ class GenerationRequest(Schema):
         said = {name for name in self.model_fields_set if getattr(self, name) is not None}
         return {name: value for name, value in defaults.items() if not said & _SAME.get(name, {name})}
 
+    def _wishes(self) -> list[tuple[str, Callable[[], Guide]]]:
+        """Each field that says what the text must be, and what it says."""
+        shape, outputs = self.response_format, self.structured_outputs or StructuredOutputs()
+        wishes: list[tuple[str, Any, Callable[[Any], Guide]]] = [
+            ("response_format", shape and shape.type == "json_object", lambda _: Guide.json({"type": "object"})),
+            ("response_format.json_schema.schema", shape and shape.json_schema, lambda wish: Guide.json(wish.schema_)),
+            ("structured_outputs.json", outputs.json_, Guide.json),
+            ("structured_outputs.json_object", outputs.json_object, lambda _: Guide.json({"type": "object"})),
+            ("structured_outputs.regex", outputs.regex, Guide.regex),
+            ("structured_outputs.choice", outputs.choice, Guide.choice),
+            ("structured_outputs.grammar", outputs.grammar, Guide.grammar),
+            ("guided_json", self.guided_json, Guide.json),
+            ("guided_regex", self.guided_regex, Guide.regex),
+            ("guided_choice", self.guided_choice, Guide.choice),
+            ("guided_grammar", self.guided_grammar, Guide.grammar),
+        ]
+        # An empty schema is a wish: any JSON.
+        return [(name, partial(make, wish)) for name, wish, make in wishes if wish not in (None, False)]
+
+    def guide(self) -> tuple[Guide | None, str]:
+        """(what the text must be, the field that says so). Raises InvalidRequest, whose `param` is that field."""
+        for name, make in self._wishes():
+            with named(name):
+                return make(), name
+        return None, "guide"
+
     def check_limits(self, settings: ServerSettings) -> None:
         """Raises InvalidRequest for what this server's operator does not allow."""
         _check_at_most("n", self.n, settings.max_n)
         _check_at_most("stop", len(self.stop_texts), settings.max_stop, "strings")
+        _check_at_most("prompt_logprobs", self.prompt_logprobs or 0, settings.max_top_logprobs)
         _check_at_most("logit_bias", len(self.logit_bias), settings.max_logit_bias, "entries")
 
     @property
@@ -155,6 +226,7 @@ class GenerationRequest(Schema):
     def sampling(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Raises InvalidRequest where fields do not go together."""
         return SamplingParams(
+            guide=self.guide()[0],
             max_tokens=max_tokens,
             logprobs=logprobs,
             temperature=self.temperature,
@@ -214,15 +286,84 @@ class TextPart(Schema):
     text: str
 
 
+FunctionName = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9_-]{1,64}$")]
+
+
+class CalledFunction(Schema):
+    name: FunctionName
+    arguments: str = Field(description="A JSON object, as text.")
+
+
+class ToolCall(Schema):
+    id: Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(Schema):
     """One message of a chat. Fields that OpenAI's own answers carry may come back with null in them."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_call_id: Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS)] | None = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.content is None and not self.tool_calls:
+            _refuse("content", "is missing")
+        if self.tool_calls and self.role != "assistant":
+            _refuse("tool_calls", "is only for messages of the assistant")
+        if self.tool_call_id is not None and self.role != "tool":
+            _refuse("tool_call_id", "is only for messages of a tool")
+        return self
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
+
+    @property
+    def more(self) -> dict[str, Any]:
+        """As templates know them: arguments are an object there. Raises InvalidRequest: they are none."""
+        more: dict[str, Any] = {} if self.tool_call_id is None else {"tool_call_id": self.tool_call_id}
+        if self.tool_calls:
+            more["tool_calls"] = [{"id": call.id, "type": call.type, "function": _called(call.function)} for call in self.tool_calls]
+        return more
+
+    @property
+    def is_about_tools(self) -> bool:
+        return self.role == "tool" or bool(self.tool_calls)
+
+
+def _called(function: CalledFunction) -> dict[str, Any]:
+    try:
+        arguments = json.loads(function.arguments or "{}", parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise InvalidRequest(f"messages: the arguments of the call of {function.name!a} are no JSON object", param="messages")
+    return {"name": function.name, "arguments": arguments}
+
+
+class Function(Schema):
+    name: FunctionName
+    description: str | None = None
+    parameters: JsonSchema = Field(default_factory=lambda: {"type": "object", "properties": {}})
+    strict: bool = Field(False, description="Calls fit `parameters`; with tool_choice 'required' or a name they do in any case.")
+
+
+class Tool(Schema):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Schema):
+    name: FunctionName
+
+
+class NamedTool(Schema):
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class ChatRequest(GenerationRequest):
@@ -232,14 +373,30 @@ class ChatRequest(GenerationRequest):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS, fail_fast=True, description="For bases whose template has them.")
+    tool_choice: Literal["none", "auto", "required"] | NamedTool = Field("auto", description="'none' shows the model no tools.")
+    parallel_tool_calls: bool = Field(True, description="More than one call in an answer.")
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
+        if self.tool_choice not in ("none", "auto") and not self.tools:
+            _refuse("tool_choice", "is only for requests with tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in {tool.function.name for tool in self.tools}:
+            _refuse("tool_choice", "names a function that is not among the tools")
+        if len({tool.function.name for tool in self.tools}) < len(self.tools):
+            _refuse("tools", "has two functions of one name")
+        if self.shown_tools and self._wishes():
+            _refuse("tools", "and a form of the answer cannot be had together; send tool_choice 'none', or leave the form out")
         if self.top_logprobs is not None and not self.logprobs:
             _refuse("top_logprobs", "is only for logprobs: true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             _refuse("max_completion_tokens", "and max_tokens are two names of one limit, but differ; send one of them")
         return self
+
+    @property
+    def shown_tools(self) -> list[Tool]:
+        """What the model may call."""
+        return [] if self.tool_choice == "none" else self.tools
 
     def check_limits(self, settings: ServerSettings) -> None:
         super().check_limits(settings)
@@ -247,13 +404,14 @@ class ChatRequest(GenerationRequest):
 
 
 class TokenizeRequest(Schema):
-    """Either a text or a chat."""
+    """Either a text or a chat. A text that is nothing but one control token is that token: how clients ask for its id."""
 
     model: Name | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
     add_special_tokens: bool | None = Field(None, description="For a prompt: what the tokenizer puts around it (BOS); true if omitted.")
     add_generation_prompt: bool | None = Field(None, description="For a chat: what begins the answer; true if omitted.")
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS, fail_fast=True, description="For a chat.")
     return_token_strs: bool = False
     moa: CompletionMoa = CompletionMoa()
 
@@ -263,6 +421,8 @@ class TokenizeRequest(Schema):
             _refuse("prompt", "or messages must be given, one of the two")
         if self.prompt is not None and self.add_generation_prompt is not None:
             _refuse("add_generation_prompt", "is only for messages")
+        if self.prompt is not None and self.tools:
+            _refuse("tools", "is only for messages")
         if self.messages is not None and self.add_special_tokens is not None:
             _refuse("add_special_tokens", "is only for a prompt; a chat template writes its own")
         if self.messages is not None and self.moa.parse_special:
@@ -330,23 +490,26 @@ _EXPECTED = {
     "prompt": "must be a string, a list of strings, a list of token ids (0 or more), or a list of such lists; none of these lists empty",
     "stop": f"must be a string or a list of strings, each of 1 to {MAX_STOP_CHARS} characters",
     "content": "must be a string or a list of parts {'type': 'text', 'text': ...}; images, audio and files are not supported",
-    "role": "must be 'system', 'user' or 'assistant'",
+    "role": "must be 'system', 'user', 'assistant' or 'tool'",
     "return_routing": "is not supported by this version",
     "include_obfuscation": "is not supported",
-    "response_format": "is not supported but for {'type': 'text'}",
+    "json": "must be a JSON schema, an object or its text",
+    "guided_json": "must be a JSON schema, an object or its text",
+    "tool_choice": "must be 'none', 'auto', 'required' or {'type': 'function', 'function': {'name': ...}}",
     "modalities": "is not supported but for ['text']",
 }
 """Said of fields where pydantic would list one finding for each form that a value may have."""
 
 _PYDANTIC = re.compile("^(Input|String|List|Dictionary) should ")
-_ONLY_NEUTRAL = frozenset({"return_routing", "include_obfuscation", "response_format", "modalities"})
+_ONLY_NEUTRAL = frozenset({"return_routing", "include_obfuscation", "modalities"})
 
 
 def _as_error(findings: list[ErrorDetails], raw: Mapping[str, Any]) -> InvalidRequest:
     """The first finding, in words that name the field as the client wrote it."""
     finding = findings[0]
     kind, place = finding["type"], finding["loc"]
-    param = str(finding.get("ctx", {}).get("param") or _path(place, raw))[:MAX_PARAM_CHARS] or None
+    own = finding.get("ctx", {}).get("param")  # of several fields together, told by the object that they are in
+    param = ".".join(filter(None, (_path(place, raw), own)))[:MAX_PARAM_CHARS] or None
     if any(item["type"] == "string_unicode" for item in findings):
         return InvalidRequest(f"{param or 'a name'} is not Unicode: it has a lone surrogate; send valid UTF-8", param=param)
     if kind == "extra_forbidden" and place[-1] not in _parts_of_content(place):
@@ -397,6 +560,16 @@ def _refuse(param: str, message: str) -> NoReturn:
 def _check_at_most(param: str, value: int, limit: int, unit: str = "") -> None:
     if value > limit:
         raise InvalidRequest(f"{param} {'has' if unit else 'is'} {value}{unit and ' ' + unit}; at most {limit} are allowed", param=param)
+
+
+@contextmanager
+def named(param: str) -> Iterator[None]:
+    """What is wrong with a guide is said of the field that it came from."""
+    try:
+        yield
+    except InvalidRequest as error:
+        error.param = param
+        raise
 
 
 def _bias(raw: Mapping[str, float]) -> dict[int, float]:

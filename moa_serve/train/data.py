@@ -27,6 +27,10 @@ class Turn:
     role: str
     text: str
 
+    @property
+    def more(self) -> dict[str, Any]:
+        return {}
+
 
 @dataclass(frozen=True, slots=True)
 class Example:

@@ -289,20 +289,29 @@ REFUSED: list[tuple[str, str, Any, int, str, str | None]] = [
     ("38", CHAT, {"chat_template_kwargs": {}}, 400, "unsupported_parameter", "chat_template_kwargs"),
     ("38", COMPLETIONS, {"prompt_embeds": "x"}, 400, "unsupported_parameter", "prompt_embeds"),
     ("38", COMPLETIONS, {"lora_path": "x"}, 400, "unsupported_parameter", "lora_path"),
-    ("38", CHAT, {"tools": []}, 400, "unsupported_parameter", "tools"),
+    ("38", CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "unsupported_parameter", "tools"),
+    ("38", COMPLETIONS, {"tools": []}, 400, "unsupported_parameter", "tools"),
     ("38", COMPLETIONS, {"suffix": "x"}, 400, "unsupported_parameter", "suffix"),
     ("38", COMPLETIONS, {"n": 2, "best_of": 3}, 400, "unsupported_parameter", "best_of"),
-    ("38", CHAT, {"response_format": {"type": "json_object"}}, 400, "unsupported_parameter", "response_format"),
+    ("38", CHAT, {"response_format": {"type": "structural_tag"}}, 400, "invalid_value", "response_format.type"),
+    ("38", CHAT, {"response_format": {"type": "json_object"}}, 400, "invalid_value", "response_format"),  # this base names no end of text
     ("38", COMPLETIONS, {"moa": {"return_routing": True}}, 400, "unsupported_parameter", "moa.return_routing"),
     ("38", COMPLETIONS, {"tempreature": 1}, 400, "unknown_parameter", "tempreature"),
     ("38", COMPLETIONS, {"moa": {"routing": True}}, 400, "unknown_parameter", "moa.routing"),
     ("39", CHAT, {"messages": []}, 400, "invalid_value", "messages"),
     ("39", CHAT, {"messages": [{"role": "wizard", "content": "x"}]}, 400, "invalid_value", "messages[0].role"),
-    ("39", CHAT, {"messages": [{"role": "tool", "content": "x"}]}, 400, "invalid_value", "messages[0].role"),
+    ("39", CHAT, {"messages": [{"role": "tool", "content": "x"}]}, 400, "unsupported_parameter", "messages"),
     ("39", CHAT, {"messages": [{"role": "user", "content": PICTURE}]}, 400, "invalid_value", "messages[0].content"),
     ("39", CHAT, {"messages": [{"role": "user", "content": 5}]}, 400, "invalid_value", "messages[0].content"),
     ("39", CHAT, {"messages": [{"role": "user"}]}, 400, "invalid_value", "messages[0].content"),
-    ("39", CHAT, {"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}, 400, "unsupported_parameter", None),
+    (
+        "39",
+        CHAT,
+        {"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]},
+        400,
+        "invalid_value",
+        "messages[0].tool_calls[0]",
+    ),
     ("template", CHAT, {"messages": [*TALK["messages"], {"role": "system", "content": "x"}]}, 400, "invalid_value", "messages"),  # type: ignore[misc]
 ]
 
