@@ -1,24 +1,20 @@
-"""Chat messages to token ids, through the base's own chat template.
+"""Chat messages to token ids, through a chat template.
 
-The template is code that came with the model: it runs in a sandbox that cannot change what it is given. Its control tokens become control
-tokens; those that stand inside a message stay text. Adapters have no templates of their own. Immutable; `encode` may run in any thread.
+The base's template is code that came with the model: it runs in a sandbox that cannot change what it is given. An adapter's, where the
+operator lets it, runs in a child process (sandbox.py). Control tokens of a template become control tokens; those that stand inside a
+message stay text. Immutable; `encode` may run in any thread.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, Literal, Protocol
 
 import jinja2
-from jinja2.ext import Extension, loopcontrols
 from jinja2.meta import find_undeclared_variables
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from moa_serve.errors import InvalidRequest
+from moa_serve.sandbox import TemplateFailed, environment
 from moa_serve.text import Tokenizer
 
 _ROLES = {"developer": "system"}  # OpenAI's newer word; templates know the older one
@@ -41,21 +37,29 @@ class Message(Protocol):
 
 
 class ChatTemplate:
-    """The chat template of one tokenizer."""
+    """
+    Args:
+        source: an adapter's template; the tokenizer's own if omitted.
+        render: renders an adapter's: gets the source and the variables. Raises TemplateFailed.
+    """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Tokenizer, source: str | None = None, *, render: Callable[[str, dict[str, Any]], str] | None = None
+    ) -> None:
+        self._tokenizer, self._render_outside = tokenizer, render
+        self._source = tokenizer.chat_template if source is None else source
+        self._whose = "base" if source is None else "adapter"
         control = sorted((tokenizer.token_text(token_id) for token_id in tokenizer.special_ids), key=len, reverse=True)
         self._control = re.compile("|".join(re.escape(text) for text in control if text) or "(?!)")
 
     @cached_property
     def tool_format(self) -> Literal["hermes", "llama"] | None:
         """How the template has tools called: `<tool_call>{...}</tool_call>` (Hermes, Qwen), a bare JSON object (Llama 3), or not at all."""
-        source = self._tokenizer.chat_template or ""
+        source = self._source or ""
         try:
-            if "tools" not in find_undeclared_variables(_environment().parse(source)):
+            if "tools" not in find_undeclared_variables(environment().parse(source)):
                 return None
-        except jinja2.TemplateError:
+        except (jinja2.TemplateError, RecursionError):
             return None
         if "<tool_call>" in source and not self._control.fullmatch("<tool_call>"):
             return "hermes"
@@ -117,7 +121,7 @@ class ChatTemplate:
         firsts = sorted({found[0][0] for text in texts for found in self._control.finditer(text)})
         if not firsts:
             return {}
-        used = set().union(*texts, self._control.pattern, self._tokenizer.chat_template or "")
+        used = set().union(*texts, self._control.pattern, self._source or "")
         free = (chr(code) for code in _PRIVATE if chr(code) not in used)
         try:
             return {first: next(free) for first in firsts}
@@ -143,24 +147,26 @@ class ChatTemplate:
         return [(is_text, piece) for is_text, piece in [*pieces, (False, clean)] if piece]
 
     def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, add_generation_prompt: bool) -> str:
+        variables = {
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self._tokenizer.special_tokens,
+        }
         try:
-            return self._template.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._tokenizer.special_tokens,
-            )
-        except jinja2.TemplateError as error:
-            raise InvalidRequest(f"the base's chat template refuses these messages: {error}", param="messages") from None
+            if self._render_outside is not None and self._source is not None:
+                return self._render_outside(self._source, variables)
+            return self._template.render(variables)
+        except (jinja2.TemplateError, TemplateFailed) as error:
+            raise InvalidRequest(f"the {self._whose}'s chat template refuses these messages: {error}", param="messages") from None
 
     @cached_property
     def _template(self) -> jinja2.Template:
-        source = self._tokenizer.chat_template
-        if source is None:
+        if self._source is None:
             raise InvalidRequest("the base has no chat template, so it cannot chat; use /v1/completions", param="messages")
         try:
-            return _environment().from_string(source)
+            return environment().from_string(self._source)
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"the base's chat template cannot be used: {error}; use /v1/completions", param="messages") from None
 
@@ -176,30 +182,3 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _texts(item)
-
-
-def _environment() -> jinja2.Environment:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
-
-
-class _Generation(Extension):
-    """`{% generation %}`: marks the assistant's words for training; to serve it is nothing."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
-    """Jinja's own escapes for HTML, which no model was trained on."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)

@@ -76,6 +76,10 @@ class ServerSettings(BaseSettings):
     state_dir: Path | None = Field(
         None, description="Folder in which loads, unloads, aliases and pins outlive the process; without one they are forgotten."
     )
+    adapter_chat_templates: bool = Field(
+        False,
+        description="Chats with an adapter use the template in its defaults, rendered in a child process with limits; else the base's.",
+    )
     strict_state: bool = Field(False, description="Exit with 2 where the file in state_dir cannot be understood, rather than begin anew.")
     backend: Literal["auto", "torch", "native"] = Field("auto", description="What computes; auto is torch where there is no native one.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is CUDA where there is a device.")

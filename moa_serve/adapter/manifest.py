@@ -255,6 +255,7 @@ class RequestDefaults(_Strict):
     max_tokens: int | None = Field(None, ge=1, le=2**31)
     stop: list[Annotated[str, Field(min_length=1, max_length=1024)]] | None = Field(None, max_length=16)
     stop_token_ids: list[Annotated[int, Field(ge=0, le=2**31)]] | None = Field(None, max_length=1024)
+    chat_template: str | None = Field(None, min_length=1, max_length=2**16)  # Jinja; used only where the operator lets it
 
 
 class Manifest(_Strict):

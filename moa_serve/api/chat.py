@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from moa_serve.adapter.adapter import Adapter
 from moa_serve.api.choice import Choice, Delta, Prompt, ScoredToken
 from moa_serve.api.completions import check_length, shown_prompt_logprobs
 from moa_serve.api.context import Server
 from moa_serve.api.errors import UnsupportedParameter
 from moa_serve.api.schemas import ChatRequest, Message, NamedTool, Tool, named
 from moa_serve.api.tools import CallDelta, Format, ToolReader, as_template_wants, tool_guide
+from moa_serve.chat_template import ChatTemplate
 from moa_serve.engine.request import SamplingParams
 from moa_serve.errors import InvalidRequest
 from moa_serve.text import Tokenizer
@@ -25,10 +27,10 @@ class Chat:
     def num_prompts(self, body: ChatRequest) -> int:
         return 1
 
-    def encode(self, server: Server, body: ChatRequest) -> list[Prompt]:
-        return [Prompt(encode_chat(server, body.messages, body.shown_tools))]
+    def encode(self, server: Server, body: ChatRequest, adapter: Adapter | None) -> list[Prompt]:
+        return [Prompt(encode_chat(server, server.template_of(adapter), body.messages, body.shown_tools))]
 
-    def params(self, server: Server, body: ChatRequest, prompt: Prompt) -> SamplingParams:
+    def params(self, server: Server, body: ChatRequest, prompt: Prompt, adapter: Adapter | None) -> SamplingParams:
         params = body.sampling(body.max_tokens or body.max_completion_tokens, (body.top_logprobs or 0) if body.logprobs else None)
         tools, choice = body.shown_tools, body.tool_choice
         if not tools or (choice == "auto" and not any(tool.function.strict for tool in tools)):
@@ -37,13 +39,15 @@ class Chat:
             tools = [tool for tool in tools if tool.function.name == choice.function.name]
         has_many = body.parallel_tool_calls and not isinstance(choice, NamedTool)
         with named("tools"):
-            return replace(params, guide=tool_guide(_tool_format(server), tools, is_required=choice != "auto", has_many=has_many))
+            return replace(
+                params, guide=tool_guide(_tool_format(server.template_of(adapter)), tools, is_required=choice != "auto", has_many=has_many)
+            )
 
     def guide_param(self, body: ChatRequest) -> str:
         return "tools" if body.shown_tools else body.guide()[1]
 
-    def reader(self, server: Server, body: ChatRequest) -> ToolReader | None:
-        return ToolReader(_tool_format(server), has_many=body.parallel_tool_calls) if body.shown_tools else None
+    def reader(self, server: Server, body: ChatRequest, adapter: Adapter | None) -> ToolReader | None:
+        return ToolReader(_tool_format(server.template_of(adapter)), has_many=body.parallel_tool_calls) if body.shown_tools else None
 
     def prompt_logprobs(self, body: ChatRequest) -> int | None:
         return body.prompt_logprobs
@@ -103,24 +107,31 @@ def _call_piece(call: CallDelta) -> dict[str, Any]:
     return {"index": call.index, "id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def _tool_format(server: Server) -> Format:
-    """Raises UnsupportedParameter: the base's template writes no tools."""
-    form = server.chat_template.tool_format if server.chat_template else None
+def _tool_format(template: ChatTemplate | None) -> Format:
+    """Raises UnsupportedParameter: the template writes no tools."""
+    form = template.tool_format if template else None
     if form is None:
         raise UnsupportedParameter("tools are not supported by this base: its chat template has none", param="tools")
     return form
 
 
-def encode_chat(server: Server, messages: list[Message], tools: Sequence[Tool] = (), *, add_generation_prompt: bool = True) -> list[int]:
+def encode_chat(
+    server: Server,
+    template: ChatTemplate | None,
+    messages: list[Message],
+    tools: Sequence[Tool] = (),
+    *,
+    add_generation_prompt: bool = True,
+) -> list[int]:
     """Raises InvalidRequest: the base cannot chat, or not like this."""
-    if server.chat_template is None:
+    if template is None:
         raise InvalidRequest("the base has no tokenizer, so it cannot chat; use /v1/completions with token ids", param="messages")
     check_length(server, "".join(message.text for message in messages), "messages")
     if tools:
-        _tool_format(server)
-    if any(message.is_about_tools for message in messages) and server.chat_template.tool_format is None:
+        _tool_format(template)
+    if any(message.is_about_tools for message in messages) and template.tool_format is None:
         raise UnsupportedParameter("messages of tools are not supported by this base: its chat template has none", param="messages")
-    return server.chat_template.encode(
+    return template.encode(
         messages,
         tools=as_template_wants(tools),
         add_generation_prompt=add_generation_prompt,

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from moa_serve.adapter.adapter import Adapter
 from moa_serve.api.choice import Choice, Delta, Prompt, ScoredToken
 from moa_serve.api.context import Server
 from moa_serve.api.schemas import DEFAULT_MAX_TOKENS, CompletionRequest
@@ -23,10 +24,10 @@ class Completions:
     def num_prompts(self, body: CompletionRequest) -> int:
         return len(body.prompts)
 
-    def encode(self, server: Server, body: CompletionRequest) -> list[Prompt]:
+    def encode(self, server: Server, body: CompletionRequest, adapter: Adapter | None) -> list[Prompt]:
         return [encode_prompt(server, prompt, body.moa.parse_special, echo=body.echo) for prompt in body.prompts]
 
-    def params(self, server: Server, body: CompletionRequest, prompt: Prompt) -> SamplingParams:
+    def params(self, server: Server, body: CompletionRequest, prompt: Prompt, adapter: Adapter | None) -> SamplingParams:
         """The default of max_tokens yields to the context; a limit that was asked for does not."""
         room = max(1, server.max_model_len - len(prompt.ids))
         max_tokens = min(DEFAULT_MAX_TOKENS, room) if body.max_tokens is None else body.max_tokens
@@ -42,7 +43,7 @@ class Completions:
     def guide_param(self, body: CompletionRequest) -> str:
         return body.guide()[1]
 
-    def reader(self, server: Server, body: CompletionRequest) -> ToolReader | None:
+    def reader(self, server: Server, body: CompletionRequest, adapter: Adapter | None) -> ToolReader | None:
         return None
 
     def echoes(self, body: CompletionRequest) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from starlette.requests import HTTPConnection
 
+from moa_serve.adapter.adapter import Adapter
 from moa_serve.api.adapters import AdapterRegistry
 from moa_serve.api.errors import KeyOverloaded, NotReady
 from moa_serve.chat_template import ChatTemplate
@@ -15,6 +16,7 @@ from moa_serve.engine.guide import GrammarCompiler
 from moa_serve.engine.pressure import MemoryWatch
 from moa_serve.errors import Draining, InvalidRequest, Overloaded
 from moa_serve.metrics import Metrics
+from moa_serve.sandbox import SandboxProcess
 from moa_serve.settings import ServerSettings
 from moa_serve.text import Tokenizer
 
@@ -44,12 +46,21 @@ class Server:
     num_preparing: int = 0  # rows of requests that are not yet in the engine: their adapter is being read, or their text tokenised
     rows_of_keys: Counter[str] = field(default_factory=Counter)  # of requests that have not ended, by the key's id
     chat_template: ChatTemplate | None = field(init=False)
+    sandbox: SandboxProcess | None = field(init=False)  # where adapters' own templates are rendered
     grammars: GrammarCompiler | None = field(init=False)
 
     def __post_init__(self) -> None:
         config = self.engine.engine.model.config
         self.chat_template = ChatTemplate(self.tokenizer) if self.tokenizer else None
+        self.sandbox = SandboxProcess() if self.settings.adapter_chat_templates else None
         self.grammars = GrammarCompiler(self.tokenizer, config.vocab_size, config.eos_token_ids) if self.tokenizer else None
+
+    def template_of(self, adapter: Adapter | None) -> ChatTemplate | None:
+        """Of chats with an adapter: its own, where it has one and the operator lets it, else the base's."""
+        source = adapter.manifest.defaults.chat_template if adapter is not None and adapter.manifest.defaults is not None else None
+        if source is None or self.sandbox is None or self.tokenizer is None:
+            return self.chat_template
+        return ChatTemplate(self.tokenizer, source, render=self.sandbox.render)
 
     @property
     def max_model_len(self) -> int:

@@ -68,10 +68,10 @@ class Dialect(Protocol):
     chunk_kind: str
 
     def num_prompts(self, body: Any) -> int: ...
-    def encode(self, server: Server, body: Any) -> list[Prompt]: ...
-    def params(self, server: Server, body: Any, prompt: Prompt) -> SamplingParams: ...
+    def encode(self, server: Server, body: Any, adapter: Adapter | None) -> list[Prompt]: ...
+    def params(self, server: Server, body: Any, prompt: Prompt, adapter: Adapter | None) -> SamplingParams: ...
     def guide_param(self, body: Any) -> str: ...
-    def reader(self, server: Server, body: Any) -> ToolReader | None: ...
+    def reader(self, server: Server, body: Any, adapter: Adapter | None) -> ToolReader | None: ...
     def prompt_logprobs(self, body: Any) -> int | None: ...
     def echoes(self, body: Any) -> bool: ...
     def whole(self, choice: Choice, delta: Delta) -> dict[str, Any]: ...
@@ -200,7 +200,7 @@ class Generation(Response):
 
     def _defaults(self, body: GenerationRequest, defaults: RequestDefaults) -> dict[str, Any]:
         """What the request gets of its adapter's defaults."""
-        found = body.left_out(defaults.model_dump(exclude_none=True))
+        found = body.left_out(defaults.model_dump(exclude_none=True, exclude={"chat_template"}))
         if self._server.tokenizer is None:
             found.pop("stop", None)  # without text there is nothing to stop at, and the client did not ask for it
         return found
@@ -208,11 +208,11 @@ class Generation(Response):
     def _encode(self, body: GenerationRequest) -> list[tuple[Prompt, list[Request]]]:
         if self._progress.adapter is not None:  # before it waits for a slot: no step of others is to wait for its layout
             self._server.engine.warm(self._progress.adapter)
-        return [(prompt, self._requests(body, prompt)) for prompt in self._dialect.encode(self._server, body)]
+        return [(prompt, self._requests(body, prompt)) for prompt in self._dialect.encode(self._server, body, self._progress.adapter)]
 
     def _requests(self, body: GenerationRequest, prompt: Prompt) -> list[Request]:
         """The n rows of one prompt; equal seeds would make them equal, so each has its own."""
-        params = self._dialect.params(self._server, body, prompt)
+        params = self._dialect.params(self._server, body, prompt, self._progress.adapter)
         if "max_tokens" in self._progress.defaults and params.max_tokens is not None:  # a default yields to the context
             room = max(1, self._server.max_model_len - len(prompt.ids))
             params = replace(params, max_tokens=min(params.max_tokens, room))
@@ -259,7 +259,7 @@ class Generation(Response):
     async def _open(self, request: Request, prompt: Prompt, stack: AsyncExitStack, body: GenerationRequest) -> None:
         stream = await stack.enter_async_context(self._server.engine.open(request, self._progress.adapter))
         index = len(self._progress.choices)
-        echo, reader = self._dialect.echoes(body), self._dialect.reader(self._server, body)
+        echo, reader = self._dialect.echoes(body), self._dialect.reader(self._server, body, self._progress.adapter)
         tokenizer, scores = self._server.tokenizer, body.prompt_logprobs
         choice = Choice(index, prompt, stream, tokenizer, echo=echo, num_prompt_logprobs=scores, reader=reader)
         self._progress.choices.append(choice)

@@ -92,7 +92,9 @@ async def tokenizer_info(request: Request) -> Response:
 
 def _encode(server: Server, body: TokenizeRequest) -> list[int]:
     if body.messages is not None:
-        return encode_chat(server, body.messages, body.tools, add_generation_prompt=body.add_generation_prompt is not False)
+        return encode_chat(
+            server, server.chat_template, body.messages, body.tools, add_generation_prompt=body.add_generation_prompt is not False
+        )
     assert body.prompt is not None, "the schema takes one of the two"
     if server.tokenizer is not None and (token_id := server.tokenizer.token_to_id(body.prompt)) in server.tokenizer.special_ids:
         return [token_id]

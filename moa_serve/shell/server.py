@@ -204,6 +204,8 @@ async def _run(
         return FAILED if server.engine.failure is not None else 0
     finally:
         server.registry.stop()
+        if server.sandbox is not None:
+            server.sandbox.close()
         await server.engine.stop()
         watchdog.stop()
         _leave_soon(FAILED if server.engine.failure is not None else 0)

@@ -97,6 +97,39 @@ def test_an_adapters_defaults_are_for_what_the_client_leaves_out(serving: Servin
     assert "defaults" not in serving.ok(COMPLETIONS, model="v1", prompt="hi")["moa"]
 
 
+TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}[assistant] "
+
+
+def with_template(folder: Path, template: str) -> None:
+    write_family(folder, "soft", seed=4, config=CONFIG)
+    manifest = json.loads((folder / "adapter.json").read_text())
+    (folder / "adapter.json").write_text(json.dumps(manifest | {"defaults": {"chat_template": template}}))
+
+
+def test_an_adapters_chat_template_is_used_where_the_operator_lets_it(talker: Path, tmp_path: Path) -> None:
+    with_template(tmp_path / "own", TEMPLATE)
+    with_template(tmp_path / "endless", "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "hi <s>"}], "max_tokens": 1}
+    counts = {}
+    for is_let in (False, True):
+        serving = start_serving(talker, tmp_path, adapter_chat_templates=is_let)
+        try:
+            answer = serving.ok(CHAT, model="own", **body)
+            assert "defaults" not in answer["moa"]
+            counts[is_let] = answer["usage"]["prompt_tokens"]
+            assert serving.ok(CHAT, model="tiny", **body)["usage"]["prompt_tokens"] == counts[False], "the base's own"
+            if is_let:
+                assert serving.server.sandbox is not None
+                serving.server.sandbox._max_seconds = 0.3
+                error = serving.post(CHAT, model="endless", **body).json()["error"]
+                assert (error["code"], error["param"]) == ("invalid_value", "messages")
+                assert "adapter's chat template" in error["message"]
+                serving.server.sandbox.close()
+        finally:
+            serving.stop()
+    assert counts[True] == len("[user] hi <s>[assistant] "), "a byte a token: what looks like a control token in a message is text"
+
+
 def test_a_default_yields_to_the_context(serving: Serving) -> None:
     room = serving.server.max_model_len
     assert serving.ok(COMPLETIONS, model="shy", prompt=[5] * (room - 1), ignore_eos=True)["usage"]["completion_tokens"] == 1
