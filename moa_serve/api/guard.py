@@ -367,7 +367,7 @@ class _Reply:
 
 _RETRY = ((b"retry-after", str(RETRY_AFTER_SECONDS).encode()),)
 _PREFLIGHT = [
-    (b"access-control-allow-methods", b"GET, POST"),
+    (b"access-control-allow-methods", b"GET, POST, PUT, DELETE"),
     (b"access-control-allow-headers", b"Authorization, Content-Type, X-Request-Id"),
     (b"access-control-max-age", b"600"),
 ]

@@ -157,6 +157,9 @@ class Protocol(H11Protocol):
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
         for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
+        if self.cycle is not None and not self.cycle.response_complete:  # its head was good: whoever answers it now would be too late
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.close_gently()
 
     def _start_header_timer(self) -> None:

@@ -506,6 +506,20 @@ def test_what_is_no_good_http_is_told_in_our_shape_and_closed(sent: bytes, statu
     over_a_socket(test, max_body_chunks=10)
 
 
+@pytest.mark.case(34)
+@pytest.mark.parametrize("path", [b"/v1/completions", b"//nothing"])
+def test_a_body_that_breaks_off_right_behind_its_head_is_answered_once(path: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """The request's own answer came second, to a closed connection: a traceback in the log for whoever wanted one there."""
+
+    async def test(port: int) -> None:
+        said = await talk(port, b"POST " + path + b" HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\t\n")
+        assert said.startswith(b"HTTP/1.1 400 ")
+        assert said.count(b"HTTP/1.1 4") == 1
+
+    over_a_socket(test)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 @pytest.mark.case(48)
 def test_a_reader_that_stops_is_cut_while_others_are_served() -> None:
     """Its connection and its row would be held for ever."""
