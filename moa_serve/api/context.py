@@ -88,7 +88,7 @@ class Server:
 
     @contextmanager
     def claim(self, key_id: str | None, num_rows: int) -> Iterator[None]:
-        """Rows of one API key, until their request ends. Of several keys, each leaves a quarter of all places to the others.
+        """Rows of one API key, until their request ends. Of several API keys, each leaves a quarter of all places to the others.
 
         Raises:
             KeyOverloaded: this key has too many already; other keys can still be served.
@@ -96,8 +96,8 @@ class Server:
         if key_id is None:
             yield
             return
-        num_keys = len(self.settings.api_key) + (self.settings.admin_key is not None)
-        limit = self.max_rows if num_keys < 2 else self.max_rows - self.max_rows // 4
+        is_shared = len(self.settings.api_key) > 1  # who has the admin key administers
+        limit = self.max_rows - self.max_rows // 4 if is_shared else self.max_rows
         if self.rows_of_keys[key_id] and self.rows_of_keys[key_id] + num_rows > limit:
             raise KeyOverloaded(f"{limit} requests of this API key are running or waiting, which is its share; try again later")
         self.rows_of_keys[key_id] += num_rows

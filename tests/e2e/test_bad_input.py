@@ -935,7 +935,7 @@ def clients_that_leave(small: Target) -> None:
                 pass
 
     def in_prefill() -> None:
-        with small.begin(model="good", prompt=[[5] * 2000] * 40, max_tokens=1):  # one alone ends within milliseconds
+        with small.begin(model="good", prompt=[[index] * 2000 for index in range(40)], max_tokens=1):  # one alone ends within milliseconds
             wait_until(lambda: running_rows(small)[0] > 0)
 
     def in_the_middle_of_a_body() -> None:
