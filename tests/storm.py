@@ -342,9 +342,10 @@ def reconciled(ledger: Ledger, side: Ledger, before: Scrape, after: Scrape, mode
 
     checks = reconcile(ledger, before.without(is_of_victims), after.without(is_of_victims), models)
     delta = Delta(before, after)
-    ours = ledger.outcomes[Outcome.REFUSED] + sum(entry.detail == "model_not_found" for entry in side.of(Outcome.REFUSED))
-    theirs = delta.total("moa_requests_total", finish_reason="error")
-    refused = Check("refused requests", ours == theirs, f"server {theirs:,}, client {ours:,}")
+    ours, theirs = ledger.outcomes[Outcome.REFUSED], delta.total("moa_requests_total", finish_reason="error")
+    # Whoever names an adapter that is being unloaded is counted under its name, which is forgotten in a moment, or as `other`.
+    unsure = sum(entry.detail == "model_not_found" for entry in side.of(Outcome.REFUSED))
+    refused = Check("refused requests", ours <= theirs <= ours + unsure, f"server {theirs:,}, client {ours:,} to {ours + unsure:,}")
     return [refused, *(check for check in checks if check.name not in ("responses by status", refused.name))]
 
 

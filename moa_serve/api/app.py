@@ -77,7 +77,7 @@ async def version(request: Request) -> Response:
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Everything that is counted, for Prometheus."""
-    content, media_type = server_of(request).metrics.render()
+    content, media_type = await server_of(request).metrics.page()
     return Response(content, media_type=media_type)
 
 
