@@ -462,7 +462,7 @@ def _loaded(model: str | None, **options: Any) -> "Iterator[LLM]":
 
     # A base that must be fetched or converted first draws a bar of its own, so only a folder gets a spinner.
     with terminal.spinner("Loading the base", shown=model is not None and Path(model).is_dir()):
-        llm = LLM(model, **options)
+        llm = LLM(model, prefix_cache=False, **options)  # routers are shown, and they say nothing about tokens that are not computed
     with llm:
         yield llm
 

@@ -136,6 +136,7 @@ class Generation(Response):
         self._id, self._created = dialect.id_prefix + secrets.token_hex(12), int(time.time())
         self._progress = _Progress(time.monotonic())
         self._gaps: list[float] = []
+        self._num_charged = 0  # completion tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         progress = self._progress
@@ -338,6 +339,7 @@ class Generation(Response):
         payload = dump_json(rest)[:-1] + b',"choices":[' + b",".join(choices) + b"]}"
         await self._start(send, [*_JSON, (b"content-length", str(len(payload)).encode())])
         self._progress.is_answered = True
+        self._charge_completion()
         await send({"type": "http.response.body", "body": payload})
 
     def _dump_whole(self, choice: Choice) -> bytes:
@@ -378,6 +380,8 @@ class Generation(Response):
         if not self._progress.is_started:
             await self._start(send, _EVENT_STREAM)
         self._progress.is_answered = is_last
+        if is_last:
+            self._charge_completion()
         await send({"type": "http.response.body", "body": payload, "more_body": not is_last})
 
     async def _start(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
@@ -458,6 +462,11 @@ class Generation(Response):
             status=CLIENT_CLOSED_REQUEST if progress.is_cancelled and not progress.is_started else progress.status,
         )
 
+    def _charge_completion(self) -> None:
+        """Before the last byte is sent: who has it may ask for more at once. What is generated after a client left comes on top."""
+        self._charge(self._progress.completion_tokens - self._num_charged)
+        self._num_charged = self._progress.completion_tokens
+
     def _charge(self, num_tokens: int) -> None:
         """To the account of the key, where tokens are limited."""
         charge = self._request.scope.get("state", {}).get(CHARGE)
@@ -466,7 +475,7 @@ class Generation(Response):
 
     def _observe(self) -> None:
         self._hand_gaps()
-        self._charge(self._progress.completion_tokens)
+        self._charge_completion()
         record = self._record()
         self._server.metrics.observe_request(record)
         log_request(record)

@@ -10,6 +10,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -309,13 +310,19 @@ def _open_to_others(place: Path) -> str:
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare") or not shutil.which("setpriv"), reason="needs root, unshare, setpriv")
 def test_it_runs_as_in_a_locked_container(folder: Path) -> None:
     """What docker/compose.yaml asks for: another user without capabilities, a root that cannot be written, no network but its own."""
+    with tempfile.TemporaryDirectory() as place:  # pytest's own folders are closed to others, again and again
+        shutil.copytree(folder, Path(place) / "server", ignore=shutil.ignore_patterns("*.log"))
+        _run_locked(Path(place) / "server")
+
+
+def _run_locked(folder: Path) -> None:
     if subprocess.run(["unshare", "--mount", "--net", "true"], capture_output=True).returncode:
         pytest.skip("namespaces are not allowed here")
     script = folder / "smoke.py"
     script.write_text(textwrap.dedent(IN_CONTAINER))
     cache = folder / "cache"
     cache.mkdir()
-    for place in (*folder.parents[:2], folder, *folder.rglob("*")):
+    for place in (folder.parent, folder, *folder.rglob("*")):
         place.chmod(0o755)
     locked = "setpriv --reuid 10001 --regid 10001 --clear-groups --inh-caps=-all --bounding-set=-all --no-new-privs"
     shell = f"""

@@ -46,7 +46,7 @@ def llm(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     root = tmp_path_factory.mktemp("adapters")
     families = {"sparse": "sparse_fn", "pooled": "instance", "plain": "lora"}
     adapters = {name: write_family(root / name, family, config=WITH_TEXT) for name, family in families.items()}
-    with LLM(base, adapters=adapters, device="cpu", kv_cache_bytes=2**23, max_num_seqs=7) as made:
+    with LLM(base, adapters=adapters, device="cpu", kv_cache_bytes=2**23, max_num_seqs=7, prefix_cache=False) as made:
         yield made
 
 
