@@ -340,13 +340,16 @@ def reconciled(ledger: Ledger, side: Ledger, before: Scrape, after: Scrape, mode
         is_refusal = name == "moa_requests_total" and labels["finish_reason"] == "error"
         return is_other and not is_refusal and not name.startswith(("moa_router", "moa_expert"))
 
-    checks = reconcile(ledger, before.without(is_of_victims), after.without(is_of_victims), models)
-    delta = Delta(before, after)
-    ours, theirs = ledger.outcomes[Outcome.REFUSED], delta.total("moa_requests_total", finish_reason="error")
+    checks = reconcile(ledger, before.without(is_of_victims), after.without(is_of_victims), models, has_faults=True)
+    delta = Delta(before.without(is_of_victims), after.without(is_of_victims))
+    ended = (Outcome.OK, Outcome.REFUSED)
+    ours = sum(ledger.outcomes[outcome] for outcome in ended) + sum(entry.is_sent for entry in ledger.of(Outcome.CANCELLED))
+    theirs = delta.total("moa_requests_total")
     # Whoever names an adapter that is being unloaded is counted under its name, which is forgotten in a moment, or as `other`.
     unsure = sum(entry.detail == "model_not_found" for entry in side.of(Outcome.REFUSED))
-    refused = Check("refused requests", ours <= theirs <= ours + unsure, f"server {theirs:,}, client {ours:,} to {ours + unsure:,}")
-    return [refused, *(check for check in checks if check.name not in ("responses by status", refused.name))]
+    detail = f"server {theirs:,}, client {ours:,}" + (f" to {ours + unsure:,}" if unsure else "")
+    everyone = Check("every request is counted once", ours <= theirs <= ours + unsure, detail)
+    return [everyone, *(check for check in checks if check.name != "responses by status")]
 
 
 def goals(storm: Storm, before: Scrape, after: Scrape, checks: list[Check], seconds: float, *, is_long: bool) -> list[Goal]:
