@@ -229,6 +229,7 @@ OK = {"model": "tiny", "prompt": "x", "max_tokens": 1}
 TALK = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
 PICTURE = [{"type": "image_url", "image_url": {"url": "data:"}}]
 
+CALL = "messages[0].tool_calls[0]"
 REFUSED: list[tuple[str, str, Any, int, str, str | None]] = [
     # number in the table of faults, route, body (or fields to add to a good one), status, code, param
     ("25", COMPLETIONS, b"", 400, "invalid_json", None),
@@ -300,7 +301,14 @@ REFUSED: list[tuple[str, str, Any, int, str, str | None]] = [
     ("39", CHAT, {"messages": [{"role": "user", "content": PICTURE}]}, 400, "invalid_value", "messages[0].content"),
     ("39", CHAT, {"messages": [{"role": "user", "content": 5}]}, 400, "invalid_value", "messages[0].content"),
     ("39", CHAT, {"messages": [{"role": "user"}]}, 400, "invalid_value", "messages[0].content"),
-    ("39", CHAT, {"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}, 400, "invalid_value", "messages[0].tool_calls[0]"),
+    (
+        "39",
+        CHAT,
+        {"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]},
+        400,
+        "invalid_value",
+        "messages[0].tool_calls[0]",
+    ),
     ("template", CHAT, {"messages": [*TALK["messages"], {"role": "system", "content": "x"}]}, 400, "invalid_value", "messages"),  # type: ignore[misc]
 ]
 
