@@ -380,7 +380,7 @@ class AdapterRegistry:
             raise
         except AdapterError as error:
             known.failed_at = time.monotonic()
-            if published and known.is_explicit:
+            if published and (known.is_explicit or isinstance(error, RETRIED)):  # a disk that fails now may not fail later
                 known.load_error = error
                 raise self._unavailable(known, error) from None
             if published:

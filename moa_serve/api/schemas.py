@@ -36,9 +36,9 @@ _NAMES = """
     include_stop_str_in_output kv_transfer_params length_penalty logits_processors lora_path max_completion_tokens mm_processor_kwargs
     modalities moderation name parallel_tool_calls parse_special prediction priority prompt_embeds prompt_logprobs reasoning
     reasoning_content reasoning_effort refusal regex repetition_detection request_id return_routing return_token_ids
-    return_tokens_as_token_ids skip_special_tokens spaces_between_special_tokens structured_outputs suffix thinking tool_call_id
-    tool_calls tool_choice tools top_logprobs truncate_prompt_tokens truncation_side typical_p use_beam_search verbosity vllm_xargs
-    web_search_options
+    return_tokens_as_token_ids skip_special_tokens spaces_between_special_tokens structural_tag structured_outputs suffix thinking
+    tool_call_id tool_calls tool_choice tools top_logprobs truncate_prompt_tokens truncation_side typical_p use_beam_search verbosity
+    vllm_xargs web_search_options whitespace_pattern
 """
 UNSUPPORTED = frozenset(_NAMES.split())
 """Names that OpenAI's or vLLM's API give a meaning; where a schema below has the name, it is implemented there."""

@@ -316,9 +316,19 @@ def wrong_fields(make: Callable[..., Row], fields: dict[str, list[Any]]) -> Iter
 
 
 UNSUPPORTED = {
-    "chat_template": "x", "chat_template_kwargs": {}, "prompt_embeds": "AAAA", "lora_path": "/etc", "guided_regex": "(a+)+$",
-    "structured_outputs": {"regex": "a"}, "logits_processors": ["os.system"], "use_beam_search": True,
+    "chat_template": "x", "chat_template_kwargs": {}, "prompt_embeds": "AAAA", "lora_path": "/etc", "guided_whitespace_pattern": " ",
+    "logits_processors": ["os.system"], "use_beam_search": True,
 }  # fmt: skip
+GUIDES: dict[str, tuple[str, Any]] = {
+    "60,000 brackets": ("guided_regex", "(" * 60_000),
+    "10,000 rules in a chain": ("guided_grammar", "start: a0\n" + "\n".join(f"a{i}:a{i + 1}" for i in range(10_000))),
+    "30,000 brackets": ("guided_grammar", "start: " + "(" * 30_000),
+    "a file": ("guided_grammar", "%import /etc/passwd\nstart: X"),
+    "an address": ("guided_json", {"$ref": "http://127.0.0.1:9/"}),
+    "itself": ("guided_json", {"$ref": "#"}),
+    "a state for each remainder": ("guided_json", {"type": "integer", "multipleOf": 99_999_989}),
+    "nothing": ("guided_json", {"not": {}}),
+}
 MESSAGES: dict[str, tuple[Any, str]] = {
     "no messages": ([], "messages"),
     "unknown role": ([{"role": "root", "content": "x"}], "messages[0].role"),
@@ -418,7 +428,9 @@ ROWS: list[Row] = [
     get(37, "unknown model in the list", "/v1/models/nobody", 404, "model_not_found", param="model"),
     *(text(38, name, name, "unsupported_parameter", **{name: value}) for name, value in UNSUPPORTED.items()),
     *(chat(38, name, name, "unsupported_parameter", **{name: value}) for name, value in UNSUPPORTED.items()),
-    chat(38, "tools", "tools", "unsupported_parameter", tools=[{"type": "function"}]),
+    chat(38, "tools", "tools", "unsupported_parameter", tools=[{"type": "function", "function": {"name": "f"}}]),
+    chat(38, "answer of a tool", "messages", "unsupported_parameter", messages=[{"role": "tool", "content": "x"}]),
+    *(text(38, f"guide: {name}", param, "invalid_grammar", **{param: value}) for name, (param, value) in GUIDES.items()),
     text(38, "unknown name", "temprature", "unknown_parameter", temprature=1),
     text(38, "unknown name within", "moa.colour", "unknown_parameter", moa={"colour": 1}),
     *(chat(39, name, param, messages=messages) for name, (messages, param) in MESSAGES.items()),

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 from families import write_base, write_family
-from registries import Place, refused, rest, serve, until
+from registries import Place, SlowStore, refused, rest, serve, until
 
+from moa_serve.adapter.adapter import Adapter
 from moa_serve.adapter.state import StateDirectory
 from moa_serve.api import adapters as adapters_module
 from moa_serve.api import folders as folders_module
-from moa_serve.errors import AdapterUnavailable, ModelNotListed, RegistryWriteFailed, RevisionNotFound
+from moa_serve.errors import AdapterUnavailable, AdapterUnreadable, ModelNotListed, RegistryWriteFailed, RevisionNotFound
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,28 @@ def test_unloading_ends_a_pin(base: Path, tmp_path: Path) -> None:
         assert len(place.store.cache) == 0
         await place.http.post("/v1/adapters", json={"name": "a"})
         assert place.registry.item("a").is_pinned is False
+
+    serve(base, tmp_path / "adapters", body)
+
+
+def test_a_disk_that_fails_for_a_moment_takes_no_adapter_away(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        write_family(tmp_path / "adapters" / name, "soft", seed=seed)
+
+    async def body(place: Place) -> None:
+        revision = await place.use("a")
+        place.store.cache.max_bytes = int(1.5 * place.store.cache.num_bytes)
+        await place.use("b")
+
+        def fail(self: SlowStore, name: str, source: object) -> Adapter:
+            raise AdapterUnreadable(f"{name}: Input/output error")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(SlowStore, "read", fail)
+            with pytest.raises(AdapterUnavailable, match="Input/output"):
+                await place.registry.lease("a")
+        assert place.registry.item("a").revision == revision
+        assert await place.use("a") == revision
 
     serve(base, tmp_path / "adapters", body)
 

@@ -233,6 +233,7 @@ OK = {"model": "tiny", "prompt": "x", "max_tokens": 1}
 TALK = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
 PICTURE = [{"type": "image_url", "image_url": {"url": "data:"}}]
 
+CALL = "messages[0].tool_calls[0]"
 REFUSED: list[tuple[str, str, Any, int, str, str | None]] = [
     # number in the table of faults, route, body (or fields to add to a good one), status, code, param
     ("25", COMPLETIONS, b"", 400, "invalid_json", None),
