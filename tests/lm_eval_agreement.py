@@ -4,7 +4,8 @@
 
 `PYTHON` has lm_eval and peft (an environment of its own, so that its many dependencies stay out of this one); by default this one. On
 local task files, in float32, on the default base or the folder that --model names, and on a PEFT LoRA adapter with random weights on it:
-`local-completions` with our server against `hf`. Exit code 0 where log-likelihoods agree to 1e-3 and greedy texts to the letter, and where there is no lm_eval.
+`local-completions` with our server against `hf`. Exit code 0 where log-likelihoods agree to 1e-3 and greedy texts to the letter, and
+where there is no lm_eval.
 """
 
 import argparse

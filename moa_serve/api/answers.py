@@ -47,6 +47,16 @@ class _Generated(BaseModel):
     moa: MoaAnswer
 
 
+class PromptLogprob(BaseModel):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+_PROMPT_LOGPROBS = "Where they were asked for: at each place the token and the best ones, by id; null for the first."
+
+
 class CompletionLogprobs(BaseModel):
     """Lists side by side, an entry for each token."""
 
@@ -62,6 +72,7 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
     stop_reason: int | str | None = Field(description="The stop string or token that ended it.")
+    prompt_logprobs: PromptLogprobs | None = Field(None, description=_PROMPT_LOGPROBS)
 
 
 class Completion(_Generated):
@@ -85,9 +96,22 @@ class ChatLogprobs(BaseModel):
     content: list[ScoredToken]
 
 
+class CalledFunction(BaseModel):
+    name: str
+    arguments: str = Field(description="JSON, as the model wrote it.")
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(BaseModel):
     role: Literal["assistant"]
     content: str | None
+    refusal: None
+    tool_calls: list[ToolCall] | None = Field(None, description="Where tools were called; in a stream, pieces with an `index`.")
 
 
 class ChatChoice(BaseModel):
@@ -103,6 +127,7 @@ class ChatCompletion(_Generated):
 
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
+    prompt_logprobs: PromptLogprobs | None = Field(None, description=_PROMPT_LOGPROBS)
 
 
 class Model(BaseModel):
@@ -185,6 +210,19 @@ class Tokens(BaseModel):
     token_strs: list[str] | None
 
 
+class TokenizerInfo(BaseModel):
+    """vLLM's names."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    unk_token: str | None
+    pad_token: str | None
+    chat_template: str | None
+    vocab_size: int
+    model_max_length: int
+
+
 class Text(BaseModel):
     prompt: str
 
@@ -212,6 +250,7 @@ ANSWERS: dict[tuple[str, str], type[BaseModel]] = {
     ("get", "/v1/models/{model}"): Model,
     ("post", "/tokenize"): Tokens,
     ("post", "/detokenize"): Text,
+    ("get", "/tokenizer_info"): TokenizerInfo,
     ("get", "/v1/adapters"): AdapterList,
     ("post", "/v1/adapters"): Adapter,
     ("get", "/v1/adapters/{name}"): Adapter,
