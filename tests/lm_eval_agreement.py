@@ -10,7 +10,6 @@ where there is no lm_eval.
 
 import argparse
 import json
-import random
 import subprocess
 import sys
 import tempfile
@@ -126,7 +125,6 @@ def compare(server: Running, python: str, base: Path, adapter: Path, folder: Pat
             "base_url": f"{server.url}/v1/completions",
             "num_concurrent": 1,
             "max_length": 512,
-            "seed": random.randrange(99),
         }
         ours = answers[name] = evaluate(python, folder / "tasks", folder / f"{name}-http", "local-completions", http)
         local = {"pretrained": base, "dtype": "float32", **more}

@@ -19,7 +19,7 @@ def options_of(monkeypatch: pytest.MonkeyPatch, folder: Path, *flags: str) -> An
     """The options of the engine that a server with these flags would have."""
     caught: list[ServerSettings] = []
 
-    def serve(settings: ServerSettings) -> int:
+    def serve(settings: ServerSettings, tls: object) -> int:
         caught.append(settings)
         return 0
 
