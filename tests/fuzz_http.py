@@ -94,6 +94,8 @@ class Fuzzer:
     def send(self, label: str, case: Any, client: str) -> None:
         if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
             case.body["model"] = "soft"  # else hardly any request would come further than to its name
+        if isinstance(case.body, dict) and self.score.total % 2:
+            case.body.pop("tools", None)  # the base has none: with them no request would come further than to that
         if label.endswith(("/reload", "/pin", "/unpin")):
             case.path_parameters["name"] = "soft"
         key = KEYS[client]
