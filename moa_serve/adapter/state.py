@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from moa_serve.adapter.checkpoint import replace_file
 from moa_serve.adapter.importers import Signature
 from moa_serve.errors import InvalidRequest, RegistryWriteFailed
 
@@ -175,7 +176,7 @@ class StateDirectory:
         Raises:
             InvalidRequest: it cannot be read, or, strictly, not be understood.
         """
-        for leftover in self._folder.glob(f"{_FILE}.*.new"):
+        for leftover in self._folder.glob(f".{_FILE}.*"):  # of a process that was killed while it wrote
             leftover.unlink(missing_ok=True)
         place = self._folder / _FILE
         try:
@@ -201,26 +202,10 @@ class StateDirectory:
         Raises:
             RegistryWriteFailed: it could not be written; what was there before is there still.
         """
-        place = self._folder / _FILE
-        unfinished = place.with_name(f"{_FILE}.{os.getpid()}.new")
         try:
-            with unfinished.open("wb") as file:
-                file.write(json.dumps(state.to_json(), indent=1).encode("ascii"))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, place)
-            self._sync_folder()
+            replace_file(self._folder / _FILE, json.dumps(state.to_json(), indent=1).encode("ascii"))
         except OSError as error:
             logger.error("the registry's state cannot be written: %s", error)
-            unfinished.unlink(missing_ok=True)
             raise RegistryWriteFailed(
                 f"the state directory cannot be written ({error.strerror}), so nothing was changed; make room there and try again"
             ) from None
-
-    def _sync_folder(self) -> None:
-        """A rename is on the disk when its folder is."""
-        folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

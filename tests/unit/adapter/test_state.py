@@ -73,8 +73,8 @@ def test_a_file_that_cannot_be_understood_is_set_aside(tmp_path: Path, content: 
     directory.close()
 
 
-@pytest.mark.parametrize("fails", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+@pytest.mark.parametrize(("owner", "fails"), [(os, "fsync"), (Path, "replace")], ids=["fsync", "replace"])
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, fails: str) -> None:
     directory = StateDirectory(tmp_path)
     state = RegistryState().pinned("a", True)
     directory.write(state)
@@ -83,7 +83,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, fails, full)
+        patched.setattr(owner, fails, full)
         with pytest.raises(RegistryWriteFailed, match="No space left"):
             directory.write(state.pinned("b", True))
     assert directory.read() == (state, None)
@@ -92,10 +92,10 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
 
 
 def test_a_half_written_file_of_a_killed_process_is_swept(tmp_path: Path) -> None:
-    (tmp_path / "registry.json.77.new").write_bytes(b'{"form')
+    (tmp_path / ".registry.json.0badf00d").write_bytes(b'{"form')
     directory = StateDirectory(tmp_path)
     assert directory.read() == (RegistryState(), None)
-    assert not list(tmp_path.glob("*.new"))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["lock"]
     directory.close()
 
 
