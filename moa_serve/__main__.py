@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from moa_serve.api.tls import Tls
 from moa_serve.errors import AdapterCorrupt, AdapterError, DataInvalid, InvalidRequest, MoaError, ModelError
 from moa_serve.settings import HIDDEN, WITHOUT_FLAG, Explained, ServerSettings, load_settings, strange_variables
 from moa_serve.shell import terminal
@@ -411,7 +410,11 @@ def _serve(*, config: Path | None, print_settings: bool, **flags: Any) -> None:
         for warning in strange_variables():
             terminal.warn(warning)
         raise typer.Exit
-    tls = Tls(*settings.tls) if settings.tls else None
+    tls = None
+    if settings.tls is not None:
+        from moa_serve.api.tls import Tls
+
+        tls = Tls(*settings.tls)
     gc.disable()  # until it is ready: what is imported and loaded stays, and to look through it again and again takes a tenth of the start
     with terminal.spinner("Loading torch"):
         from moa_serve.shell.server import serve

@@ -20,9 +20,8 @@ from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, Pydant
 from moa_serve.errors import InvalidRequest
 
 ENV_PREFIX = "MOA_"
-OTHER_VARIABLES = frozenset(
-    {"MOA_CONFIG", "MOA_CACHE_DIR", "MOA_GOLDEN_DIR", "MOA_SERVE_FAULTS"}
-)  # that this package, or its tests, read besides
+# That this package, or its tests, read besides.
+OTHER_VARIABLES = frozenset({"MOA_CONFIG", "MOA_CACHE_DIR", "MOA_GOLDEN_DIR", "MOA_SERVE_FAULTS"})
 HIDDEN, DEFAULT = "(hidden)", "default"
 WITHOUT_FLAG = frozenset({"tls_key_password"})  # the list of processes would show them
 KEY_LIMITS = ("key_requests_per_minute", "key_tokens_per_minute", "key_concurrent_requests")

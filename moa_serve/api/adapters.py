@@ -161,17 +161,22 @@ class AdapterRegistry:
 
     def items(self) -> list[AdapterItem]:
         """Every name that is served, being loaded or unloaded, or broken; not what an operator unloaded."""
-        return [self._item(known) for _, known in sorted(self._known.items()) if known.is_shown and not known.is_forgotten]
+        return [self._item(known) for _, known in sorted(self._known.items()) if known.is_shown]
 
     def item(self, name: str) -> AdapterItem:
         """Raises AdapterNotFound."""
         known = self._known.get(name)
-        if known is None or not known.is_shown or known.is_forgotten:
+        if known is None or not known.is_shown:
             raise AdapterNotFound(f"adapter {name[:64]!a} is not known; GET /v1/adapters lists all", param="id")
         return self._item(known)
 
     def aliases(self) -> list[AliasItem]:
         return [AliasItem(alias, targets) for alias, targets in sorted(self._state.aliases.items())]
+
+    def alias(self, name: str) -> AliasItem | None:
+        """None where no alias has the name."""
+        targets = self._state.aliases.get(name)
+        return None if targets is None else AliasItem(name, targets)
 
     def _item(self, known: Known) -> AdapterItem:
         path = os.fspath(self.store.get(known.name).source.path) if known.revision else known.name

@@ -44,7 +44,7 @@ class Chat:
             )
 
     def guide_param(self, body: ChatRequest) -> str:
-        return "tools" if body.shown_tools else body.guide()[1]
+        return "tools" if body.shown_tools else body.guide_field
 
     def reader(self, server: Server, body: ChatRequest, adapter: Adapter | None) -> ToolReader | None:
         return ToolReader(_tool_format(server.template_of(adapter)), has_many=body.parallel_tool_calls) if body.shown_tools else None

@@ -120,9 +120,7 @@ class Choice:
         self.num_tokens += 1
         if event.logprob is not None:
             self._tokens.append(ScoredToken(token_id, event.logprob, self._start + (self._ruler.num_chars if self._ruler else 0)))
-        if (
-            event.finish_reason == "stop" and token_id in event.sequence.stop_ids
-        ):  # the token says that it is over; it is no part of the text
+        if event.finish_reason == "stop" and token_id in event.sequence.stop_ids:  # it says that the text is over, and is no part of it
             self.stop_reason = token_id if token_id in self._params.stop_token_ids else None
             return
         if self._ruler is not None:

@@ -41,7 +41,7 @@ class Completions:
         return max((wish for wish in (echoed, body.prompt_logprobs) if wish is not None), default=None)
 
     def guide_param(self, body: CompletionRequest) -> str:
-        return body.guide()[1]
+        return body.guide_field
 
     def reader(self, server: Server, body: CompletionRequest, adapter: Adapter | None) -> ToolReader | None:
         return None

@@ -130,7 +130,8 @@ class Known:
 
     @property
     def is_shown(self) -> bool:
-        return self.hidden_at is None or self.loading is not None
+        """There is something to say of it, and no operator has unloaded it."""
+        return not self.is_forgotten and (self.hidden_at is None or self.loading is not None)
 
     @property
     def is_changed(self) -> bool:

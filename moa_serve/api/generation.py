@@ -186,8 +186,7 @@ class Generation(Response):
         stack.enter_context(server.claim(self._key_id, num_rows))
         with server.admit(num_rows):
             if body.model != server.base_name:
-                key = body.user or self._request.scope.get("state", {}).get(KEY_ID)
-                lease = await server.registry.lease(body.model, revision=body.moa.revision, key=key)
+                lease = await server.registry.lease(body.model, revision=body.moa.revision, key=body.user or self._key_id)
                 stack.callback(lease.release)
                 progress.adapter_name, progress.adapter = lease.name, lease.adapter
                 if lease.adapter.manifest.defaults is not None:

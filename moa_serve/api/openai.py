@@ -45,13 +45,7 @@ async def list_models(request: Request) -> Response:
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(request: Request, model: str) -> Response:
     """One of them."""
-    server = server_of(request)
-    if model == server.base_name:
-        return JsonResponse(_base_model(server))
-    for alias in server.registry.aliases():
-        if alias.name == model:
-            return JsonResponse(_alias_model(server, alias))
-    return JsonResponse(_adapter_model(server, _listed(server, model)))
+    return JsonResponse(_model_of(server_of(request), model))
 
 
 @router.post("/tokenize", openapi_extra=body_of(TokenizeRequest))
@@ -104,14 +98,19 @@ def _encode(server: Server, body: TokenizeRequest) -> list[int]:
 
 def _check_model(server: Server, model: str | None) -> None:
     """Which one does not matter, as all have the base's tokenizer, but a wrong name is a mistake. Loads nothing."""
-    if model is not None and model != server.base_name and all(alias.name != model for alias in server.registry.aliases()):
-        _listed(server, model)
+    if model is not None:
+        _model_of(server, model)
 
 
-def _listed(server: Server, name: str) -> AdapterItem:
+def _model_of(server: Server, name: str) -> dict[str, Any]:
+    """Raises ModelNotListed."""
+    if name == server.base_name:
+        return _base_model(server)
+    if (alias := server.registry.alias(name)) is not None:
+        return _alias_model(server, alias)
     for item in server.registry.items():
         if item.name == name and item.is_listed:
-            return item
+            return _adapter_model(server, item)
     raise ModelNotListed(f"The model `{name[:64]}` does not exist; GET /v1/models lists what is served", param="model")
 
 

@@ -205,12 +205,17 @@ class GenerationRequest(Schema):
         # An empty schema is a wish: any JSON.
         return [(name, partial(make, wish)) for name, wish, make in wishes if wish not in (None, False)]
 
-    def guide(self) -> tuple[Guide | None, str]:
-        """(what the text must be, the field that says so). Raises InvalidRequest, whose `param` is that field."""
+    @property
+    def guide_field(self) -> str:
+        """The field that says what the text must be."""
+        return next((name for name, _ in self._wishes()), "guide")
+
+    def guide(self) -> Guide | None:
+        """What the text must be. Raises InvalidRequest, whose `param` is the field that says so."""
         for name, make in self._wishes():
             with named(name):
-                return make(), name
-        return None, "guide"
+                return make()
+        return None
 
     def check_limits(self, settings: ServerSettings) -> None:
         """Raises InvalidRequest for what this server's operator does not allow."""
@@ -226,7 +231,7 @@ class GenerationRequest(Schema):
     def sampling(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Raises InvalidRequest where fields do not go together."""
         return SamplingParams(
-            guide=self.guide()[0],
+            guide=self.guide(),
             max_tokens=max_tokens,
             logprobs=logprobs,
             temperature=self.temperature,
