@@ -290,6 +290,7 @@ class AdapterRegistry:
 
             async def settle(adapter: Adapter, signature: Signature | None) -> None:
                 self._publish(known, AdapterSource(known.name), adapter, signature)
+                await self.engine.pardon(adapter.revision)
 
             await self._bring(known, AdapterSource(known.name), "changed", settle, room_seconds=ROOM_SECONDS)
             known.load_error = None
@@ -375,6 +376,7 @@ class AdapterRegistry:
                 self._follow_pin(known)
             elif not known.is_explicit:
                 self._publish(known, source, adapter, signature)
+                await self.engine.pardon(adapter.revision)
             else:  # an operator chose what was there; other content needs an operator again
                 raise AdapterUnreadable(f"adapter {name!r}: its files were replaced since it was loaded; reload it")
 
@@ -479,6 +481,7 @@ class AdapterRegistry:
                         await self._commit(lambda now: _put_back(now, state, known.name))
                     raise
                 known.is_explicit, known.hidden_at, known.load_error = True, None, None
+                await self.engine.pardon(adapter.revision)  # loading again is how an operator ends a quarantine
 
             return await self._bring(known, source, "explicit", settle, room_seconds=ROOM_SECONDS)
         except AdapterError as error:
@@ -639,7 +642,6 @@ class AdapterRegistry:
                 self._revisions.drop_for_alias(old)
                 raise
         self._revisions.revive(known.name, adapter.revision)
-        self.engine.pardon(adapter.revision)  # loading again is how an operator ends a quarantine
         known.revision, known.variant, known.warnings = adapter.revision, adapter.manifest.variant, adapter.warnings
         known.signature = signature
         self._follow_pin(known)

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
 from moa_serve import faults
@@ -27,6 +27,7 @@ from moa_serve.errors import Draining, EngineError, MoaError, Overloaded
 logger = logging.getLogger(__name__)
 
 PAUSE_AT = 256  # events that a stream holds for its reader before its row pauses; it goes on when they are read
+_LOOK_SECONDS = 0.1  # while something is waited for that the engine thread does
 _IDLE_SECONDS = 0.05  # between two looks at rows that are all paused
 _BROKEN_AFTER = 3  # failed steps in a row
 _GIVE_UP_SECONDS = 600.0  # an engine that is broken again so soon after it was rebuilt stays broken
@@ -221,9 +222,19 @@ class AsyncEngine:
         """An adapter left host memory; its slot, if it stands in one, stays usable."""
         self._engine.model.cool(revision)
 
-    def pardon(self, revision: str) -> None:
-        """A revision was loaded again: end its quarantine."""
-        self._commands.put(lambda: self._engine.pardon(revision))
+    async def pardon(self, revision: str) -> None:
+        """A revision was loaded again: end its quarantine. It is over then: who is told of the load may use it at once."""
+        is_done = asyncio.Event()
+
+        def command() -> None:
+            self._engine.pardon(revision)
+            self._call_loop(is_done.set)
+
+        self._commands.put(command)
+        while not (is_done.is_set() or self._is_stopping or self.failure is not None):  # those two leave commands where they are
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_SECONDS):
+                    await is_done.wait()
 
     def trim(self) -> None:
         """Memory is short: give back what the engine only keeps for later."""

@@ -5,8 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import write_family
+from families import write_base, write_family
 from serving import CONFIG, Serving, start_serving, write_talker
+
+from moa_serve.api import adapters, folders
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base without a tokenizer."""
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def looks_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every unknown name may cause a look at the adapters directory, and what lies there is whole; the limits have tests of their own."""
+    monkeypatch.setattr(adapters, "SCAN_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(folders, "STEADY_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="session")

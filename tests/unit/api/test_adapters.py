@@ -5,13 +5,14 @@ import gc
 import json
 import logging
 import shutil
+import time
 import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import random_adapter, write_base, write_family
+from families import random_adapter, write_family
 from registries import PROMPT, Place, SlowStore, refused, rest, serve, until
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +20,6 @@ from moa_serve.adapter.adapter import AdapterSource
 from moa_serve.adapter.checkpoint import write_adapter
 from moa_serve.adapter.store import AdapterStore
 from moa_serve.api import adapters as adapters_module
-from moa_serve.api import folders as folders_module
 from moa_serve.engine.engine import QUARANTINE_AFTER
 from moa_serve.engine.request import Request, SamplingParams
 from moa_serve.errors import (
@@ -32,17 +32,7 @@ from moa_serve.errors import (
 )
 from moa_serve.model.transformer import Transformer
 
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(autouse=True)
-def _always_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every unknown name may cause a look at the directory; the limit has a test of its own."""
-    monkeypatch.setattr(adapters_module, "SCAN_EVERY_SECONDS", 0.0)
-    monkeypatch.setattr(folders_module, "STEADY_SECONDS", 0.0)
+pytestmark = pytest.mark.usefixtures("looks_always")
 
 
 def poison(folder: Path, value: float) -> None:
@@ -650,6 +640,22 @@ def test_loading_again_ends_a_quarantine(base: Path, tmp_path: Path) -> None:
         refused(await place.load("a"), 400, "adapter_exists")
         assert (await place.load("a", load_inplace=True)).status_code == 200
         await place.settle()
+        assert len(await place.tokens("a")) == 6
+
+    serve(base, tmp_path / "adapters", body)
+
+
+def test_who_is_told_of_a_load_may_use_it_at_once(base: Path, tmp_path: Path) -> None:
+    """Also where the engine thread is busy, and hears of the load later than the operator might."""
+    write_family(tmp_path / "adapters" / "a", "soft")
+
+    async def body(place: Place) -> None:
+        await place.load("a")
+        revision = await place.use("a")
+        await place.settle()
+        place.engine.engine._nonfinite[revision] = QUARANTINE_AFTER
+        place.engine._commands.put(lambda: time.sleep(0.3))
+        assert (await place.load("a", load_inplace=True)).status_code == 200
         assert len(await place.tokens("a")) == 6
 
     serve(base, tmp_path / "adapters", body)

@@ -9,25 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import write_base, write_family
+from families import write_family
 from registries import Place, SlowStore, refused, rest, serve, until
 
 from moa_serve.adapter.adapter import Adapter
 from moa_serve.adapter.state import StateDirectory
-from moa_serve.api import adapters as adapters_module
 from moa_serve.api import folders as folders_module
 from moa_serve.errors import AdapterUnavailable, AdapterUnreadable, ModelNotListed, RegistryWriteFailed, RevisionNotFound
 
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(autouse=True)
-def _always_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapters_module, "SCAN_EVERY_SECONDS", 0.0)
-    monkeypatch.setattr(folders_module, "STEADY_SECONDS", 0.0)
+pytestmark = pytest.mark.usefixtures("looks_always")
 
 
 def swap(place: Place, name: str, family: str, seed: int) -> None:

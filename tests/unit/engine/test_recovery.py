@@ -187,7 +187,7 @@ def test_an_adapter_that_breaks_the_step_leaves_service_and_nobody_else_notices(
         with pytest.raises(AdapterQuarantined, match="load a mended one"):
             engine.open(ask(1, guilty), guilty)
         inject()
-        engine.pardon(guilty.revision)
+        await engine.pardon(guilty.revision)
         await events_of(engine.open(ask(1)))
         assert tokens(await events_of(engine.open(ask(8, guilty, seed=1, temperature=0.9), guilty))) == tokens(whole[0])
         await until(lambda: is_idle(engine))
