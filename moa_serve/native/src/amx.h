@@ -219,6 +219,38 @@ struct TileExpert {
 
 constexpr int kTileExperts = 32;  // whose sums stay in tiles from one to the next
 
+// A panel of y (tokens, y_stride), or it and the next one, += B c of the experts, in tiles that `tile_expand` has shaped.
+template <bool kTwoPanels>
+inline void expand_panels(const TileExpert* experts, int number, int64_t c_stride, int panel, float* y, float* next, int64_t y_stride) {
+  const int64_t y_bytes = y_stride * 4;
+  _tile_loadd(0, y, y_bytes);
+  _tile_loadd(1, y + kTile, y_bytes);
+  if constexpr (kTwoPanels) {
+    _tile_loadd(2, next, y_bytes);
+    _tile_loadd(3, next + kTile, y_bytes);
+  }
+  for (const TileExpert* expert = experts; expert < experts + number; expert++) {
+    const uint16_t *low = expert->b + panel * expert->panel_size, *high = low + expert->panel_size;
+    _tile_loadd(4, expert->c, c_stride * 2);
+    _tile_loadd(5, low, 128);
+    _tile_loadd(6, low + 32, 128);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_dpbf16ps(1, 4, 6);
+    if constexpr (kTwoPanels) {
+      _tile_loadd(7, high, 128);
+      _tile_loadd(5, high + 32, 128);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+  _tile_stored(0, y, y_bytes);
+  _tile_stored(1, y + kTile, y_bytes);
+  if constexpr (kTwoPanels) {
+    _tile_stored(2, next, y_bytes);
+    _tile_stored(3, next + kTile, y_bytes);
+  }
+}
+
 // y (tokens, y_stride) += B c for `number` experts of as many inputs, one after the other, in the panels begin, begin + step, ...
 // Loading and storing sums takes longer than the products of a small rank.
 inline void tile_expand(int tokens, int inputs, const TileExpert* experts, int number, int64_t c_stride, float* y, int64_t y_stride, int step,
@@ -231,42 +263,8 @@ inline void tile_expand(int tokens, int inputs, const TileExpert* experts, int n
   shapes.use();
   const auto place = [&](int panel) { return y + (int64_t)panel * step * kPanel; };
   int panel = begin;
-  for (; panel + 1 < end; panel += 2) {
-    _tile_loadd(0, place(panel), y_stride * 4);
-    _tile_loadd(1, place(panel) + kTile, y_stride * 4);
-    _tile_loadd(2, place(panel + 1), y_stride * 4);
-    _tile_loadd(3, place(panel + 1) + kTile, y_stride * 4);
-    for (const TileExpert* expert = experts; expert < experts + number; expert++) {
-      const uint16_t *low = expert->b + panel * expert->panel_size, *high = low + expert->panel_size;
-      _tile_loadd(4, expert->c, c_stride * 2);
-      _tile_loadd(5, low, 128);
-      _tile_loadd(6, low + 32, 128);
-      _tile_dpbf16ps(0, 4, 5);
-      _tile_dpbf16ps(1, 4, 6);
-      _tile_loadd(7, high, 128);
-      _tile_loadd(5, high + 32, 128);
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_dpbf16ps(3, 4, 5);
-    }
-    _tile_stored(0, place(panel), y_stride * 4);
-    _tile_stored(1, place(panel) + kTile, y_stride * 4);
-    _tile_stored(2, place(panel + 1), y_stride * 4);
-    _tile_stored(3, place(panel + 1) + kTile, y_stride * 4);
-  }
-  if (panel < end) {
-    _tile_loadd(0, place(panel), y_stride * 4);
-    _tile_loadd(1, place(panel) + kTile, y_stride * 4);
-    for (const TileExpert* expert = experts; expert < experts + number; expert++) {
-      const uint16_t* low = expert->b + panel * expert->panel_size;
-      _tile_loadd(4, expert->c, c_stride * 2);
-      _tile_loadd(5, low, 128);
-      _tile_loadd(6, low + 32, 128);
-      _tile_dpbf16ps(0, 4, 5);
-      _tile_dpbf16ps(1, 4, 6);
-    }
-    _tile_stored(0, place(panel), y_stride * 4);
-    _tile_stored(1, place(panel) + kTile, y_stride * 4);
-  }
+  for (; panel + 1 < end; panel += 2) expand_panels<true>(experts, number, c_stride, panel, place(panel), place(panel + 1), y_stride);
+  if (panel < end) expand_panels<false>(experts, number, c_stride, panel, place(panel), nullptr, y_stride);
   memory_is_seen();
 }
 

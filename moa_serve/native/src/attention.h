@@ -47,6 +47,7 @@ inline bool sees_page(const Sight& sight, int page) {
   const int begin = page * kPage, end = begin + kPage;
   return end <= sight.last + 1 && (end <= sight.until || sight.from <= begin);
 }
+
 inline int first_page(const Sight& sight) { return sight.until > 0 ? 0 : sight.from / kPage; }
 
 // kVectors vectors of the output from `column` on: the values of all pages in sight by their shares, times `inverse`.
