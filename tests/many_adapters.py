@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # as pytest has it, so that modu
 from servers import Running, running_command
 
 from moa_serve.adapter.checkpoint import write_adapter
-from moa_serve.bench.serve import Client, Load, Target, Wave
+from moa_serve.bench.serve import Client, Load, Target, Transcript, Wave
 from moa_serve.bench.synthetic import synthetic
 from moa_serve.config import ModelConfig
 from moa_serve.model.weights import load_base
@@ -52,13 +52,13 @@ def write_all(folder: Path, config: ModelConfig, count: int) -> int:
     return made.num_bytes
 
 
-def models_of(kind: str, adapters: int, room: int, count: int, chance: random.Random) -> list[str]:
+def models_of(kind: str, stream: int, options: argparse.Namespace, chance: random.Random) -> list[str]:
+    """What a stream asks for, one request after another; those that stay are dealt round."""
     if kind == "resident":
-        numbers: Sequence[int] = [index % room for index in range(count)]
-    elif kind == "uniform":
-        numbers = [chance.randrange(adapters) for _ in range(count)]
+        numbers: Sequence[int] = [(stream + index * options.streams) % options.room for index in range(options.requests)]
     else:
-        numbers = chance.choices(range(adapters), [1 / (1 + rank) for rank in range(adapters)], k=count)
+        weights = [1 if kind == "uniform" else 1 / (1 + rank) for rank in range(options.adapters)]
+        numbers = chance.choices(range(options.adapters), weights, k=options.requests)
     return [f"a{number}" for number in numbers]
 
 
@@ -67,7 +67,7 @@ async def wave(client: Client, models: Sequence[Sequence[str]], load: Load, turn
     prompts = load.prompts(len(models), turn)
     started = time.perf_counter()
 
-    async def stream(index: int) -> list[object]:
+    async def stream(index: int) -> list[Transcript]:
         return [
             await client.complete(client.content(model, prompt, load.max_tokens))
             for model, prompt in zip(models[index], prompts[index], strict=True)
@@ -75,7 +75,7 @@ async def wave(client: Client, models: Sequence[Sequence[str]], load: Load, turn
 
     transcripts = await asyncio.gather(*(stream(index) for index in range(len(models))))
     seconds = time.perf_counter() - started
-    return Wave.of(seconds, [transcript.read() for transcript in itertools.chain.from_iterable(transcripts)])  # type: ignore[attr-defined]
+    return Wave.of(seconds, [transcript.read() for transcript in itertools.chain.from_iterable(transcripts)])
 
 
 def measure(server: Running, options: argparse.Namespace, console: Console) -> tuple[dict[str, list[Wave]], list[float]]:
@@ -91,12 +91,7 @@ def measure(server: Running, options: argparse.Namespace, console: Console) -> t
             for kind, found in waves.items():
                 if kind == "resident":  # in memory before it counts
                     runner.run(client.prepare([f"a{index}" for index in range(options.room)]))
-                models = [
-                    models_of(kind, options.adapters, options.room, options.requests, chance)
-                    if kind != "resident"
-                    else [f"a{(stream + index * options.streams) % options.room}" for index in range(options.requests)]
-                    for stream in range(options.streams)
-                ]
+                models = [models_of(kind, stream, options, chance) for stream in range(options.streams)]
                 done = runner.run(wave(client, models, load, turn))
                 if turn:  # the first round warms up
                     found.append(done)

@@ -21,7 +21,13 @@ from moa_serve.engine.request import Request, SamplingParams
 from moa_serve.engine.request import Sequence as EngineSequence
 from moa_serve.errors import AdapterNotFound, InvalidRequest, MoaError
 from moa_serve.llm import new_model, open_base
+from moa_serve.model.backend import Backend
 from moa_serve.text import Tokenizer
+
+
+def computed_by(base_name: str, model: Backend) -> Computed:
+    """What a report says of the engine in this process."""
+    return Computed(base_name, model.name, str(model.device), model.base_dtype, num_threads(model))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +92,7 @@ class EngineLoad:
 
     @property
     def computed(self) -> Computed:
-        model = self.engine.model
-        return Computed(self._base_name, self.engine.backend, str(model.device), model.base_dtype, num_threads(model))
+        return computed_by(self._base_name, self.engine.model)
 
     # -- models
 

@@ -12,12 +12,12 @@ from functools import partial
 from typing import Any
 
 from moa_serve.bench import goals
+from moa_serve.bench.engine_load import computed_by
 from moa_serve.bench.goals import Judged
 from moa_serve.bench.serve import Computed
-from moa_serve.bench.step import num_threads
 from moa_serve.bench.synthetic import synthetic
 from moa_serve.bench.timing import Spread, interleaved, ratio
-from moa_serve.bench.workload import PAGE, num_pages, random_ids
+from moa_serve.bench.workload import PAGE, num_pages, random_ids, refuse_beyond
 from moa_serve.engine.engine import Engine, EngineOptions
 from moa_serve.engine.request import Request, SamplingParams
 from moa_serve.errors import InvalidRequest
@@ -87,12 +87,7 @@ def measure(base: Base, backend: str, plan: Plan, *, on_progress: Callable[[str]
     Raises:
         InvalidRequest: the base is not made for so many tokens.
     """
-    if plan.num_tokens >= base.config.max_position:
-        raise InvalidRequest(
-            f"prompts of {plan.num_tokens} tokens and one to generate are more than the {base.config.max_position} tokens that the base "
-            f"was made for",
-            param="shared_tokens",
-        )
+    refuse_beyond(base.config, plan.num_tokens + 1, f"prompts of {plan.num_tokens} tokens and one to generate", "shared_tokens")
     adapter = synthetic(ADAPTER, base.config, 0)
     with closing(new_model(backend, base)) as model:
         pages = 2 * (2 + _ROOM) * num_pages(plan.num_tokens + 1)  # half of them are kept for later requests
@@ -108,7 +103,7 @@ def measure(base: Base, backend: str, plan: Plan, *, on_progress: Callable[[str]
             f"{name} {case}": partial(asked.seconds, revision, is_hit=case == HIT) for name, revision in models.items() for case in _CASES
         }
         times = interleaved(cases, plan.rounds)
-        computed = Computed(base.name, model.name, str(model.device), model.base_dtype, num_threads(model))
+        computed = computed_by(base.name, model)
     ratios = {"crossed_tokens": Judged(Spread(crossed, crossed, crossed), goals.CROSSED_TOKENS)}
     for name in models:
         ratios[f"{name} hit"] = Judged(ratio(times[f"{name} {HIT}"], times[f"{name} {MISS}"]), goals.HIT_TO_MISS)

@@ -23,13 +23,12 @@ from moa_serve.adapter.adapter import Adapter, AdapterSource
 from moa_serve.adapter.checkpoint import write_adapter
 from moa_serve.adapter.store import AdapterStore
 from moa_serve.bench import goals
-from moa_serve.bench.engine_load import run_streams
+from moa_serve.bench.engine_load import computed_by, run_streams
 from moa_serve.bench.goals import Judged
 from moa_serve.bench.serve import Computed, Measured, Wave
-from moa_serve.bench.step import num_threads
 from moa_serve.bench.synthetic import synthetic
 from moa_serve.bench.timing import Spread, interleaved, ratio, seconds
-from moa_serve.bench.workload import PAGE, num_pages
+from moa_serve.bench.workload import PAGE, num_pages, refuse_beyond
 from moa_serve.engine.engine import Engine, EngineOptions
 from moa_serve.engine.request import Request, SamplingParams
 from moa_serve.errors import InvalidRequest
@@ -126,12 +125,8 @@ def measure(base: Base, backend: str, plan: Plan, *, on_progress: Callable[[str]
     Raises:
         InvalidRequest: the base is not made for so many tokens.
     """
-    if plan.prompt_tokens + plan.most_tokens > base.config.max_position:
-        raise InvalidRequest(
-            f"{plan.prompt_tokens} prompt tokens and up to {plan.most_tokens} to generate are more than the {base.config.max_position} "
-            f"tokens that the base was made for",
-            param="prompt_tokens",
-        )
+    asked = f"{plan.prompt_tokens} prompt tokens and up to {plan.most_tokens} to generate"
+    refuse_beyond(base.config, plan.prompt_tokens + plan.most_tokens, asked, "prompt_tokens")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="moa-bench-")))
         with _cache_folder(folder / "cache"):
@@ -307,7 +302,7 @@ def _report(base: Base, model: Backend, library: _Library, engines: Mapping[str,
         "idle_throughput": compare(speed, IDLE, NONE, goals.IDLE_THROUGHPUT),
     }
     return SwapReport(
-        Computed(base.name, model.name, str(model.device), model.base_dtype, num_threads(model)),
+        computed_by(base.name, model),
         plan,
         list(measured.values()),
         {name: statistics.median(one.swaps[_WARMUPS:]) for name, one in engines.items()},

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moa_serve.bench.timing import seconds
+from moa_serve.config import ModelConfig
 from moa_serve.errors import InvalidRequest
 from moa_serve.model.attention import CachedSpan
 from moa_serve.model.backend import Backend, PreparedAdapter
@@ -27,6 +28,12 @@ _MEASURED_SECONDS, _MOST_STEPS = 0.1, 64  # of one measurement: long against a c
 
 def num_pages(tokens: int) -> int:
     return -(-tokens // PAGE)
+
+
+def refuse_beyond(config: ModelConfig, num_tokens: int, asked: str, param: str) -> None:
+    """Raises InvalidRequest: so many tokens, which are what was `asked`, do not fit the base."""
+    if num_tokens > config.max_position:
+        raise InvalidRequest(f"{asked} are more than the {config.max_position} tokens that the base was made for", param=param)
 
 
 def steps_for(run: Callable[[], object]) -> int:

@@ -6,7 +6,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moa_serve.shell import terminal
-from moa_serve.shell.bench_step import BaseOption, ShapesOption, goal_of, judged, new_table, opened_base, refuse_two_bases, spread, title_of
+from moa_serve.shell.bench_step import (
+    BackendOption,
+    BaseOption,
+    DtypeOption,
+    JsonOption,
+    RoundsOption,
+    ShapesOption,
+    goal_of,
+    judged,
+    new_table,
+    opened_base,
+    refuse_two_bases,
+    spread,
+    title_of,
+)
 
 if TYPE_CHECKING:
     from moa_serve.bench.prefix import PrefixReport
@@ -18,10 +32,10 @@ def bench_prefix(
         int, typer.Option(min=16, help="Tokens at the beginning of a prompt that a hit finds; full pages of 16.")
     ] = 512,
     own_tokens: Annotated[int, typer.Option(min=1, help="Tokens behind them that every request has for itself.")] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="In which every case has its turn; medians and quartiles are shown.")] = 15,
-    backend: Annotated[str, typer.Option("--backend", envvar="MOA_BACKEND", help="auto, native or torch.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (bfloat16 of the native backend, else float32), bfloat16 or float32.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    rounds: RoundsOption = 15,
+    backend: BackendOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
     model: BaseOption = None,
     shapes: ShapesOption = None,
 ) -> None:

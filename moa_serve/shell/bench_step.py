@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from moa_serve.model.backend import Backend as Model
     from moa_serve.model.weights import Base
 
-_Backend = Annotated[str, typer.Option("--backend", envvar="MOA_BACKEND", help="auto, native or torch.")]
+BackendOption = Annotated[str, typer.Option("--backend", envvar="MOA_BACKEND", help="auto, native or torch.")]
 _Threads = Annotated[int, typer.Option("--threads", min=1, help="Of the backend and of torch.")]
 _Core = Annotated[
     int | None, typer.Option("--core", min=0, help="Pin one thread to this processor core.", show_default="wherever the system likes")
 ]
-_Rounds = Annotated[int, typer.Option("--rounds", min=1, help="In which every case has its turn; medians and quartiles are shown.")]
+RoundsOption = Annotated[int, typer.Option("--rounds", min=1, help="In which every case has its turn; medians and quartiles are shown.")]
 _Context = Annotated[int, typer.Option("--context", min=1, help="Tokens that stand before a decoded one.")]
-_Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 _Plot = Annotated[Path | None, typer.Option("--plot", dir_okay=False, help="Write a figure, as PNG.", metavar="PNG", show_default=False)]
 _BaseDtype = Annotated[str, typer.Option(help="auto (the base's weights are in --dtype) or int8 (native backend only).")]
-_Dtype = Annotated[str, typer.Option(help="auto (bfloat16 of the native backend, else float32), bfloat16 or float32.")]
+DtypeOption = Annotated[str, typer.Option(help="auto (bfloat16 of the native backend, else float32), bfloat16 or float32.")]
 BaseOption = Annotated[str | None, typer.Option("--model", envvar="MOA_MODEL", help="Base.", show_default="SmolLM2-135M-Instruct")]
 ShapesOption = Annotated[
     str | None,
@@ -48,8 +48,8 @@ ShapesOption = Annotated[
 
 def bench_step(
     command: typer.Context,
-    backend: _Backend = "auto",
-    dtype: _Dtype = "auto",
+    backend: BackendOption = "auto",
+    dtype: DtypeOption = "auto",
     base_dtype: _BaseDtype = "auto",
     threads: _Threads = 1,
     core: _Core = None,
@@ -60,8 +60,8 @@ def bench_step(
     ] = "soft_moa_no_prompt",
     adapters: Annotated[int, typer.Option(min=2, help="In a mixed batch, which there is from as many rows on.")] = 8,
     context: _Context = 128,
-    rounds: _Rounds = 15,
-    as_json: _Json = False,
+    rounds: RoundsOption = 15,
+    as_json: JsonOption = False,
     plot: _Plot = None,
     model: BaseOption = None,
     shapes: ShapesOption = None,
@@ -102,8 +102,8 @@ def bench_step(
 
 def bench_growth(
     command: typer.Context,
-    backend: _Backend = "auto",
-    dtype: _Dtype = "auto",
+    backend: BackendOption = "auto",
+    dtype: DtypeOption = "auto",
     threads: _Threads = 1,
     core: _Core = None,
     rows: Annotated[str, typer.Option(help="Sequences that decode a token each.")] = "1,2,4,8",
@@ -111,8 +111,8 @@ def bench_growth(
     adapters: Annotated[str, typer.Option(help="Different adapters among the 8 rows.")] = "1,2,4,8",
     experts: Annotated[str, typer.Option(help="Experts at each linear of molora, hydralora and mola.")] = "2,4,8,16",
     active: Annotated[str, typer.Option(help="Percentage of a Sparse MoA's experts that is selected.")] = "0,25,50,75,100",
-    rounds: _Rounds = 15,
-    as_json: _Json = False,
+    rounds: RoundsOption = 15,
+    as_json: JsonOption = False,
     plot: _Plot = None,
     model: BaseOption = None,
     shapes: ShapesOption = None,
@@ -141,15 +141,15 @@ def bench_growth(
 
 
 def bench_reference(
-    backend: _Backend = "auto",
+    backend: BackendOption = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float32, or auto (bfloat16 of the native backend, else float32).")] = "bfloat16",
     threads: _Threads = 1,
     core: _Core = None,
     rows: Annotated[str, typer.Option(help="Sequences that decode a token each, one batch size after the other.")] = "1,8,16",
     family: Annotated[str, typer.Option(help="Of the adapter: sparse_moa or soft_moa.")] = "sparse_moa",
     context: _Context = 128,
-    rounds: _Rounds = 15,
-    as_json: _Json = False,
+    rounds: RoundsOption = 15,
+    as_json: JsonOption = False,
     plot: _Plot = None,
     model: BaseOption = None,
 ) -> None:

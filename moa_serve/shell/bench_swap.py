@@ -6,7 +6,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moa_serve.shell import terminal
-from moa_serve.shell.bench_step import BaseOption, ShapesOption, goal_of, judged, new_table, opened_base, refuse_two_bases, spread, title_of
+from moa_serve.shell.bench_step import (
+    BackendOption,
+    BaseOption,
+    DtypeOption,
+    JsonOption,
+    ShapesOption,
+    goal_of,
+    judged,
+    new_table,
+    opened_base,
+    refuse_two_bases,
+    spread,
+    title_of,
+)
 
 if TYPE_CHECKING:
     from moa_serve.bench.swap import SwapReport
@@ -22,9 +35,9 @@ def bench_swap(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 64,
     max_tokens: Annotated[int, typer.Option(min=4, help="Tokens to generate for a request, in the mean.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="In which every engine has its turn; medians and quartiles are shown.")] = 7,
-    backend: Annotated[str, typer.Option("--backend", envvar="MOA_BACKEND", help="auto, native or torch.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (bfloat16 of the native backend, else float32), bfloat16 or float32.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    backend: BackendOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
     model: BaseOption = None,
     shapes: ShapesOption = None,
 ) -> None:
