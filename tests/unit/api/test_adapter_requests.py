@@ -8,9 +8,14 @@ from typing import Any
 
 import httpx
 import pytest
+from annotated_types import Ge, Gt, Le, MaxLen
 from families import write_family
 from openai import OpenAI
 from serving import CONFIG, Serving, start_serving
+
+from moa_serve.adapter.manifest import RequestDefaults
+from moa_serve.api.schemas import CompletionRequest
+from moa_serve.engine.request import MAX_STOP_STRINGS
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 DEFAULTS = {"temperature": 0.0, "max_tokens": 3, "stop_token_ids": [258]}
@@ -95,6 +100,15 @@ def test_an_adapters_defaults_are_for_what_the_client_leaves_out(serving: Servin
         chat = serving.ok(CHAT, model="shy", messages=[{"role": "user", "content": "hi"}], ignore_eos=True, stop_token_ids=[], **{field: 5})
         assert chat["usage"]["completion_tokens"] == 5
     assert "defaults" not in serving.ok(COMPLETIONS, model="v1", prompt="hi")["moa"]
+
+
+def test_a_default_may_be_what_a_request_may() -> None:
+    """The manifest knows nothing of HTTP, so its bounds stand there once more."""
+    names = set(RequestDefaults.model_fields) - {"chat_template", "max_tokens"}  # 0 tokens are for scoring, which no adapter asks for
+    for name in sorted(names):
+        ours, theirs = (model.model_fields[name].metadata for model in (RequestDefaults, CompletionRequest))
+        limits = [[one for one in found if isinstance(one, Ge | Gt | Le | MaxLen)] for found in (ours, theirs)]
+        assert limits[0] == limits[1] or (name, limits) == ("stop", [[MaxLen(MAX_STOP_STRINGS)], []]), "stops are counted in SamplingParams"
 
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}[assistant] "
