@@ -263,40 +263,20 @@ def test_openais_client_gets_objects_and_calls(serving: Serving) -> None:
 
     def talk(url: str) -> None:
         asked: list[Any] = [{"role": "user", "content": "hi"}]
+        call = {"model": "soft", "messages": asked, "tool_choice": "required", "parallel_tool_calls": False}
         client: Any = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        known = client.chat.completions.parse(
-            model="soft", messages=[{"role": "user", "content": "hi"}], response_format=Person, max_tokens=99
-        )
+        known = client.chat.completions.parse(model="soft", messages=asked, response_format=Person, max_tokens=99)
         assert isinstance(known.choices[0].message.parsed, Person)
         tool = openai.pydantic_function_tool(Person, name="meet")
         for form in (tool, WEATHER):
             answer = client.chat.completions.parse if form is tool else client.chat.completions.create
-            message = (
-                answer(
-                    model="soft",
-                    messages=[{"role": "user", "content": "hi"}],
-                    tools=[form],
-                    tool_choice="required",
-                    parallel_tool_calls=False,
-                    max_tokens=300,
-                    seed=1,
-                )
-                .choices[0]
-                .message
-            )
+            message = answer(**call, tools=[form], max_tokens=300, seed=1).choices[0].message
             assert message.tool_calls
             assert message.tool_calls[0].function.name in ("meet", "weather")
         messages = [*asked, message.model_dump()]
         messages.append({"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "rain"})
         client.chat.completions.create(model="soft", messages=messages, tools=[WEATHER], max_tokens=2)
-        with client.chat.completions.stream(
-            model="soft",
-            messages=[{"role": "user", "content": "hi"}],
-            tools=[tool],
-            tool_choice="required",
-            parallel_tool_calls=False,
-            seed=2,
-        ) as stream:
+        with client.chat.completions.stream(**call, tools=[tool], seed=2) as stream:
             final = stream.get_final_completion().choices[0]
         assert final.finish_reason == "tool_calls"
         assert isinstance(final.message.tool_calls[0].function.parsed_arguments, Person)
