@@ -99,7 +99,13 @@ class EngineError(MoaError):
 
 
 class Overloaded(MoaError):
+    """`retry_seconds`: when to try again."""
+
     code = "server_overloaded"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_seconds: int = 1) -> None:
+        super().__init__(message, param=param)
+        self.retry_seconds = retry_seconds
 
 
 class ModelNotListed(MoaError):

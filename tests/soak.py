@@ -224,15 +224,19 @@ class OwnServer:
         whole, _, _ = self.log_file.read_text().rpartition("\n")  # the last line may still be written
         return [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
 
+    def start_line(self) -> dict[str, Any]:
+        """What it says of itself once it listens; empty before."""
+        return next((line for line in self.lines() if line.get("event") == "starting"), {})
+
     async def url(self) -> str:
         """Its address, once it is ready. Raises SystemExit."""
         deadline = time.monotonic() + READY_SECONDS
         async with httpx.AsyncClient(trust_env=False) as http:
             while time.monotonic() < deadline and self.process.poll() is None:
-                for line in self.lines():
+                if url := self.start_line().get("url"):
                     with contextlib.suppress(httpx.TransportError):
-                        if line.get("event") == "starting" and (await http.get(f"{line['url']}/health/ready")).is_success:
-                            return str(line["url"])
+                        if (await http.get(f"{url}/health/ready")).is_success:
+                            return str(url)
                 await asyncio.sleep(0.1)
         raise SystemExit(f"error: the server did not get ready; its log ends with:\n{self.log_file.read_text()[-2000:]}")
 
@@ -313,14 +317,14 @@ async def weather(
             ) as http,
         ):
             rng, process = random.Random(seed), psutil.Process(server.process.pid)
-            storm = Storm(url, folder, faults_file, process, client, http, other, rng, windows)
+            storm = Storm(url, folder, faults_file, process, client, http, other, rng, windows, server.start_line()["backend"])
             before = await storm.page()
             await storms.make_golden(storm, models, prompts)
             stop, is_quiet = asyncio.Event(), threading.Event()
             prober = asyncio.create_task(asyncio.to_thread(storms.probe_health, storm, is_quiet))
             kinds = {**storm_faults.KINDS, **await asyncio.to_thread(storm_faults.bad_kinds, folder)}
             storm.skipped = storm_faults.not_built()
-            say(f"{len(models)} models, {len(kinds)} kinds of faults; skipped: {storm.skipped or 'none'}")
+            say(f"{storm.backend}: {len(models)} models, {len(kinds)} kinds of faults; skipped: {storm.skipped or 'none'}")
             async with asyncio.TaskGroup() as tasks:
                 for number in range(storms.NUM_WORKERS):
                     tasks.create_task(storms.work(storm, models, prompts, seed * 1009 + number, stop))
@@ -372,6 +376,7 @@ def weathered_json(found: Weathered, seed: int) -> dict[str, Any]:
     return {
         "ok": found.is_ok,
         "seed": seed,
+        "backend": found.storm.backend,
         "seconds": round(found.seconds, 1),
         "requests": len(ledger.entries),
         "outcomes": {outcome.value: ledger.outcomes[outcome] for outcome in Outcome},
@@ -381,6 +386,7 @@ def weathered_json(found: Weathered, seed: int) -> dict[str, Any]:
         "faults": dict(sorted(found.storm.survived.items())),
         "skipped": found.storm.skipped,
         "failed_faults": found.storm.failed,
+        "rss_mib": [(round(at - found.storm.rss[0][0]), round(size / 2**20, 1)) for at, size in found.storm.rss[::5]],
         "wrong_answers": found.storm.wrong[:5],
         "checks": [asdict(check) for check in found.checks],
     }

@@ -23,7 +23,13 @@ from moa_serve.config import ModelConfig
 from moa_serve.errors import AdapterError
 
 NUM_FILES, NUM_REQUESTS, NUM_ATTACKERS = 10_000, 50_000, 200
-OVERLOAD_SECONDS, ATTACK_SECONDS = 60.0, 40.0
+FIELDS = ("temperature", "top_p", "seed", "stream", "echo", "logprobs", "min_tokens", "frequency_penalty", "user", "moa", "lora_name")
+VALUES: tuple[Any, ...] = (
+    None, True, 0, -1, 1, 2.5, 1e308, 2**64, "", "x", "\ud800", "\x00", "x" * 5000, [], [1], ["a", "b"], [[3]], {}, {"5": 1},
+)  # fmt: skip
+NUM_PLACES = 80  # rows and waiting requests of the storm's server
+ANSWER_TOKENS = 128  # of a base whose token takes a third of a millisecond: with a few, HTTP would be all that there is to do
+OVERLOAD_SECONDS, RAMP_SECONDS, ATTACK_SECONDS = 60.0, 5.0, 40.0
 
 
 async def goals(folder: Path, start: Callable[[], Any], seed: int, say: Callable[[str], None]) -> list[Goal]:
@@ -37,7 +43,7 @@ async def goals(folder: Path, start: Callable[[], Any], seed: int, say: Callable
 
 
 def mutated_files(folder: Path, rng: random.Random, count: int) -> Goal:
-    """A good adapter with bytes changed, cut out, doubled or cut off: it is refused, or it is whole and finite."""
+    """A good adapter with bytes changed, cut out, doubled or cut off: it is refused, or every tensor is there, of its shape, and finite."""
     place = folder / "mutated" / "adapters" / "mutant"
     shutil.rmtree(place, ignore_errors=True)
     manifest, tensors = random_adapter("sparse_fn", 3, TALKING)
@@ -46,7 +52,7 @@ def mutated_files(folder: Path, rng: random.Random, count: int) -> Goal:
     files = {name: (place / name).read_bytes() for name in ("adapter.json", "adapter.safetensors")}
     head = 8 + int.from_bytes(files["adapter.safetensors"][:8], "little")
     seconds: list[float] = []
-    refused = crashed = 0
+    refused = crashed = unfit = 0
     for _ in range(count):
         name = rng.choice(sorted(files))
         data = bytearray(files[name])
@@ -59,19 +65,23 @@ def mutated_files(folder: Path, rng: random.Random, count: int) -> Goal:
         (place / name).write_bytes(data)
         began = time.monotonic()
         try:
-            store.read("mutant", AdapterSource("mutant"))
+            adapter = store.read("mutant", AdapterSource("mutant"))
+            shapes = {key: tensor.shape for key, tensor in adapter.tensors.items()}
+            unfit += shapes != {key: tensor.shape for key, tensor in tensors.items()} or not all(
+                tensor.isfinite().all() for tensor in adapter.tensors.values()
+            )
         except AdapterError:
             refused += 1
         except Exception:
             crashed += 1
         seconds.append(time.monotonic() - began)
         (place / name).write_bytes(files[name])
-    text = f"{count:,} mutated files: {refused:,} refused, {count - refused - crashed:,} as good as before, {crashed} crashes, "
+    text = f"{count:,} mutated files: {refused:,} refused, {count - refused - crashed:,} whole and finite but {unfit}, {crashed} crashes, "
     return Goal(
         "G3",
         ">= 10,000 mutated files, 0 crashes, p99 <= 1 s",
         text + f"p99 {1000 * p(seconds, 0.99):.0f} ms",
-        crashed == 0 and p(seconds, 0.99) <= 1,
+        crashed == unfit == 0 and p(seconds, 0.99) <= 1,
     )
 
 
@@ -93,8 +103,16 @@ async def mutated_requests(url: str, rng: random.Random, count: int) -> Goal:
             found[at : at + rng.randint(0, 4)] = rng.randbytes(rng.randint(0, 4))
         return bytes(found)
 
+    def mutate_value(data: bytes) -> bytes:
+        """One field of another value, or a field that is not there: still JSON, so that what looks at values sees it."""
+        fields = json.loads(data)
+        fields[rng.choice([*fields, *FIELDS])] = rng.choice(VALUES)
+        return json.dumps(fields).encode()
+
     async def one(number: int) -> None:
-        body = mutate(good[number % 3]) if number % 4 else good[number % 3]
+        body = good[number % 3]
+        if number % 4:
+            body = rng.choice((mutate, mutate_value))(body)
         path = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/v1/load_lora_adapter")[number % 4]
         head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n".encode()
         head = (head if number % 4 else mutate(head)) + b"Connection: close\r\n\r\n"
@@ -127,30 +145,11 @@ async def mutated_requests(url: str, rng: random.Random, count: int) -> Goal:
 
 
 async def overload(url: str) -> Goal:
-    """Ten times as many clients as there are places, for a minute; before that as many as there are, for the goodput there can be."""
-    body = {"model": BASE, "prompt": "load", "max_tokens": 16, "temperature": 0, "ignore_eos": True}
-
-    async def load(clients: int, seconds: float) -> tuple[float, list[float], list[float]]:
-        deadline = time.monotonic() + seconds
-        admitted: list[float] = []
-        refused: list[float] = []
-
-        async def client(http: httpx.AsyncClient) -> None:
-            while time.monotonic() < deadline:
-                began = time.monotonic()
-                answer = await http.post(COMPLETIONS, json=body)
-                (admitted if answer.status_code == 200 else refused).append(time.monotonic() - began)
-                if answer.status_code != 200:
-                    await asyncio.sleep(1)  # as Retry-After says
-
-        async with httpx.AsyncClient(
-            base_url=url, trust_env=False, verify=False, timeout=120, limits=httpx.Limits(max_connections=None)
-        ) as http:
-            await asyncio.gather(*(client(http) for _ in range(clients)))
-        return len(admitted) / seconds, admitted, refused
-
-    peak, *_ = await load(16, 15.0)
-    rate, admitted, refused = await load(800, OVERLOAD_SECONDS)
+    """Ten times as many clients as there are places, for a minute; before and after it as many as there are rows, for the peak."""
+    first, *_ = await _load(url, 16, 15.0)
+    rate, admitted, refused = await _load(url, 10 * NUM_PLACES, OVERLOAD_SECONDS)
+    last, *_ = await _load(url, 16, 15.0)
+    peak = (first + last) / 2
     share = rate / peak
     text = (
         f"{100 * share:.0f} % of the peak of {peak:.0f} requests/s, {len(refused):,} refusals in {1000 * p(refused, 0.99):.0f} ms (p99), "
@@ -160,6 +159,45 @@ async def overload(url: str) -> Goal:
     return Goal(
         "G9", "10x capacity for 60 s: goodput >= 90 % of peak, refusals p99 <= 100 ms, admitted within the queue's limit", text, is_met
     )
+
+
+async def _load(url: str, num_clients: int, seconds: float) -> tuple[float, list[float], list[float]]:
+    """Clients that come one after the other in the first seconds and ask again and again; who is refused waits as long as it was told.
+
+    On raw connections, for eight hundred of httpx would be the bottleneck. Returns answers a second once all are there, and the
+    seconds of each answer and of each refusal.
+    """
+    host, port = url.removeprefix("http://").split(":")
+    body = json.dumps({"model": BASE, "prompt": "load", "max_tokens": ANSWER_TOKENS, "temperature": 0, "ignore_eos": True}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    begin = time.monotonic() + RAMP_SECONDS
+    deadline = begin + seconds
+    answers: list[tuple[float, float]] = []  # when, and after how long
+    refused: list[float] = []
+
+    async def client(number: int) -> None:
+        await asyncio.sleep(RAMP_SECONDS * number / num_clients)
+        reader, writer = await asyncio.open_connection(host, int(port))
+        while (began := time.monotonic()) < deadline:
+            writer.write(head % len(body) + body)
+            said = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            fields = dict(line.split(": ", 1) for line in said.split("\r\n")[1:] if line)
+            await reader.readexactly(int(fields["content-length"]))
+            now, status = time.monotonic(), said.split(" ", 2)[1]
+            if status == "200":
+                answers.append((now, now - began))
+            else:
+                assert status == "503", said
+                refused.append(now - began)
+                if now + (wait := float(fields["retry-after"])) > deadline:
+                    break
+                writer.close()
+                await asyncio.sleep(wait)
+                reader, writer = await asyncio.open_connection(host, int(port))
+        writer.close()
+
+    await asyncio.gather(*(client(number) for number in range(num_clients)))
+    return sum(begin <= at <= deadline for at, _ in answers) / seconds, [took for _, took in answers], refused
 
 
 async def attackers(url: str) -> Goal:

@@ -12,7 +12,7 @@ from moa_serve.api.document import describe
 from moa_serve.api.errors import FAILED, JsonResponse, NotReady, error_response, response_of
 from moa_serve.api.generation import CLIENT_CLOSED_REQUEST
 from moa_serve.api.guard import Guard
-from moa_serve.errors import EngineError, MoaError
+from moa_serve.errors import EngineError, MoaError, Overloaded
 from moa_serve.native.library import status
 
 router = APIRouter()
@@ -26,7 +26,16 @@ def build_app(server: Server) -> ASGIApp:
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(MoaError, _on_moa_error)
     app.add_exception_handler(Exception, _on_bug)
-    return Guard(app, server.settings, is_draining=lambda: server.is_draining, metrics=server.metrics)
+
+    def check_room(path: str) -> None:
+        if path in openai.GENERATING:
+            try:
+                server.check_room()
+            except Overloaded:
+                server.metrics.observe_unread()
+                raise
+
+    return Guard(app, server.settings, is_draining=lambda: server.is_draining, check_room=check_room, metrics=server.metrics)
 
 
 def new_app(version: str) -> FastAPI:

@@ -10,6 +10,7 @@ from starlette.requests import HTTPConnection
 from moa_serve.adapter.adapter import Adapter
 from moa_serve.api.adapters import AdapterRegistry
 from moa_serve.api.errors import KeyOverloaded, NotReady
+from moa_serve.api.overload import ReturnTimes
 from moa_serve.chat_template import ChatTemplate
 from moa_serve.engine.async_engine import AsyncEngine
 from moa_serve.engine.guide import GrammarCompiler
@@ -45,12 +46,14 @@ class Server:
     is_draining: bool = False
     num_preparing: int = 0  # rows of requests that are not yet in the engine: their adapter is being read, or their text tokenised
     rows_of_keys: Counter[str] = field(default_factory=Counter)  # of requests that have not ended, by the key's id
+    return_times: ReturnTimes = field(init=False)
     chat_template: ChatTemplate | None = field(init=False)
     sandbox: SandboxProcess | None = field(init=False)  # where adapters' own templates are rendered
     grammars: GrammarCompiler | None = field(init=False)
 
     def __post_init__(self) -> None:
         config = self.engine.engine.model.config
+        self.return_times = ReturnTimes(self.engine.engine.options.max_num_seqs)
         self.chat_template = ChatTemplate(self.tokenizer) if self.tokenizer else None
         self.sandbox = SandboxProcess() if self.settings.adapter_chat_templates else None
         self.grammars = GrammarCompiler(self.tokenizer, config.vocab_size, config.eos_token_ids) if self.tokenizer else None
@@ -106,6 +109,14 @@ class Server:
         finally:
             self.rows_of_keys[key_id] -= num_rows
 
+    def check_room(self, num_rows: int = 1) -> None:
+        """Raises Overloaded: so many rows more cannot wait now."""
+        if self.engine.num_open + self.num_preparing + num_rows > self.max_rows:
+            seconds = self.return_times.next_seconds()
+            raise Overloaded(
+                f"{self.max_rows} requests are running or waiting, which is the limit; try again in {seconds} s", retry_seconds=seconds
+            )
+
     @contextmanager
     def admit(self, num_rows: int) -> Iterator[None]:
         """Room for a request, taken before anything is done for it that costs; inside, it counts as waiting.
@@ -119,8 +130,7 @@ class Server:
         limit = self.max_rows
         if num_rows > limit:
             raise InvalidRequest(f"prompts times n are {num_rows} rows, but at most {limit} can run and wait; send less at once", param="n")
-        if self.engine.num_open + self.num_preparing + num_rows > limit:
-            raise Overloaded(f"{limit} requests are running or waiting, which is the limit; try again later")
+        self.check_room(num_rows)
         self.num_preparing += num_rows
         try:
             yield

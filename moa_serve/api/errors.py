@@ -126,7 +126,8 @@ def as_moa_error(error: Exception) -> MoaError:
 
 def response_of(error: Exception) -> "JsonResponse":
     known = as_moa_error(error)
-    return error_response(status_of(known), known.code, str(known), param=known.param)
+    headers = {"Retry-After": str(known.retry_seconds)} if isinstance(known, Overloaded) else {}
+    return error_response(status_of(known), known.code, str(known), param=known.param, headers=headers)
 
 
 def dump_json(content: Any) -> bytes:

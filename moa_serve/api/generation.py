@@ -477,6 +477,8 @@ class Generation(Response):
         self._charge_completion()
         record = self._record()
         self._server.metrics.observe_request(record)
+        if record.scheduled is not None:
+            self._server.return_times.observe(record.finished - record.scheduled)
         log_request(record)
 
 

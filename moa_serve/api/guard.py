@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from moa_serve.api.errors import RETRY_AFTER_SECONDS, dump_json, error_body
 from moa_serve.api.limits import Account, Accounts, RateLimited
 from moa_serve.api.logs import log_refused
+from moa_serve.errors import Overloaded
 from moa_serve.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ class Guard:
     """
     Args:
         is_draining: whether the server is about to end.
+        check_room: raises Overloaded for a path whose requests have no place now. They are told so here, where it costs least: before
+            anything but the head is looked at.
         metrics: counts the responses.
     """
 
@@ -72,9 +75,11 @@ class Guard:
         settings: ServerSettings,
         *,
         is_draining: Callable[[], bool] = lambda: False,
+        check_room: Callable[[str], None] = lambda path: None,
         metrics: ResponseCounter | None = None,
     ) -> None:
-        self._app, self._settings, self._is_draining, self._metrics = app, settings, is_draining, metrics
+        self._app, self._settings, self._metrics = app, settings, metrics
+        self._is_draining, self._check_room = is_draining, check_room
         self._user_keys = [_digest(key.get_secret_value()) for key in settings.api_key]
         self._admin_key = _digest(settings.admin_key.get_secret_value()) if settings.admin_key else None
         self._accounts = Accounts(settings, [_key_id(key) for key in self._user_keys])
@@ -109,14 +114,13 @@ class Guard:
                 body = await self._body(state, headers, receive)
                 if body is None:
                     return  # gone before it had sent its request
+                if scope["method"] not in _READS:
+                    self._check_room(scope["path"])
                 await self._app(_as_get(scope), _Replay(body, receive), reply)
-        except Refusal as refusal:
+        except (Refusal, RateLimited, Overloaded) as error:
+            refusal = _refusal(error, headers)
             log_refused(request_id, scope["method"], scope["path"], refusal.status, refusal.code)
             await reply.error(refusal)
-        except RateLimited as limited:
-            log_refused(request_id, scope["method"], scope["path"], 429, limited.code)
-            wait = (b"retry-after", str(limited.retry_seconds).encode("ascii"))
-            await reply.error(Refusal(429, limited.code, str(limited), (wait,), closes=headers.has_body))
         except asyncio.CancelledError:  # the time to drain is over
             if not reply.is_begun:
                 with suppress(Exception):
@@ -162,7 +166,7 @@ class Guard:
         if headers.one("content-encoding") not in (None, "", "identity"):
             raise Refusal(415, "unsupported_media_type", "compressed request bodies are not read; send plain JSON", closes=headers.has_body)
         if self._is_draining() and scope["method"] not in _READS:
-            raise Refusal(503, "draining", "the server is shutting down and takes no new requests; try again", _RETRY, closes=True)
+            raise Refusal(503, "draining", "the server is shutting down and takes no new requests; try again", _retry(), closes=True)
 
     def _check_size(self, scope: Scope, headers: "_Headers") -> None:
         limits = self._settings
@@ -365,7 +369,18 @@ class _Reply:
         await self({"type": "http.response.body", "body": b""})
 
 
-_RETRY = ((b"retry-after", str(RETRY_AFTER_SECONDS).encode()),)
+def _refusal(error: Refusal | RateLimited | Overloaded, headers: _Headers) -> Refusal:
+    if isinstance(error, Refusal):
+        return error
+    is_limited = isinstance(error, RateLimited)  # before its body was read
+    retry = _retry(error.retry_seconds)
+    return Refusal(429 if is_limited else 503, error.code, str(error), retry, closes=is_limited and headers.has_body)
+
+
+def _retry(seconds: int = RETRY_AFTER_SECONDS) -> tuple[tuple[bytes, bytes], ...]:
+    return ((b"retry-after", str(seconds).encode("ascii")),)
+
+
 _PREFLIGHT = [
     (b"access-control-allow-methods", b"GET, POST, PUT, DELETE"),
     (b"access-control-allow-headers", b"Authorization, Content-Type, X-Request-Id"),

@@ -11,7 +11,7 @@ import logging
 import os
 import select
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
@@ -21,6 +21,7 @@ from moa_serve.settings import DEFAULT, Explained
 logger = logging.getLogger("moa_serve.request")
 
 REDACTED = "[key]"
+MIN_SECRET_CHARS = 4
 MAX_TEXT_CHARS = 8192  # of one value: a traceback fits, a client's megabyte does not
 _EVENT = "moa_event"  # attribute of a LogRecord: the fields of a structured line
 
@@ -28,12 +29,13 @@ _EVENT = "moa_event"  # attribute of a LogRecord: the fields of a structured lin
 class JsonFormatter(logging.Formatter):
     """
     Args:
-        keys: secrets to replace, wherever they stand.
+        keys: secrets to replace, wherever they stand; shorter ones than MIN_SECRET_CHARS stay, since words are made of them.
     """
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
         super().__init__()
-        self._keys = sorted((key for key in keys if key), key=len, reverse=True)  # a key may begin with another one
+        secrets = (key for key in keys if len(key) >= MIN_SECRET_CHARS)
+        self._keys = sorted(secrets, key=len, reverse=True)  # a key may begin with another one
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -124,7 +126,7 @@ def _descriptor_of(stream: TextIO | None) -> int | None:
         return None
 
 
-def configure_logs(level: str, keys: Iterable[str] = (), stream: TextIO | None = None) -> None:
+def configure_logs(level: str, keys: Collection[str] = (), stream: TextIO | None = None) -> None:
     """Send every logger of the process to standard error as JSON lines, once; uvicorn's too (`log_config=None` leaves them to us)."""
     handler = LineHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter(keys))
@@ -134,6 +136,10 @@ def configure_logs(level: str, keys: Iterable[str] = (), stream: TextIO | None =
     root.addHandler(handler)
     root.setLevel(level.upper())
     logging.captureWarnings(True)
+    if short := sum(0 < len(key) < MIN_SECRET_CHARS for key in keys):
+        logger.warning(
+            "%d of the keys have fewer than %d characters: they can be guessed, and the log does not hide them", short, MIN_SECRET_CHARS
+        )
 
 
 def log_request(record: RequestRecord) -> None:

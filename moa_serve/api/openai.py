@@ -17,17 +17,19 @@ from moa_serve.api.generation import Generation
 from moa_serve.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, read_json
 from moa_serve.errors import InvalidRequest, ModelNotListed
 
+GENERATING = ("/v1/completions", "/v1/chat/completions")  # what takes a place
+
 router = APIRouter()
 _COMPLETIONS, _CHAT = Completions(), Chat()
 
 
-@router.post("/v1/completions", openapi_extra=body_of(CompletionRequest), responses=GENERATED)
+@router.post(GENERATING[0], openapi_extra=body_of(CompletionRequest), responses=GENERATED)
 async def create_completion(request: Request) -> Response:
     """Complete a prompt, or several."""
     return Generation(server_of(request), request, _COMPLETIONS)
 
 
-@router.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest), responses=GENERATED)
+@router.post(GENERATING[1], openapi_extra=body_of(ChatRequest), responses=GENERATED)
 async def create_chat_completion(request: Request) -> Response:
     """Answer a chat, by the base's template."""
     return Generation(server_of(request), request, _CHAT)

@@ -67,6 +67,10 @@ class Metrics:
         """A request has ended, in whatever way; once for each."""
         self._requests.observe(record, self._label(record.adapter, record.model))
 
+    def observe_unread(self) -> None:
+        """A request was refused for want of a place before anybody looked for whom it was."""
+        self._requests.observe_unread(OTHER)
+
     def observe_tokens(self, adapter: str | None, gaps_seconds: Iterable[float]) -> None:
         """Seconds between one token of a stream and the next."""
         self._requests.observe_gaps(self._label(adapter, self._base_name), gaps_seconds)

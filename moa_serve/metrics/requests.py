@@ -105,6 +105,9 @@ class RequestMetrics:
             self._ttft.labels(label).observe(record.first_token - record.arrived)
         self._observe_vllm(record, label, queue, e2e)
 
+    def observe_unread(self, label: str) -> None:
+        self._ended.labels(label, "error").inc()
+
     def _observe_vllm(self, record: RequestRecord, label: str, queue: float, e2e: float) -> None:
         assert record.scheduled is not None
         series = (label, ENGINE)

@@ -178,13 +178,14 @@ def test_an_error_is_explained_by_a_fault_of_its_time_and_code_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"text": "ab"}, {"logprobs": [-1.0, -2.1]}, {"logprobs": [-1.0]}, {"logprobs": [-1.0, -2.0, -3.0]}, {"revision": "r2"}]
+    "change", [{"text": "ab"}, {"logprobs": [-1.0, -2.001]}, {"logprobs": [-1.0]}, {"logprobs": [-1.0, -2.0, -3.0]}, {"revision": "r2"}]
 )
-def test_an_answer_that_is_not_the_one_given_alone_is_noticed(tmp_path: Path, change: dict[str, Any]) -> None:
-    client = Client("http://nobody", Ledger())
-    storm = Storm("", tmp_path, tmp_path, psutil.Process(), client, httpx.AsyncClient(verify=False), client, random.Random(0), Windows())
+@pytest.mark.parametrize(("backend", "is_equal"), [("torch", False), ("native", True)])
+def test_an_answer_that_is_not_the_one_given_alone_is_noticed(tmp_path: Path, change: dict[str, Any], backend: str, is_equal: bool) -> None:
+    client, http = Client("http://nobody", Ledger()), httpx.AsyncClient(verify=False)
+    storm = Storm("", tmp_path, tmp_path, psutil.Process(), client, http, client, random.Random(0), Windows(), backend)
     storm.golden["r1", "x"] = ("abc", [-1.0, -2.0])
-    good: dict[str, Any] = {"outcome": Outcome.OK, "text": "abc", "logprobs": [-1.0, -2.0 + 1e-6], "revision": "r1"}
+    good: dict[str, Any] = {"outcome": Outcome.OK, "text": "abc", "logprobs": [-1.0, -2.0 if is_equal else -2.0 + 1e-6], "revision": "r1"}
     storm.check(Entry(JOB, "good", **good), "x")
     assert (storm.wrong, storm.num_golden.total()) == ([], 1)
     storm.check(Entry(JOB, "bad", **(good | change)), "x")

@@ -702,8 +702,10 @@ def test_an_operation_survives_its_caller(base: Path, tmp_path: Path) -> None:
         place.store.gate.set()
         await until(lambda: place.states() == {"a": "loaded"})
         lease = await place.registry.lease("a")
-        unloading = asyncio.create_task(place.registry.unload("a"))
-        await until(lambda: place.states() == {"a": "unloading"})
+        while place.states() != {"a": "unloading"}:  # busy until the load has ended, which is a moment after it is to be seen
+            unloading = asyncio.create_task(place.registry.unload("a"))
+            await asyncio.wait([unloading], timeout=0.01)
+            assert not unloading.done() or isinstance(unloading.exception(), AdapterBusy)
         unloading.cancel()
         lease.release()
         await until(lambda: place.states() == {})

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,16 @@ def test_keys_are_replaced_wherever_they_stand(lines: io.StringIO) -> None:
     assert read(lines)[0]["path"] == "/[key]/[key]"
 
 
+def test_a_key_of_a_few_characters_does_not_make_the_log_unreadable() -> None:
+    reader, writer = os.pipe()
+    with logging_to(writer, keys=("e", KEY)):
+        logging.getLogger("x").warning("the level of %s", KEY)
+        warned, line = read_all(reader)
+    os.close(reader)
+    assert warned["message"].startswith("1 of the keys have fewer than 4 characters")
+    assert line["message"] == "the level of [key]"
+
+
 def test_long_and_strange_values_stay_one_line_of_json(lines: io.StringIO) -> None:
     log_event("x", number=float("nan"), text="a" * 10**6, other=object())
     (line,) = read(lines)
@@ -84,11 +94,11 @@ def test_long_and_strange_values_stay_one_line_of_json(lines: io.StringIO) -> No
 
 
 @contextmanager
-def logging_to(descriptor: int) -> Iterator[None]:
+def logging_to(descriptor: int, keys: Collection[str] = ()) -> Iterator[None]:
     root = logging.getLogger()
     before, level = list(root.handlers), root.level
     with os.fdopen(descriptor, "w") as stream:
-        configure_logs("info", (), stream)
+        configure_logs("info", keys, stream)
         try:
             yield
         finally:
