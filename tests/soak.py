@@ -301,8 +301,8 @@ async def weather(
     flags = [*storms.server_flags(folder), "--device", "cpu"]
 
     @asynccontextmanager
-    async def start(name: str = "restarts.log") -> AsyncIterator[tuple[str, subprocess.Popen[bytes]]]:
-        with own_server(folder / name, flags, env) as server:
+    async def start(*, more: Sequence[str] = ()) -> AsyncIterator[tuple[str, subprocess.Popen[bytes]]]:
+        with own_server(folder / "restarts.log", [*flags, *more], env) as server:
             yield await server.url(), server.process
 
     started = time.monotonic()

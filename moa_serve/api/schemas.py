@@ -5,6 +5,7 @@ that OpenAI or vLLM know and this server does not implement is `unsupported_para
 changes no answer. Validation ends at the first finding of a list: a body of a million mistakes costs no more than one. Owns no state.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -71,15 +72,21 @@ class Schema(BaseModel):
     def _drop_nulls(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
-        known = {field.alias or name for name, field in cls.model_fields.items()}
+        known = _names_of(cls)
         unknown = [name for name in raw if name not in known and raw[name] is not None][:1]  # one is enough to refuse
         return {name: value for name, value in raw.items() if value is not None and (name in known or name in unknown)}
+
+
+@functools.cache
+def _names_of(schema: type[Schema]) -> frozenset[str]:
+    """Of its fields, as a client writes them."""
+    return frozenset(field.alias or name for name, field in schema.model_fields.items())
 
 
 class StreamOptions(Schema):
     include_usage: bool = Field(False, description="One last chunk with the usage and no choices.")
     continuous_usage_stats: bool = Field(False, description="Usage so far on every chunk.")
-    include_obfuscation: Literal[False] = False
+    include_obfuscation: Literal[False] = Field(False, description="Chunks are not padded.")
 
 
 class Moa(Schema):
@@ -123,10 +130,13 @@ class StructuredOutputs(Schema):
     """vLLM's way to say what the text must be: one of these."""
 
     json_: JsonSchema | GuideText | None = Field(None, alias="json", description="A JSON schema, or its text.")
-    json_object: Literal[True] | None = None
-    regex: GuideText | None = None
-    choice: Choices | None = None
+    json_object: Literal[True] | None = Field(None, description="Any JSON object.")
+    regex: GuideText | None = Field(None, description="The whole text matches it.")
+    choice: Choices | None = Field(None, description="The text is one of these.")
     grammar: GuideText | None = Field(None, description="Lark as llguidance has it, or GBNF.")
+
+
+_NO_MATTER = "Changes nothing."
 
 
 class GenerationRequest(Schema):
@@ -134,40 +144,48 @@ class GenerationRequest(Schema):
 
     model: Name = Field(description="The base, or the name of an adapter.")
     n: int = Field(1, ge=1, le=MAX_COUNT, description="Answers to each prompt.")
-    stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream: bool = Field(False, description="Server-sent events as tokens come, the last one [DONE].")
+    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
 
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1, le=MAX_COUNT, description="0 and -1 are off.")
-    min_p: float = Field(0.0, ge=0, le=1)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
+    temperature: float = Field(1.0, ge=0, le=2, description="The logits are divided by it; 0 takes the best token.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Draws from the fewest best tokens whose probabilities reach it; 1 is off.")
+    top_k: int = Field(0, ge=-1, le=MAX_COUNT, description="Draws from so many best tokens; 0 and -1 are off.")
+    min_p: float = Field(0.0, ge=0, le=1, description="Draws from tokens with this share of the best one's probability; 0 is off.")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="Taken once from the logit of each generated token.")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="Taken once for each time that a token was generated.")
+    repetition_penalty: float = Field(
+        1.0, ge=0.01, le=10, description="Divides positive and multiplies negative logits of tokens of prompt and answer; 1 is off."
+    )
     logit_bias: Annotated[dict[str, Bias], BeforeValidator(_check_size)] = Field(
         default_factory=dict, max_length=MAX_TOKEN_LIST, description="Token id to what is added to its logit."
     )
-    seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1)
-    stop: StopText | Annotated[list[StopText], Field(fail_fast=True)] = Field(default_factory=list)
-    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_TOKEN_LIST, fail_fast=True)
-    min_tokens: int = Field(0, ge=0, le=MAX_COUNT)
-    ignore_eos: bool = False
+    seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1, description="Equal seeds give equal tokens, whatever else runs.")
+    stop: StopText | Annotated[list[StopText], Field(fail_fast=True)] = Field(
+        default_factory=list, description="Texts at which the answer ends, which are not part of it."
+    )
+    stop_token_ids: list[TokenId] = Field(
+        default_factory=list, max_length=MAX_TOKEN_LIST, fail_fast=True, description="Tokens at which it ends, besides the model's own end."
+    )
+    min_tokens: int = Field(0, ge=0, le=MAX_COUNT, description="Nothing ends the answer before so many.")
+    ignore_eos: bool = Field(False, description="The model's own end of text does not end the answer.")
 
-    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
+    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=MAX_SALT_CHARS)] | None = Field(
+        None, description="Cached prompts are shared only with requests of the same salt; the API key's where omitted."
+    )
     prompt_logprobs: int | None = Field(None, ge=0, le=20, description="Log-probabilities of the prompt's tokens, as vLLM gives them.")
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
+    response_format: ResponseFormat | None = Field(None, description="What the answer must be, as OpenAI's API says it.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="What the answer must be, as vLLM's API says it.")
     guided_json: JsonSchema | GuideText | None = Field(None, description="Older name of structured_outputs.json; so are those below.")
-    guided_regex: GuideText | None = None
-    guided_choice: Choices | None = None
-    guided_grammar: GuideText | None = None
-    user: str | None = None
-    store: bool | None = None
-    metadata: dict[str, Any] | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    moa: Moa = Moa()
+    guided_regex: GuideText | None = Field(None, description="structured_outputs.regex.")
+    guided_choice: Choices | None = Field(None, description="structured_outputs.choice.")
+    guided_grammar: GuideText | None = Field(None, description="structured_outputs.grammar.")
+    user: str | None = Field(None, description="Where `model` is an alias, the same user gets the same adapter each time.")
+    store: bool | None = Field(None, description=_NO_MATTER)
+    metadata: dict[str, Any] | None = Field(None, description=_NO_MATTER)
+    service_tier: str | None = Field(None, description=_NO_MATTER)
+    safety_identifier: str | None = Field(None, description=_NO_MATTER)
+    prompt_cache_key: str | None = Field(None, description=_NO_MATTER)
+    moa: Moa = Field(Moa(), description="What only this server has.")
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
@@ -255,10 +273,10 @@ class CompletionRequest(GenerationRequest):
         description="One prompt or several, each a text or token ids."
     )
     max_tokens: int | None = Field(None, ge=0, description="16 if omitted; 0 only with echo.")
-    logprobs: int | None = Field(None, ge=0, le=20)
-    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=20, description="Of each token, and of so many best ones beside it.")
+    echo: bool = Field(False, description="The prompt stands before the answer.")
     best_of: int | None = Field(None, ge=1, le=MAX_COUNT, description="Must equal n.")
-    moa: CompletionMoa = CompletionMoa()
+    moa: CompletionMoa = Field(CompletionMoa(), description="What only this server has.")
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -309,9 +327,15 @@ class Message(Schema):
     """One message of a chat. Fields that OpenAI's own answers carry may come back with null in them."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    tool_call_id: Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS)] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = Field(
+        None, description="Text; only a message with tool calls can do without."
+    )
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
+        None, description="What the assistant called."
+    )
+    tool_call_id: Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS)] | None = Field(
+        None, description="The call that a tool's message answers."
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -352,8 +376,10 @@ def _called(function: CalledFunction) -> dict[str, Any]:
 
 class Function(Schema):
     name: FunctionName
-    description: str | None = None
-    parameters: JsonSchema = Field(default_factory=lambda: {"type": "object", "properties": {}})
+    description: str | None = Field(None, description="What the model is told of it.")
+    parameters: JsonSchema = Field(
+        default_factory=lambda: {"type": "object", "properties": {}}, description="A JSON schema of its arguments; none if omitted."
+    )
     strict: bool = Field(False, description="Calls fit `parameters`; with tool_choice 'required' or a name they do in any case.")
 
 
@@ -372,12 +398,12 @@ class NamedTool(Schema):
 
 
 class ChatRequest(GenerationRequest):
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True, description="The chat so far.")
     max_tokens: int | None = Field(None, ge=1, description="The rest of the context if omitted.")
     max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
-    logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
+    logprobs: bool = Field(False, description="Of each token.")
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="Of so many best ones beside it; only with logprobs.")
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = Field(None, description="Answers are text.")
     tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS, fail_fast=True, description="For bases whose template has them.")
     tool_choice: Literal["none", "auto", "required"] | NamedTool = Field("auto", description="'none' shows the model no tools.")
     parallel_tool_calls: bool = Field(True, description="More than one call in an answer.")
@@ -411,14 +437,16 @@ class ChatRequest(GenerationRequest):
 class TokenizeRequest(Schema):
     """Either a text or a chat. A text that is nothing but one control token is that token: how clients ask for its id."""
 
-    model: Name | None = None
-    prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    model: Name | None = Field(None, description="All have the base's tokenizer.")
+    prompt: str | None = Field(None, description="A text.")
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = Field(
+        None, description="A chat."
+    )
     add_special_tokens: bool | None = Field(None, description="For a prompt: what the tokenizer puts around it (BOS); true if omitted.")
     add_generation_prompt: bool | None = Field(None, description="For a chat: what begins the answer; true if omitted.")
     tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS, fail_fast=True, description="For a chat.")
-    return_token_strs: bool = False
-    moa: CompletionMoa = CompletionMoa()
+    return_token_strs: bool = Field(False, description="The tokens as text too.")
+    moa: CompletionMoa = Field(CompletionMoa(), description="What only this server has.")
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -438,8 +466,8 @@ class TokenizeRequest(Schema):
 
 
 class DetokenizeRequest(Schema):
-    model: Name | None = None
-    tokens: list[TokenId] = Field(max_length=2**20, fail_fast=True)
+    model: Name | None = Field(None, description="All have the base's tokenizer.")
+    tokens: list[TokenId] = Field(max_length=2**20, fail_fast=True, description="Token ids.")
 
 
 _Schema = TypeVar("_Schema", bound=BaseModel)
