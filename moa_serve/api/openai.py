@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from moa_serve.api.adapters import AdapterItem, AliasItem
 from moa_serve.api.chat import Chat, encode_chat
-from moa_serve.api.completions import Completions, encode_prompt
+from moa_serve.api.completions import Completions, check_length, encode_prompt
 from moa_serve.api.context import Server, server_of
 from moa_serve.api.document import GENERATED, body_of
 from moa_serve.api.errors import JsonResponse
@@ -92,8 +92,10 @@ def _encode(server: Server, body: TokenizeRequest) -> list[int]:
             server, server.chat_template, body.messages, body.tools, add_generation_prompt=body.add_generation_prompt is not False
         )
     assert body.prompt is not None, "the schema takes one of the two"
-    if server.tokenizer is not None and (token_id := server.tokenizer.token_to_id(body.prompt)) in server.tokenizer.special_ids:
-        return [token_id]
+    if server.tokenizer is not None:
+        check_length(server, body.prompt, "prompt")
+        if (token_id := server.tokenizer.token_to_id(body.prompt)) in server.tokenizer.special_ids:
+            return [token_id]
     add_special = body.add_special_tokens is not False
     return list(encode_prompt(server, body.prompt, body.moa.parse_special, echo=False, add_special=add_special).ids)
 

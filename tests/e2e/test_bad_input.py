@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -365,6 +365,7 @@ ROWS: list[Row] = [
     raw(26, "lone surrogate among prompts", b'{"model":"good","prompt":["a","\\udfff"]}', "invalid_value", "prompt"),
     raw(26, "lone surrogate in a name", b'{"model":"\\ud800","prompt":"x"}', "invalid_value", "model"),
     raw(26, "lone surrogate in a stop string", b'{"model":"good","prompt":"x","stop":["\\ud800"]}', "invalid_value", "stop"),
+    replace(raw(26, "lone surrogate to tokenise", b'{"prompt":"\\ud800"}', "invalid_value", "prompt"), path="/tokenize"),
     raw(26, "lone surrogate as a field", b'{"model":"good","prompt":"x","\\ud800":1}', "invalid_value"),
     text(26, "NUL is served", code=None, prompt="a\0b"),
     text(26, "combining marks are served", code=None, prompt="e" + "\u0301" * 500),
