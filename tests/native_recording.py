@@ -92,6 +92,8 @@ class Recording:
             "trace": 4 * tokens * adapter.trace_width,
             "selected": 8 * layers * segment.counters_width,
             "gate_sum": 8 * layers * segment.counters_width,
+            "computed": 8 * layers * segment.counters_width,
+            "thresholds": 8 * layers,
         }
         self._follow(section, offset, segment, lambda name, address: ctypes.string_at(address, sizes[name]))
 

@@ -701,7 +701,7 @@ class AdapterRegistry:
         room_seconds: float,
     ) -> Adapter:
         """Read an adapter, try it and `settle` it: all of it or nothing. The metrics hear how long it took and how it ended."""
-        started, result, revision = time.monotonic(), "error", None
+        started, result, revision, manifest = time.monotonic(), "error", None, None
         try:
             async with self._loads:
                 adapter, signature = await asyncio.to_thread(self._read, known.name, source)
@@ -711,14 +711,14 @@ class AdapterRegistry:
                 except BaseException:
                     self._revisions.retire(adapter.revision)
                     raise
-            result, revision = "ok", adapter.revision
+            result, revision, manifest = "ok", adapter.revision, adapter.manifest
             return adapter
         except MoaError as error:
             result = error.code
             raise
         finally:
             if self.metrics is not None:
-                self.metrics.adapter_loaded(known.name, revision, time.monotonic() - started, why, result)
+                self.metrics.adapter_loaded(known.name, revision, time.monotonic() - started, why, result, manifest=manifest)
 
     def _read(self, name: str, source: AdapterSource) -> tuple[Adapter, Signature | None]:
         """In a worker thread: read, validate, and lay out for the backend, so that the step that first needs it stays short. With what its

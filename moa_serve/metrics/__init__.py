@@ -12,10 +12,12 @@ from collections.abc import Iterable
 from prometheus_client import CollectorRegistry, Metric, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from moa_serve.adapter.manifest import Manifest
 from moa_serve.engine.async_engine import AsyncEngine
 from moa_serve.engine.engine import Engine, TokenEvent
 from moa_serve.engine.pressure import MemoryWatch
 from moa_serve.engine.watchdog import Watchdog
+from moa_serve.metrics.drift import Profile
 from moa_serve.metrics.record import RequestRecord, timings
 from moa_serve.metrics.requests import RequestMetrics
 from moa_serve.metrics.routing import OTHER, RoutingMetrics
@@ -83,10 +85,13 @@ class Metrics:
         """One of `REGISTRY_TROUBLE` happened to the registry's state."""
         self._requests.registry_trouble.labels(kind).inc()
 
-    def adapter_loaded(self, name: str, revision: str | None, seconds: float, source: str, result: str) -> None:
+    def adapter_loaded(
+        self, name: str, revision: str | None, seconds: float, source: str, result: str, *, manifest: Manifest | None = None
+    ) -> None:
         """An adapter was loaded, or could not be.
 
         Args:
+            manifest: whose profile tells how its routers behave in training.
             source: who asked: a word of ours, such as lazy or explicit.
             result: "ok", or a word of ours for why not; then `name` gets no series.
         """
@@ -94,7 +99,7 @@ class Metrics:
         if result == LOADED and revision is not None:
             if len(self._names) < self._named_adapters:
                 self._names.add(name)
-            self._routing.loaded(name, revision)
+            self._routing.loaded(name, revision, None if manifest is None else Profile.of(manifest))
 
     def adapter_unloaded(self, name: str) -> None:
         """A name is gone: its series go too."""

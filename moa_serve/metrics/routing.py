@@ -13,18 +13,20 @@ engine thread calls.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 from moa_serve.engine.engine import Engine, TokenEvent
+from moa_serve.metrics.drift import Profile, Recent, divergence
 from moa_serve.model.counters import RoutingTotals
 
 OTHER = "other"
 PUBLISH_SECONDS = 0.2  # between two snapshots of one revision: on a GPU each one waits for the device
 DECIDE_SECONDS = 60.0
+DEAD_TOKENS = 1000  # that an expert must have been passed over by
 
 Experts = tuple[tuple[str, ...], ...]  # names of a layer's experts, layer by layer
 Counts = npt.NDArray[np.float64]
@@ -36,6 +38,7 @@ class _Layout:
 
     cells: list[str]  # `layer="0",expert="Q"`
     layers: list[str]  # `layer="0"`, of those that have experts
+    layer_rows: npt.NDArray[np.intp]  # and where they stand in the engine's totals
     cell_layer: npt.NDArray[np.intp]  # of each cell, and
     cell_column: npt.NDArray[np.intp]  # where it stands in the engine's (L, E) totals
 
@@ -46,18 +49,20 @@ def _layout(experts: Experts) -> _Layout:
     return _Layout(
         [f'layer="{layer}",expert="{name}"' for layer, _, name in places],
         [f'layer="{layer}"' for layer, names in enumerate(experts) if names],
+        np.array([layer for layer, names in enumerate(experts) if names], dtype=np.intp),
         np.array([layer for layer, _, _ in places], dtype=np.intp),
         np.array([column for _, column, _ in places], dtype=np.intp),
     )
 
 
 class _Sums:
-    """What one label has counted: of each cell the tokens that met the expert, chose it, and its weights; of each layer the tokens."""
+    """What one label has counted: of each cell the tokens that met the expert, that it was computed for, that kept it, and its weights;
+    of each layer the tokens and their thresholds."""
 
     def __init__(self, cells: list[str], layers: list[str]) -> None:
         self.cells, self.layers = cells, layers
-        self.met, self.selected, self.gate_sum = np.zeros(len(cells)), np.zeros(len(cells)), np.zeros(len(cells))
-        self.tokens = np.zeros(len(layers))
+        self.met, self.computed, self.selected, self.gate_sum = (np.zeros(len(cells)) for _ in range(4))
+        self.tokens, self.thresholds = np.zeros(len(layers)), np.zeros(len(layers))
 
     @classmethod
     def of(cls, experts: Experts) -> "_Sums":
@@ -73,9 +78,12 @@ class _Sums:
         for part in parts:
             where = [cells[label] for label in part.cells]
             joined.met[where] += part.met
+            joined.computed[where] += part.computed
             joined.selected[where] += part.selected
             joined.gate_sum[where] += part.gate_sum
-            joined.tokens[[layers[label] for label in part.layers]] += part.tokens
+            where = [layers[label] for label in part.layers]
+            joined.tokens[where] += part.tokens
+            joined.thresholds[where] += part.thresholds
         return joined
 
     def add(self, now: RoutingTotals, before: RoutingTotals | None) -> None:
@@ -84,6 +92,8 @@ class _Sums:
         tokens = now.tokens - (before.tokens if before else 0)
         self.met += tokens
         self.tokens += tokens
+        self.thresholds += (now.thresholds - (before.thresholds if before else 0))[layout.layer_rows]
+        self.computed += now.computed[place] - (before.computed[place] if before else 0)
         self.selected += now.selected[place] - (before.selected[place] if before else 0)
         self.gate_sum += now.gate_sum[place] - (before.gate_sum[place] if before else 0)
 
@@ -94,6 +104,25 @@ class _Adapter:
     own: _Sums | None = None  # what it counted while in the grid
     seen: RoutingTotals | None = None  # given to a series already
     activity: float = 0.0  # tokens lately
+    profile: Profile | None = None  # what its routers did in training
+    recent: Recent = field(default_factory=Recent)
+
+    @property
+    def drift(self) -> float | None:
+        """None where there is nothing to compare, or too little."""
+        if self.seen is None or self.profile is None:
+            return None
+        trained, lately = self.profile.aligned(self.seen.experts), self.recent.shares(self.seen.experts)
+        return None if trained is None or lately is None else divergence(trained, lately)
+
+    @property
+    def num_dead(self) -> int | None:
+        """Experts that no token has kept yet; None while that says nothing."""
+        if self.seen is None or self.seen.tokens < DEAD_TOKENS:
+            return None
+        return sum(
+            int(self.seen.selected[layer, column] == 0) for layer, names in enumerate(self.seen.experts) for column in range(len(names))
+        )
 
 
 class RoutingMetrics:
@@ -132,7 +161,7 @@ class RoutingMetrics:
 
     # -- the loop's side
 
-    def loaded(self, name: str, revision: str) -> None:
+    def loaded(self, name: str, revision: str, profile: Profile | None = None) -> None:
         known = self._adapters.get(name)
         if known is not None and known.revision == revision:
             return
@@ -140,7 +169,7 @@ class RoutingMetrics:
             self.unloaded(name)
         if all(other.revision != revision for other in self._adapters.values()):
             self._totals.pop(revision, None)  # of its self-test, which is no traffic
-        self._adapters[name] = _Adapter(revision)
+        self._adapters[name] = _Adapter(revision, profile=profile)
         if len(self._grid) < self._grid_adapters:
             self._grid.add(name)
 
@@ -171,6 +200,8 @@ class RoutingMetrics:
             if before is not None and totals.tokens < before.tokens:
                 before = None  # the engine dropped the revision and began anew
             adapter.activity += totals.tokens - (before.tokens if before else 0)
+            if adapter.profile is not None:
+                adapter.recent.add(totals, before, self._clock(), is_of_weights=adapter.profile.is_of_weights)
             adapter.seen = totals
             if totals.experts:
                 self._series(name, adapter, totals.experts).add(totals, before)
@@ -214,6 +245,10 @@ class RoutingMetrics:
             lines += (f"# HELP {name} {text}", f"# TYPE {name} {kind}")
             for adapter, sums in shown:
                 lines += samples(name, f'adapter="{adapter}"', sums)
+        for name, text, of in _OF_ADAPTERS:
+            lines += (f"# HELP {name} {text}", f"# TYPE {name} gauge")
+            values = [(adapter, of(self._adapters[adapter])) for adapter, _ in shown if adapter != OTHER]
+            lines += [f'{name}{{adapter="{adapter}"}} {value!r}' for adapter, value in values if value is not None]
         return "\n".join(lines) + "\n"
 
     def _shown(self) -> Iterator[tuple[str, _Sums]]:
@@ -234,8 +269,11 @@ def _cells(values: Callable[[_Sums], Counts]) -> Callable[[str, str, _Sums], lis
     return samples
 
 
-def _layers(name: str, label: str, sums: _Sums) -> list[str]:
-    return [f"{name}{{{label},{layer}}} {value!r}" for layer, value in zip(sums.layers, sums.tokens.tolist(), strict=True)]
+def _layers(values: Callable[[_Sums], Counts]) -> Callable[[str, str, _Sums], list[str]]:
+    def samples(name: str, label: str, sums: _Sums) -> list[str]:
+        return [f"{name}{{{label},{layer}}} {value!r}" for layer, value in zip(sums.layers, values(sums).tolist(), strict=True)]
+
+    return samples
 
 
 def _per_token(name: str, label: str, sums: _Sums) -> list[str]:
@@ -247,23 +285,25 @@ def _evaluations(name: str, label: str, sums: _Sums) -> list[str]:
 
 
 def _skipped(name: str, label: str, sums: _Sums) -> list[str]:
-    return [f"{name}{{{label}}} {float((sums.met - _computed(sums)).sum())!r}"]
-
-
-def _computed(sums: _Sums) -> Counts:
-    """An upper bound: the torch backend computes every expert for every token, and selects afterwards."""
-    return sums.met
+    return [f"{name}{{{label}}} {float((sums.met - sums.computed).sum())!r}"]
 
 
 _FAMILIES: tuple[tuple[str, str, str, Callable[[str, str, _Sums], list[str]]], ...] = (
-    ("moa_router_tokens_total", "counter", "Tokens that went through the routers of a layer.", _layers),
+    ("moa_router_tokens_total", "counter", "Tokens that went through the routers of a layer.", _layers(lambda sums: sums.tokens)),
+    (
+        "moa_router_threshold_total",
+        "counter",
+        "Sum over tokens of the score that an expert had to reach in a layer; over moa_router_tokens_total the mean threshold. 0 where "
+        "nothing has to be reached.",
+        _layers(lambda sums: sums.thresholds),
+    ),
     ("moa_expert_selected_total", "counter", "Tokens that kept an expert.", _cells(lambda sums: sums.selected)),
     (
         "moa_expert_computed_total",
         "counter",
-        "Tokens that an expert may have been computed for: every one that met it. The torch backend computes all experts and then selects; "
-        "what the native one leaves out is not taken off. How sparse the routing is tells moa_expert_selected_total.",
-        _cells(_computed),
+        "Tokens that an expert was computed for. The torch backend computes every expert for every token; the native one leaves out whom "
+        "no token kept, each token by itself or, with AMX, up to 16 neighbours together.",
+        _cells(lambda sums: sums.computed),
     ),
     (
         "moa_expert_weight_total",
@@ -276,8 +316,22 @@ _FAMILIES: tuple[tuple[str, str, str, Callable[[str, str, _Sums], list[str]]], .
     (
         "moa_expert_evaluations_skipped_total",
         "counter",
-        "Those of moa_expert_evaluations_total that were surely not computed; 0 with the torch backend, which computes all, and as yet "
-        "with the native one, which does not count what it leaves out.",
+        "Those of moa_expert_evaluations_total that were not computed; 0 with the torch backend.",
         _skipped,
+    ),
+)
+
+_OF_ADAPTERS: tuple[tuple[str, str, Callable[[_Adapter], float | None]], ...] = (
+    (
+        "moa_router_drift",
+        "How far routing is from the profile in the adapter's manifest, 0 to 1: the mean over experts of JS(p, q) = H((p+q)/2) - "
+        "(H(p)+H(q))/2 in bits, H(p) = -p log2 p - (1-p) log2(1-p), where p is the share of tokens that kept the expert (its mean weight, "
+        "where all are kept) in training and q lately: a token counts for half after ten minutes. From 500 tokens on.",
+        lambda adapter: adapter.drift,
+    ),
+    (
+        "moa_dead_experts",
+        "Experts, over all layers, that no token has kept since the adapter was loaded. From 1,000 tokens on.",
+        lambda adapter: adapter.num_dead,
     ),
 )

@@ -35,6 +35,8 @@ class AdapterItem(Protocol):
     def bytes(self) -> int: ...
     @property
     def leases(self) -> int: ...
+    @property
+    def is_pinned(self) -> bool: ...
 
 
 class Adapters(Protocol):
@@ -182,10 +184,11 @@ class StateMetrics:
         names = ["engine", "adapter_name", "level", "pinned"]
         resident = GaugeMetricFamily("vllm:lora_adapter_loaded", "Where each adapter is.", labels=names)
         for item in loaded:
+            pinned = str(item.is_pinned).lower()
             if item.bytes:  # else it left memory and is read again when asked for
-                resident.add_metric([ENGINE, item.name, "cpu", "false"], 1)
+                resident.add_metric([ENGINE, item.name, "cpu", pinned], 1)
             if item.revision in in_slots:
-                resident.add_metric([ENGINE, item.name, "gpu", "false"], 1)
+                resident.add_metric([ENGINE, item.name, "gpu", "false"], 1)  # a pin holds host memory
         yield resident
         engine = {"engine": ENGINE}
         for name, text, value in (

@@ -16,12 +16,16 @@ from moa_serve.adapter.manifest import KINDS, Manifest
 class RoutingTotals:
     """A snapshot. `tokens` went through every router; `selected` and `gate_sum` (L, E) count and add up what was kept of them.
 
-    `experts` are the names of the columns, layer by layer; empty where the adapter has no router.
+    `computed` (L, E) are the tokens that an expert was computed for, at least those that kept it. `thresholds` (L,) adds up what a
+    score had to reach, the mean over a layer's routers; 0 where nothing has to be reached. `experts` are the names of the columns,
+    layer by layer; empty where the adapter has no router.
     """
 
     tokens: int
     selected: npt.NDArray[np.float64]
     gate_sum: npt.NDArray[np.float64]
+    computed: npt.NDArray[np.float64]
+    thresholds: npt.NDArray[np.float64]
     experts: tuple[tuple[str, ...], ...] = ()
 
 
@@ -56,7 +60,8 @@ def counted_outputs(manifest: Manifest) -> list[dict[str, Counted]]:
 class RouterCounters:
     """Totals of one adapter revision; for an adapter without routers only its tokens are counted.
 
-    `selected` and `gate_sum` (L, E) float64 are added to by the forward, through `add` or, on the CPU, in place.
+    `selected`, `gate_sum`, `computed` (L, E) and `thresholds` (L,), float64, are added to by the forward, through `add` or, on the CPU,
+    in place.
     """
 
     def __init__(self, manifest: Manifest, device: torch.device) -> None:
@@ -64,37 +69,50 @@ class RouterCounters:
         names = tuple(tuple(expert.name for expert in plan.experts) for plan in plans)
         self._experts = names if manifest.router.site != "none" else ()
         self._counted = counted_outputs(manifest)
-        self._places: dict[tuple[Word, ...], tuple[torch.Tensor, torch.Tensor]] = {}  # one in serving: every step asks the same routers
+        self._places: dict[tuple[Word, ...], _Places] = {}  # one in serving: every step asks the same routers
         shape = (len(plans), max(len(plan.experts) for plan in plans))
         self.selected = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.gate_sum = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.gate_sum, self.computed = torch.zeros_like(self.selected), torch.zeros_like(self.selected)
+        self.thresholds = torch.zeros(len(plans), dtype=torch.float64, device=device)
         self.tokens = 0
 
-    def add(self, words: tuple[Word, ...], selected: torch.Tensor, gates: torch.Tensor) -> None:
-        """Count what routers said of some tokens; those inside nested experts are not counted.
+    def add(
+        self, words: tuple[Word, ...], num_tokens: int, selected: torch.Tensor, gates: torch.Tensor, thresholds: torch.Tensor | None = None
+    ) -> None:
+        """Count what routers said of some tokens, for which every expert was computed; those inside nested experts are not counted.
 
         Args:
             words: the routers.
             selected, gates: (n,), sums over the tokens of their outputs, side by side in that order.
+            thresholds: (words,), sums over the tokens; None where nothing had to be reached.
         """
         places = self._places.get(words)
         if places is None:
             places = self._places[words] = self._places_of(words)
-        outputs, cells = places
-        self.selected.view(-1).index_add_(0, cells, selected[outputs].double())
-        self.gate_sum.view(-1).index_add_(0, cells, gates[outputs].double())
+        self.selected.view(-1).index_add_(0, places.cells, selected[places.outputs].double())
+        self.gate_sum.view(-1).index_add_(0, places.cells, gates[places.outputs].double())
+        self.computed.view(-1)[places.cells] += num_tokens
+        if thresholds is not None:
+            self.thresholds.index_add_(0, places.layers, thresholds[places.words].double() * places.shares)
 
-    def _places_of(self, words: tuple[Word, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the counted outputs: where they stand among all outputs, and their cells."""
+    def _places_of(self, words: tuple[Word, ...]) -> "_Places":
         outputs: list[int] = []
         cells: list[int] = []
+        heard: list[tuple[int, int, float]] = []
         start, width, device = 0, self.selected.shape[1], self.selected.device
-        for layer, site, size in words:
+        for number, (layer, site, size) in enumerate(words):
             if counted := self._counted[layer].get(site):
                 outputs += [start + output for output in counted.outputs]
                 cells += range(layer * width + counted.first, layer * width + counted.first + len(counted.outputs))
+                heard.append((number, layer, 1.0 / len(self._counted[layer])))
             start += size
-        return torch.tensor(outputs, dtype=torch.int64, device=device), torch.tensor(cells, dtype=torch.int64, device=device)
+        return _Places(
+            outputs=torch.tensor(outputs, dtype=torch.int64, device=device),
+            cells=torch.tensor(cells, dtype=torch.int64, device=device),
+            words=torch.tensor([number for number, *_ in heard], dtype=torch.int64, device=device),
+            layers=torch.tensor([layer for _, layer, _ in heard], dtype=torch.int64, device=device),
+            shares=torch.tensor([share for *_, share in heard], dtype=torch.float64, device=device),
+        )
 
     def state(self) -> tuple[int, torch.Tensor, torch.Tensor]:
         """What `restore` takes, to go on counting where an interrupted training run stopped."""
@@ -105,4 +123,19 @@ class RouterCounters:
         self.tokens, self.selected, self.gate_sum = state[0], state[1].to(device), state[2].to(device)
 
     def snapshot(self) -> RoutingTotals:
-        return RoutingTotals(self.tokens, self.selected.cpu().numpy().copy(), self.gate_sum.cpu().numpy().copy(), self._experts)
+        selected, gate_sum, computed, thresholds = (
+            part.cpu().numpy().copy() for part in (self.selected, self.gate_sum, self.computed, self.thresholds)
+        )
+        return RoutingTotals(self.tokens, selected, gate_sum, computed, thresholds, self._experts)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Places:
+    """Of the counted outputs: where they stand among all outputs, and their cells. Of the counted routers: which of the words they are,
+    their layers, and their shares of the layer's mean."""
+
+    outputs: torch.Tensor
+    cells: torch.Tensor
+    words: torch.Tensor
+    layers: torch.Tensor
+    shares: torch.Tensor

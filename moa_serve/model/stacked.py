@@ -178,10 +178,17 @@ class Part:
         selected = torch.cat([routed.selected for _, routed in self.heard], dim=-1)  # (T, all routers' outputs), or (S, T, ...)
         gates = torch.cat([routed.gates.detach() for _, routed in self.heard], dim=-1)
         gates = torch.where(gates.isfinite(), gates, 0.0)  # one row that overflows must not turn the totals into NaN for good
+        thresholds = None
+        if any(routed.threshold is not None for _, routed in self.heard):
+            none = gates.new_zeros(*gates.shape[:-1], 1)
+            limits = [none if routed.threshold is None else routed.threshold.detach() for _, routed in self.heard]
+            thresholds = torch.cat(limits, dim=-1)  # (T, routers), or (S, T, routers)
+            thresholds = torch.where(thresholds.isfinite(), thresholds, 0.0)
         for index, (_, segment) in enumerate(self.segments):
             if segment.counters is not None:
                 own = (index, slice(segment.end - segment.start)) if self.num_stacked else slice(None)
-                segment.counters.add(words, selected[own].sum(0), gates[own].sum(0))
+                own_thresholds = None if thresholds is None else thresholds[own].sum(0)
+                segment.counters.add(words, segment.end - segment.start, selected[own].sum(0), gates[own].sum(0), own_thresholds)
 
 
 def _served(adapter: MoaWeights) -> list[MoaLayer | None]:

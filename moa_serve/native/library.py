@@ -33,6 +33,8 @@ class RouterStruct(Structure):
         ("max_threshold", c_float),
         *((name, c_int32) for name in ("first_gate", "trace_at", "first_counter", "num_counters")),
         ("counters_at", c_int64),
+        ("threshold_share", c_float),
+        ("unused", c_int32),
     ]
 
 
@@ -107,7 +109,7 @@ class SegmentStruct(Structure):
         *((name, c_int32) for name in ("start", "end")),
         *((name, c_void_p) for name in ("pooled_row", "pooled_spans", "pooled_gates")),
         *((name, c_int32) for name in ("num_pooled", "pooled_width")),
-        *((name, c_void_p) for name in ("trace", "selected", "gate_sum")),
+        *((name, c_void_p) for name in ("trace", "selected", "gate_sum", "computed", "thresholds")),
         *((name, c_int32) for name in ("counters_width", "unused")),
     ]
 

@@ -352,6 +352,7 @@ class _SegmentView:
             self.struct.trace = self.trace.data_ptr()
         if counters is not None:
             self.struct.selected, self.struct.gate_sum = counters.selected.data_ptr(), counters.gate_sum.data_ptr()
+            self.struct.computed, self.struct.thresholds = counters.computed.data_ptr(), counters.thresholds.data_ptr()
             self.struct.counters_width = counters.selected.shape[1]
         if pooled is not None:
             self._rows = pooled.row_of_token.int()

@@ -161,6 +161,7 @@ class _Compiler:
         else:
             row_format = lib.ROWS_BFLOAT16 if is_exact else lib.ROWS_FLOAT32
             place = packing.pad_columns(rows.bfloat16() if is_exact else rows)
+        has_threshold = router.select in ("constant", "threshold_fn", "adamole")
         limit = 1.0 / outputs if router.select == "adamole" else router.max_threshold
         struct = lib.RouterStruct(
             rows_at=self.blob.add(place),
@@ -174,7 +175,7 @@ class _Compiler:
             select=lib.SELECTS[router.select],
             top_k=router.top_k,
             has_threshold_rows=router.threshold_fn is not None,
-            max_threshold=limit if router.select not in ("all", "top_k") else 0.0,
+            max_threshold=limit if has_threshold else 0.0,
             first_gate=out.num_gates,
             trace_at=self.trace_width,
         )
@@ -185,7 +186,8 @@ class _Compiler:
         if (cells := self.counted[index].get(site)) is not None:
             struct.first_counter, struct.num_counters = cells.first, len(cells.outputs)
             struct.counters_at = self.blob.add(torch.tensor(cells.outputs, dtype=torch.int32))
-        self.traced.append(TracedRouter(index, site, self.trace_width, outputs, router.select in ("constant", "threshold_fn", "adamole")))
+            struct.threshold_share = 1.0 / len(self.counted[index]) if has_threshold and source != lib.READS_POOLED else 0.0
+        self.traced.append(TracedRouter(index, site, self.trace_width, outputs, has_threshold))
         self.trace_width += 3 * outputs + 1
         room = packing.padded(len(rows), packing.LANES) + packing.LANES
         self.scratch_width = max(
@@ -193,7 +195,7 @@ class _Compiler:
             packing.TILE_TOKENS * room + packing.padded(outputs, packing.LANES) + packing.padded(hidden, packing.LANES) + packing.LANES,
         )
         first = out.num_gates
-        out.num_gates += outputs
+        out.num_gates += outputs + 1  # and the threshold
         out.routers.append((stage, struct))
         return first
 

@@ -76,7 +76,10 @@ def test_router_counters_are_there_for_every_adapter_with_routers(server: Runnin
     assert {layer for _, layer in page.by("moa_router_tokens_total", "adapter", "layer")} == {"0", "1", "2"}
     for family in ("mola_layerwise", "sparse_fn"):
         assert page.total("moa_experts_per_token_sum", adapter=family) > 0
-        assert page.total("moa_expert_selected_total", adapter=family) < page.total("moa_expert_computed_total", adapter=family)
+        selected, computed = (page.total(f"moa_expert_{what}_total", adapter=family) for what in ("selected", "computed"))
+        assert selected <= computed
+        assert selected < page.total("moa_expert_evaluations_total", adapter=family)
+    assert page.total("moa_router_threshold_total", adapter="sparse_fn") > 0
 
 
 def test_the_log_has_one_line_for_each_request_that_says_what_its_client_saw(server: Running, result: Result) -> None:

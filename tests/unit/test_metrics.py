@@ -22,6 +22,7 @@ from moa_serve.engine.async_engine import AsyncEngine
 from moa_serve.engine.engine import Engine, EngineOptions
 from moa_serve.engine.request import Request
 from moa_serve.metrics import Metrics, RequestRecord, timings
+from moa_serve.metrics.drift import Profile
 from moa_serve.metrics.requests import lengths
 from moa_serve.metrics.routing import DECIDE_SECONDS, RoutingMetrics
 from moa_serve.model.counters import RoutingTotals
@@ -202,13 +203,14 @@ class Grid:
         self.metrics = RoutingMetrics(self.size, lambda: self.now)
         self.last: dict[tuple[str, Labels], float] = {}
 
-    def run(self, name: str, tokens: int, *, experts: tuple[tuple[str, ...], ...] = EXPERTS) -> None:
-        """Tokens with one adapter, each of which keeps every expert with weight 0.5."""
+    def run(self, name: str, tokens: int, *, experts: tuple[tuple[str, ...], ...] = EXPERTS, keeps: float = 1.0) -> None:
+        """Tokens with one adapter, each of which keeps every expert with weight 0.5, or so much of one."""
         revision = f"revision of {name}"
         before = self.engine.totals.get(revision)
         total = tokens + (before.tokens if before else 0)
-        cells = np.full((len(experts), max(map(len, experts))), float(total))
-        self.engine.totals[revision] = RoutingTotals(total, cells, cells / 2, experts)
+        met = np.full((len(experts), max(map(len, experts))), float(total))
+        cells = met * keeps
+        self.engine.totals[revision] = RoutingTotals(total, cells, cells / 2, met, np.full(len(experts), 0.25 * total), experts)
         sequence = SimpleNamespace(request=SimpleNamespace(adapter=revision))
         event = cast(Any, SimpleNamespace(sequence=sequence, finish_reason="stop"))
         self.metrics.publish(cast(Engine, self.engine), [event])
@@ -236,10 +238,30 @@ def test_the_grid_has_a_series_for_each_layer_and_expert() -> None:
     assert value(samples, "moa_expert_weight_total", **cell) == 5
     assert value(samples, "moa_expert_selected_total", adapter="math", layer="1", expert="PROMPT") is None, "not in that layer"
     assert value(samples, "moa_router_tokens_total", adapter="math", layer="1") == 10
+    assert value(samples, "moa_router_threshold_total", adapter="math", layer="1") == 2.5
     assert value(samples, "moa_experts_per_token_sum", adapter="math") == 30
     assert value(samples, "moa_experts_per_token_count", adapter="math") == 20
     assert value(samples, "moa_expert_evaluations_total", adapter="math") == 30
     assert value(samples, "moa_expert_evaluations_skipped_total", adapter="math") == 0
+
+
+def test_drift_and_dead_experts_are_told_once_there_is_enough_to_tell() -> None:
+    """Every token of `run` keeps every expert: as one profile says, and as unlike the other as can be."""
+    grid = Grid(4)
+    always, never = (Profile(({"Q": share, "PROMPT": share}, {"Q": share}), is_of_weights=False) for share in (1.0, 0.0))
+    for name, profile in (("as-trained", always), ("unlike", never), ("without", None)):
+        grid.metrics.loaded(name, f"revision of {name}", profile)
+        grid.run(name, 499)
+    assert not [key for key in grid.scrape() if key[0] in ("moa_router_drift", "moa_dead_experts")]
+    for name in ("as-trained", "unlike", "without"):
+        grid.run(name, 501)
+    grid.metrics.loaded("dead", "revision of dead")
+    grid.run("dead", 1000, keeps=0.0)
+    samples = grid.scrape()
+    assert value(samples, "moa_router_drift", adapter="as-trained") == 0
+    assert value(samples, "moa_router_drift", adapter="unlike") == 1
+    assert value(samples, "moa_router_drift", adapter="without") is None
+    assert [value(samples, "moa_dead_experts", adapter=name) for name in ("as-trained", "without", "dead")] == [0, 0, 3]
 
 
 def test_no_token_is_lost_or_counted_twice_when_adapters_move() -> None:
@@ -377,6 +399,7 @@ class Item:
     variant: str | None = "soft_moa"
     bytes: int = 1000
     leases: int = 0
+    is_pinned: bool = False
 
 
 class Registry:

@@ -79,10 +79,12 @@ struct MoaRouter {
   int32_t top_k;
   int32_t has_threshold_rows;  // the last row is a threshold function
   float max_threshold;
-  int32_t first_gate;  // column of the token's row of gates; column 0 is the constant 1
+  int32_t first_gate;  // column of the token's row of gates, and behind them the threshold; column 0 is the constant 1
   int32_t trace_at;    // floats before it in a token's trace: scores, threshold, selected, gates
   int32_t first_counter, num_counters;  // cells of the layer's row of counters
   int64_t counters_at;  // (num_counters,) int32: the output that each of them counts; 0: none does
+  float threshold_share;  // of the layer's mean threshold: one over its counted routers that have one, else 0
+  int32_t unused;
 };
 
 struct MoaExpert {
@@ -171,7 +173,8 @@ struct MoaSegment {
   float* pooled_gates;          // (rows, num_layers, pooled_width)
   int32_t num_pooled, pooled_width;
   float* trace;  // (end - start, trace_width) or NULL
-  double *selected, *gate_sum;  // (num_layers, counters_width) or NULL
+  double *selected, *gate_sum, *computed;  // (num_layers, counters_width) or NULL
+  double* thresholds;                      // (num_layers,)
   int32_t counters_width, unused;
 };
 

@@ -58,9 +58,11 @@ void route(const uint8_t* blob, int64_t router_at, const float* x, int32_t rows,
       dots<Float32>(count, inputs, (const float*)(blob + router.rows_at), size, router.num_rows, out);
     else
       dots<Widened>(count, inputs, (const uint16_t*)(blob + router.rows_at), size, router.num_rows, out);
-    for (int member = 0; member < count; member++)
-      finish_route(router, blob, out[member], rest, gates + (int64_t)(row + member) * router.outputs,
+    for (int member = 0; member < count; member++) {
+      float threshold;
+      finish_route(router, blob, out[member], rest, gates + (int64_t)(row + member) * router.outputs, threshold,
                    trace + (int64_t)(row + member) * (3 * router.outputs + 1) - router.trace_at);
+    }
   }
 }
 

@@ -64,9 +64,10 @@ inline void activate(float* logits, int outputs, bool is_softmax) {
   for (int e = 0; e < end; e += kLanes) f_store(logits + e, f_div(f_load(logits + e), sum));
 }
 
-// `rows` holds one token's products with the router's rows and has room for 16 more; out go gates (outputs) and, where wanted, the trace
-// [scores | threshold | selected | gates]. `scratch` has room for the outputs and the hidden units, each rounded up to 16.
-inline void finish_route(const MoaRouter& router, const uint8_t* blob, float* rows, float* scratch, float* gates, float* trace) {
+// `rows` holds one token's products with the router's rows and has room for 16 more; out go gates (outputs), the threshold, and, where
+// wanted, the trace [scores | threshold | selected | gates]. `scratch` has room for the outputs and the hidden units, each rounded up to 16.
+inline void finish_route(const MoaRouter& router, const uint8_t* blob, float* rows, float* scratch, float* gates, float& threshold,
+                         float* trace) {
   const float* bias = (const float*)(blob + router.row_bias_at);
   for (int row = 0; row < router.num_rows; row++) rows[row] += bias[row];
   float* scores = scratch;
@@ -88,7 +89,7 @@ inline void finish_route(const MoaRouter& router, const uint8_t* blob, float* ro
     memcpy(scores, rows, (size_t)router.outputs * sizeof(float));
   }
   activate(scores, router.outputs, router.is_softmax != 0);
-  float threshold = router.max_threshold;
+  threshold = router.max_threshold;
   if (router.has_threshold_rows) {
     float lane[kLanes];
     f_store(lane, f_sigmoid(f_set(rows[router.num_rows - 1])));

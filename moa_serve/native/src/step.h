@@ -492,7 +492,7 @@ struct Step {
     for (int member = 0; member < count; member++) {
       float* trace = segment.trace == nullptr ? nullptr : segment.trace + (int64_t)(first + member - segment.start) * adapter->trace_width;
       float* gates = at.gates + (int64_t)(first + member) * at.gate_stride + router.first_gate;
-      finish_route(router, segment.adapter, out + member * room, rest, gates, trace);
+      finish_route(router, segment.adapter, out + member * room, rest, gates, gates[router.outputs], trace);
     }
   }
 
@@ -540,7 +540,8 @@ struct Step {
       float* out[1] = {scratch};
       route_rows(segment, router, 1, x, out, hidden);
       float* gates = segment.pooled_gates + ((int64_t)row * model.num_layers + index) * segment.pooled_width;
-      finish_route(router, segment.adapter, scratch, rest, gates, nullptr);
+      float threshold;
+      finish_route(router, segment.adapter, scratch, rest, gates, threshold, nullptr);
     }
     const MoaAdapter* adapter = (const MoaAdapter*)segment.adapter;
     for (int token = segment.start; token < segment.end; token++) {
@@ -718,16 +719,31 @@ struct Step {
       const MoaRouter* routers = (const MoaRouter*)(segment.adapter + layer.routers_at);
       for (int router = 0; router < layer.router_end[MOA_NUM_STAGES - 1]; router++) {
         if (routers[router].counters_at == 0) continue;
-        const int32_t* columns = (const int32_t*)(segment.adapter + routers[router].counters_at);
-        for (int token = segment.start; token < segment.end; token++)
-          for (int place = 0; place < routers[router].num_counters; place++) {
-            const float gate = at.gates[(int64_t)token * at.gate_stride + routers[router].first_gate + columns[place]];
-            if (gate == 0 || !(gate - gate == 0)) continue;
-            const int64_t cell = (int64_t)index * segment.counters_width + routers[router].first_counter + place;
-            segment.selected[cell] += 1;
-            segment.gate_sum[cell] += gate;
-          }
+        for (int first = segment.start; first < segment.end; first += kTileTokens)
+          count_tile(segment, routers[router], index, first, segment.end - first < kTileTokens ? segment.end - first : kTileTokens);
       }
+    }
+  }
+
+  void count_tile(const MoaSegment& segment, const MoaRouter& router, int index, int first, int count) {
+    const int32_t* columns = (const int32_t*)(segment.adapter + router.counters_at);
+    const float* gates = at.gates + (int64_t)first * at.gate_stride + router.first_gate;
+    for (int place = 0; place < router.num_counters; place++) {
+      const int64_t cell = (int64_t)index * segment.counters_width + router.first_counter + place;
+      int num_active = 0;
+      for (int member = 0; member < count; member++) {
+        const float gate = gates[member * at.gate_stride + columns[place]];
+        num_active += gate != 0;
+        if (gate == 0 || !(gate - gate == 0)) continue;
+        segment.selected[cell] += 1;
+        segment.gate_sum[cell] += gate;
+      }
+      // Tiles have no holes: there an expert is computed for all tokens of a tile, or for none.
+      segment.computed[cell] += N::kIsOnTiles && num_active > 0 ? count : num_active;
+    }
+    for (int member = 0; member < count && router.threshold_share != 0; member++) {
+      const float threshold = gates[member * at.gate_stride + router.outputs];
+      if (threshold - threshold == 0) segment.thresholds[index] += threshold * router.threshold_share;
     }
   }
 };

@@ -5,18 +5,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from families import FAMILIES, write_base, write_family
+from native_tools import SETS
 
 from moa_serve import LLM, SamplingParams
 
 PROMPTS = [[5, 17, 80, 3], [44, 44, 9]]
 
 
+@pytest.mark.parametrize("backend", ["torch", *(["native"] if SETS else [])])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_totals_are_the_sums_of_what_was_routed(family: str, tmp_path: Path) -> None:
+def test_totals_are_the_sums_of_what_was_routed(family: str, backend: str, tmp_path: Path) -> None:
     """A scrape must be able to say which expert acted how often, whatever the family."""
-    with LLM(
-        write_base(tmp_path / "base"), adapters={"a": write_family(tmp_path / "a", family)}, device="cpu", kv_cache_bytes=2**20
-    ) as llm:
+    adapters = {"a": write_family(tmp_path / "a", family)}
+    with LLM(write_base(tmp_path / "base"), adapters=adapters, backend=backend, device="cpu", kv_cache_bytes=2**20) as llm:
         revision = llm._store.get("a").revision
         assert llm._engine.routing_totals(revision) is None, "the self-test is not traffic"
         completions = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=3), adapter="a")
@@ -31,4 +32,10 @@ def test_totals_are_the_sums_of_what_was_routed(family: str, tmp_path: Path) -> 
             return  # routing a completion pools over other tokens than generating it did
         routings = [llm.route(ids, adapter="a") for ids in computed]
         np.testing.assert_array_equal(totals.selected, sum(r.selected.sum(1).double().numpy() for r in routings))
+        cells = np.array([[float(column < len(names)) for column in range(totals.computed.shape[1])] for names in totals.experts])
+        if backend == "torch":
+            np.testing.assert_array_equal(totals.computed, totals.tokens * cells)
+        if routings[0].threshold is not None:
+            thresholds = sum(r.threshold.double().sum(1).numpy() for r in routings if r.threshold is not None)
+            np.testing.assert_allclose(totals.thresholds, thresholds, rtol=1e-5)
         np.testing.assert_allclose(totals.gate_sum, sum(r.gates.double().sum(1).numpy() for r in routings), rtol=1e-4, atol=1e-4)

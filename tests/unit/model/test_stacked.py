@@ -77,6 +77,8 @@ def test_side_by_side_equals_alone(model: Transformer, family: str, counts: tupl
             assert expected is not None
             torch.testing.assert_close(counters.selected, expected.selected)
             torch.testing.assert_close(counters.gate_sum, expected.gate_sum, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(counters.computed, expected.computed)
+            torch.testing.assert_close(counters.thresholds, expected.thresholds, atol=1e-5, rtol=1e-5)
             for layer, sites in own_trace.records.get(0, {}).items():
                 for site, routed in sites.items():
                     assert torch.equal(trace.records[number][layer][site].selected, routed.selected)

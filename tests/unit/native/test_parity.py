@@ -90,6 +90,23 @@ def test_counters_count_alike(family: str, folders: dict[str, Path]) -> None:
     assert (ours.tokens, ours.experts) == (theirs.tokens, theirs.experts)
     np.testing.assert_array_equal(ours.selected, theirs.selected)
     np.testing.assert_allclose(ours.gate_sum, theirs.gate_sum, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(ours.thresholds, theirs.thresholds, rtol=1e-4, atol=1e-4)
+    assert (ours.computed <= theirs.computed).all(), "the torch backend computes all"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if FAMILIES[family][1]["site"] != "none"])
+def test_what_is_computed_is_counted(family: str, dtype: torch.dtype, folders: dict[str, Path]) -> None:
+    """An expert is left out for each token that does not keep it; with tiles, for neighbours of which none does."""
+    options: dict[str, Any] = {"backend": "native", "device": "cpu", "dtype": str(dtype).removeprefix("torch."), "kv_cache_bytes": KV}
+    with LLM(folders["base"], adapters={family: folders[family]}, **options) as llm:
+        kept = llm.route(PROMPT, adapter=family).gates != 0
+        totals = llm.routing_totals(family)
+    assert totals is not None
+    if lib.has_tiles(lib.instruction_sets()[0], dtype):
+        tiles = [kept[:, first : first + 16] for first in range(0, kept.shape[1], 16)]
+        kept = torch.cat([tile.any(1, keepdim=True).expand_as(tile) for tile in tiles], dim=1)
+    np.testing.assert_array_equal(totals.computed, kept.sum(1).double().numpy())
 
 
 def jobs() -> list[tuple[list[int], str | None]]:

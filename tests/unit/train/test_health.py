@@ -8,7 +8,8 @@ from moa_serve.train.health import RouterHealth
 
 
 def totals(gates: list[list[float]], selected: list[list[float]], names: tuple[str, ...], tokens: int = 100) -> RoutingTotals:
-    return RoutingTotals(tokens, np.array(selected, dtype=np.float64), np.array(gates, dtype=np.float64), (names,) * len(gates))
+    kept, weights = np.array(selected, dtype=np.float64), np.array(gates, dtype=np.float64)
+    return RoutingTotals(tokens, kept, weights, kept, np.zeros(len(gates)), (names,) * len(gates))
 
 
 def test_an_even_router_is_healthy() -> None:
@@ -37,14 +38,15 @@ def test_routers_at_each_linear_are_judged_apart() -> None:
 
 
 def test_layers_without_experts_and_lone_experts_do_not_count() -> None:
-    mixed = RoutingTotals(10, np.ones((3, 2)), np.array([[1.0, 1.0], [5.0, 0.0], [0.0, 0.0]]), (("Q", "K"), ("Q",), ()))
+    weights = np.array([[1.0, 1.0], [5.0, 0.0], [0.0, 0.0]])
+    mixed = RoutingTotals(10, np.ones((3, 2)), weights, np.ones((3, 2)), np.zeros(3), (("Q", "K"), ("Q",), ()))
     health = RouterHealth.of(mixed)
     assert health is not None
     assert health.imbalance == 0
 
 
 def test_without_routers_or_tokens_there_is_nothing_to_say() -> None:
-    assert RouterHealth.of(RoutingTotals(10, np.ones((1, 2)), np.ones((1, 2)))) is None
+    assert RouterHealth.of(RoutingTotals(10, np.ones((1, 2)), np.ones((1, 2)), np.ones((1, 2)), np.zeros(1))) is None
     assert RouterHealth.of(totals([[0, 0]], [[0, 0]], ("Q", "K"), tokens=0)) is None
 
 
