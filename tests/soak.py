@@ -352,6 +352,7 @@ async def weather(
             await storms.measure_leaving(storm, max(5, round(share * 40)))
             after = await storms.at_rest(storm)
             storm.num_preemptions = int(after.total("moa_preemptions_total"))
+            await storms.measure_abuse(storm, max(2, round(share * 100)))
             done = time.monotonic() - started
             checks = storms.reconciled(ledger, side, before, after, models)
             checks.append(server.stop())

@@ -47,7 +47,7 @@ from moa_serve.errors import (
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter.json", "adapter.safetensors"
 MAX_JSON_BYTES, MAX_JSON_DEPTH = 2**20, 64
-MAX_HEADER_BYTES = 32 * 2**20  # of a safetensors header: far above 100,000 tensors, and parsed in well under a second
+MAX_HEADER_BYTES = 2 * 2**20  # of a safetensors header: some 15,000 tensors, ten experts at every linear of a 70B
 MAX_MEMBERS = 65_536  # of a zip archive: a tensor is one member
 CHILD_SECONDS = 120  # wall time of the child process that unpickles
 _SHOWN = 5  # findings that a message names; `problems` has all
@@ -181,11 +181,13 @@ def read_safetensors_header(path: Path, *, max_bytes: int) -> dict[str, Tensor]:
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 _DTYPES |= {"I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+_DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64}
 
 
 def _parse_header(header: bytes, num_bytes: int) -> dict[str, Tensor]:
     """Tensors without values; they must fill the file's `num_bytes` of data without a hole. Raises many kinds of error."""
-    table = json.loads(header.decode("utf-8"))
+    # Called back for each object, the parser lets other threads on in between; alone it would keep the interpreter for itself.
+    table = json.loads(header.decode("utf-8"), object_pairs_hook=lambda pairs: dict(pairs))
     table.pop("__metadata__", None)
     end = 0
     tensors = {}
@@ -205,7 +207,9 @@ def _parse_header(header: bytes, num_bytes: int) -> dict[str, Tensor]:
 def _header_length(data: bytes, size: int, name: str) -> int:
     """Of a safetensors file of `size` bytes that begins with `data`."""
     length = int.from_bytes(data[:8], "little")
-    if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+    if MAX_HEADER_BYTES < length <= size - 8:
+        raise AdapterCorrupt(f"{name}: has a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read, join its tensors")
+    if size < 8 or length > size - 8:
         kind = "a zip or pickle file" if data.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")) else "cut off or no safetensors file"
         raise AdapterCorrupt(f"{name}: is {kind}; copy or convert it again")
     return length
@@ -216,8 +220,9 @@ def _bad_header(name: str) -> AdapterCorrupt:
 
 
 def _decode(data: bytes, name: str) -> dict[str, Tensor]:
-    _header_length(data, len(data), name)
+    length = _header_length(data, len(data), name)
     try:
+        _parse_header(data[8 : 8 + length], len(data) - 8 - length)  # what is no header must not reach the library, which stops all threads
         tensors = safetensors.torch.load(data)
     except (SafetensorError, ValueError, TypeError, KeyError, AssertionError, RuntimeError, OverflowError):
         raise _bad_header(name) from None

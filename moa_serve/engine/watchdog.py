@@ -15,10 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable
-
-import psutil
 
 from moa_serve.engine.async_engine import AsyncEngine
 
@@ -30,11 +27,6 @@ TICK_SECONDS = 0.25
 BEAT_SECONDS = 0.05
 _GRACE_SECONDS = 2.0  # for the errors to reach their readers, and for a probe to see that health says no
 _MOST_FRAMES = 30  # of one thread, innermost; a line of the log is cut at 8 KiB
-
-
-def stolen_seconds() -> list[float]:
-    """Of each core, since the system started, what went to other virtual machines; empty where the system does not tell."""
-    return [float(getattr(times, "steal", 0.0)) for times in psutil.cpu_times(percpu=True)]
 
 
 class Watchdog:
@@ -56,7 +48,6 @@ class Watchdog:
         self._beat_at = self._beat_cpu = 0.0
         self._beat_tick = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._stolen: deque[list[float]] = deque([stolen_seconds()], maxlen=2)  # at the last two ticks
 
     def start(self) -> None:
         """Watch the engine, and the loop that calls this."""
@@ -79,18 +70,12 @@ class Watchdog:
         assert self._loop is not None
         late = time.monotonic() - self._beat_at - BEAT_SECONDS
         # Where neither this process computed nor the other thread woke in time, nobody ran: it was stopped, or had no core.
-        has_run = time.process_time() - self._beat_cpu > late / 2 or self._num_ticks - self._beat_tick >= 2
-        if late > STALLS[0] and has_run and not self._was_stolen(late):
+        if late > STALLS[0] and (time.process_time() - self._beat_cpu > late / 2 or self._num_ticks - self._beat_tick >= 2):
             self.longest_stall_seconds = max(self.longest_stall_seconds, late)
             for limit in STALLS:
                 self.num_stalls[limit] += late > limit
         self._remember_beat()
         self._timer = self._loop.call_later(BEAT_SECONDS, self._beat)
-
-    def _was_stolen(self, seconds: float) -> bool:
-        """Whether a core was taken away by whoever runs this virtual machine for most of that time, which counts as time of the process."""
-        pairs = zip(self._stolen[0], stolen_seconds(), strict=False)
-        return any(now - before > seconds / 2 for before, now in pairs)
 
     # -- in the thread
 
@@ -99,7 +84,6 @@ class Watchdog:
         woke = time.monotonic()
         while not self._is_stopped.wait(TICK_SECONDS):
             slept, woke = time.monotonic() - woke, time.monotonic()
-            self._stolen.append(stolen_seconds())
             self._num_ticks += slept < 1.5 * TICK_SECONDS  # those that came in time show that the process ran
             progress = self._engine.progress
             is_still = self._engine.is_working and progress == seen and self._engine.failure is None

@@ -1,6 +1,8 @@
 """Judging a folder by config and tensor header: the same verdict as reading it, as far as no values are needed."""
 
 import json
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from families import FAMILIES, TINY, random_adapter, write_family
 from safetensors.torch import load_file, save_file
 
 from moa_serve.adapter.adapter import AdapterSource
-from moa_serve.adapter.checkpoint import read_safetensors, read_safetensors_header
+from moa_serve.adapter.checkpoint import MAX_HEADER_BYTES, read_safetensors, read_safetensors_header
 from moa_serve.adapter.importers import signature_of
 from moa_serve.adapter.store import AdapterStore
 from moa_serve.config import ModelConfig
@@ -108,6 +110,40 @@ def test_made_up_headers_are_refused(tmp_path: Path, header: bytes) -> None:
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(AdapterCorrupt):
         read_safetensors_header(file, max_bytes=_MAX)
+
+
+def test_a_header_lets_other_threads_on(tmp_path: Path) -> None:
+    """Parsed in one go, as large a one stopped every thread of the server for a quarter of a second."""
+    entries = {f"{number:05}": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for number in range(25_000)}
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    assert 0.6 * MAX_HEADER_BYTES < len(header) < MAX_HEADER_BYTES
+    file = tmp_path / "adapter.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    num_turns, is_done = 0, threading.Event()
+
+    def turn() -> None:
+        nonlocal num_turns
+        while not is_done.wait(0.001):
+            num_turns += 1
+
+    thread = threading.Thread(target=turn)
+    thread.start()
+    try:
+        for read in (read_safetensors, read_safetensors_header):
+            before, started = num_turns, time.monotonic()
+            with pytest.raises(AdapterCorrupt):
+                read(file, max_bytes=2**30)
+            assert num_turns - before > 0.1 * (time.monotonic() - started) / 0.005, "as often as Python lets it"
+    finally:
+        is_done.set()
+        thread.join()
+
+
+def test_a_header_that_is_too_large_is_said_to_be(tmp_path: Path) -> None:
+    file = tmp_path / "adapter.safetensors"
+    file.write_bytes((MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b" " * (MAX_HEADER_BYTES + 1))
+    with pytest.raises(AdapterCorrupt, match="at most 2,097,152 are read"):
+        read_safetensors_header(file, max_bytes=2**30)
 
 
 def test_a_header_is_no_way_out_of_the_directory(store: AdapterStore, tmp_path: Path) -> None:
