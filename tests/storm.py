@@ -331,7 +331,7 @@ ABUSE: dict[str, Callable[[int], bytes]] = {  # bodies that are refused, or cost
 
 
 async def measure_abuse(storm: Storm, count: int) -> None:
-    """What the server holds more after each kind was sent so often for the fifth time than ever before: allocators keep now more, now less."""
+    """Of each kind so many, five times: what the server holds more at the end than ever before. Allocators keep now more, now less."""
     headers = {"Content-Type": "application/json"}
     numbers = itertools.count()
     held: list[int] = []
