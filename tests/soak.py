@@ -1,7 +1,7 @@
 """A soak of the real server: `python -m tests.soak` sends mixed traffic for some minutes, then makes the server account for all of it.
 
     python -m tests.soak                            ten minutes: a tiny server, a fault every two seconds, the goals of docs/reliability.md
-    python -m tests.soak --full                     an hour: and what needs thousands of bad files and requests, overload, attackers
+    python -m tests.soak --full                     25 minutes: and what needs thousands of bad files and requests, overload, attackers
     python -m tests.soak --seconds 60               in small, which judges what must be right and not how much there was of it
     python -m tests.soak --minutes 10 --streams 32 --model FOLDER --out soak.json     plain traffic on a base of your own
 
@@ -337,7 +337,7 @@ async def weather(
                         await storm_faults.rebuild(storm)
                     say(f"{storm.survived.total()} faults survived, {len(storm.failed)} not")
                     for phase, run in (
-                        ("poison", storms.poison_phase(storm, max(2.0, share * 20))),
+                        ("poison", storms.poison_phase(storm, max(100, round(share * 1100)))),
                         ("disconnect", storms.disconnect_phase(storm, round(share * 1000))),
                     ):
                         storm.phase = phase
@@ -525,7 +525,7 @@ def _pyplot() -> Any:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description="Load a real server, then make it account for everything.")
     parser.add_argument("--seconds", type=float, default=STORM_SECONDS, help="of a run under faults (%(default)g)")
-    parser.add_argument("--full", action="store_true", help="an hour: bad files and requests by the thousand, overload, attackers")
+    parser.add_argument("--full", action="store_true", help="25 minutes: bad files and requests by the thousand, overload, attackers")
     parser.add_argument(
         "--plain", action="store_true", help="no faults, on the default base; so is every run with a base or URL of its own"
     )

@@ -263,10 +263,10 @@ async def inject_all(storm: Storm, kinds: dict[str, Callable[[Storm], Any]], dea
             await asyncio.sleep(due - time.monotonic())
 
 
-async def poison_phase(storm: Storm, seconds: float) -> None:
-    """An adapter that overflows asks without a pause, so that its rows are in every batch."""
+async def poison_phase(storm: Storm, count: int, seconds: float = 60.0) -> None:
+    """An adapter that overflows asks without a pause, so that its rows are in every batch, until so many others were answered."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    while storm.num_golden["poison"] < count and time.monotonic() < deadline:
         for _ in range(3):
             entry = await storm.side.send(overflow_job())
             assert entry.detail in ("adapter_nonfinite_output", "adapter_quarantined", *NO_ROOM), (entry.outcome, entry.detail)

@@ -1,4 +1,4 @@
-"""What of the goals needs an hour: files and requests mutated by the thousand, overload, attackers. `python -m tests.soak --full`."""
+"""What of the goals needs longer: files and requests mutated by the thousand, overload, attackers. `python -m tests.soak --full`."""
 
 import asyncio
 import contextlib
