@@ -88,7 +88,7 @@ class Faults:
             self._faults, self._seen = json.loads(self._file.read_text()), seen
         except FileNotFoundError:
             self._faults, self._seen = [], None
-        except ValueError:  # half written: the next look sees the rest
+        except (OSError, ValueError):  # no descriptor is free, or half written: the next look sees the rest
             return
         _set_clock(sum(float(fault["value"]) for fault in self._faults if fault["at"] == "clock"))
 

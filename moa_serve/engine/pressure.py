@@ -8,6 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from moa_serve import faults
 from moa_serve.model.memory import memory_in_use
@@ -46,7 +47,8 @@ class MemoryWatch:
 
     def look(self) -> None:
         was_short = self.is_short
-        self.share = memory_in_use(self._limit_bytes)
+        with suppress(OSError):  # it cannot be read now, as where no descriptor is free: it is what it was, and the watch goes on
+            self.share = memory_in_use(self._limit_bytes)
         if faults.active:
             faults.active.strike("loop")
             self.share = faults.active.value("memory", self.share or 0.0)

@@ -7,10 +7,14 @@ _MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def groups(controller: str, membership: Path = _MEMBERSHIP, root: Path = _ROOT) -> list[tuple[int, Path]]:
-    """(version, folder) of each group whose limits of a controller hold for this process: its own and those above it."""
+    """(version, folder) of each group whose limits of a controller hold for this process: its own and those above it.
+
+    Raises:
+        OSError: nobody can say now, for no descriptor is free.
+    """
     try:
         lines = membership.read_text().splitlines()
-    except OSError:
+    except (FileNotFoundError, PermissionError):
         return []
     found = []
     for line in lines:

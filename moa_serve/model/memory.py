@@ -30,7 +30,7 @@ def release_memory(device: torch.device) -> None:
 def memory_in_use(limit_bytes: int | None = None) -> float | None:
     """Share of the memory that this process may use that is in use, 0 to 1: of `limit_bytes` its own, of its control groups' limits theirs.
 
-    None where there is no limit.
+    None where there is no limit. Raises OSError where nobody can say now, for no descriptor is free.
     """
     shares = [used / most for version, folder in groups("memory") if (found := _use(folder, *_FILES[version])) for used, most in [found]]
     if limit_bytes is not None:
@@ -83,7 +83,7 @@ def _use(folder: Path, limit: str, used: str, reclaimable: str) -> tuple[int, in
     try:
         most, now = (folder / limit).read_text().strip(), int((folder / used).read_text())
         statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
+    except (FileNotFoundError, PermissionError, ValueError):
         return None
     if most == "max" or int(most) >= _UNLIMITED_BYTES:
         return None

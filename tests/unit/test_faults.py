@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,12 @@ def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
     file.write_text('[{"id": "b"')
     os.utime(file, ns=(1, 1))
     assert found.value("memory", 0.5) == 0.5
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        assert found.value("memory", 0.5) == 0.5, "no descriptor is free to read it, which is no fault of a step"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     write(file, {"id": "c", "at": "memory", "value": 0.7})
     assert found.value("memory", 0.5) == 0.7
     file.unlink()

@@ -1,6 +1,7 @@
 """What is done before memory runs out."""
 
 import logging
+import resource
 from pathlib import Path
 
 import psutil
@@ -31,6 +32,25 @@ def test_what_is_idle_goes_before_work_is_refused_and_readiness_after(
         "91 % of the memory limit are in use; new work is refused",
         "50 % of the memory limit are in use; new work is taken",
     ]
+
+
+@pytest.mark.case(58)
+def test_what_cannot_be_read_for_want_of_descriptors_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watch of a server with too many connections would end for good, or take its memory for unlimited."""
+    watch = MemoryWatch(limit_bytes=1)
+    watch.look()
+    before = watch.share
+    assert before is not None
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        watch.look()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert watch.share == before
+    monkeypatch.setattr(pressure, "memory_in_use", lambda limit: 0.25)
+    watch.look()
+    assert watch.share == 0.25
 
 
 @pytest.mark.case(58)
