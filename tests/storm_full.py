@@ -87,7 +87,9 @@ def mutated_files(folder: Path, rng: random.Random, count: int) -> Goal:
             crashed += 1
         seconds.append(time.monotonic() - began)
         (place / name).write_bytes(files[name])
-    text = f"{count:,} mutated files: {refused:,} refused, {count - refused - crashed:,} whole and finite but {unfit}, {crashed} crashes, "
+    text = (
+        f"{count:,} mutated files: {refused:,} refused, {count - refused - crashed:,} taken, {unfit} of them not whole, {crashed} crashes, "
+    )
     return Goal(
         "G3",
         ">= 10,000 mutated files, 0 crashes, p99 <= 1 s",

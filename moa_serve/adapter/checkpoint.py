@@ -186,7 +186,7 @@ _DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U16":
 
 def _parse_header(header: bytes, num_bytes: int) -> dict[str, Tensor]:
     """Tensors without values; they must fill the file's `num_bytes` of data without a hole. Raises many kinds of error."""
-    # Called back for each object, the parser lets other threads on in between; alone it would keep the interpreter for itself.
+    # Calling Python back for each object (`dict` itself is no Python), the parser lets other threads on; else it keeps the interpreter.
     table = json.loads(header.decode("utf-8"), object_pairs_hook=lambda pairs: dict(pairs))
     table.pop("__metadata__", None)
     end = 0

@@ -64,8 +64,8 @@ class Guard:
     """
     Args:
         is_draining: whether the server is about to end.
-        check_room: raises Overloaded for a path whose requests have no place now. They are told so here, where it costs least: before
-            anything but the head is looked at.
+        check_room: raises Overloaded for a path whose requests have no place now. They are told so here, where it costs least: nobody
+            parses their bodies.
         metrics: counts the responses.
     """
 

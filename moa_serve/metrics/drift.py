@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from moa_serve.adapter.manifest import Manifest
-from moa_serve.model.counters import RoutingTotals
 
 HALF_LIFE_SECONDS = 600.0  # after which a token counts for half
 MIN_TOKENS = 500.0  # fewer say nothing yet
@@ -71,25 +70,21 @@ class Recent:
     sums: Shares = field(default_factory=lambda: np.zeros(()))
     _since: float = 0.0
 
-    def add(self, now: RoutingTotals, before: RoutingTotals | None, seconds: float, *, is_of_weights: bool) -> None:
+    def add(self, tokens: int, sums: Shares, seconds: float) -> None:
         """
         Args:
+            tokens: that have come since the last time.
+            sums: (cells,) of them, as `Profile.aligned`: those that kept each expert, or its weights.
             seconds: the time, by a clock that does not jump.
         """
         weight = math.exp2((self._since - seconds) / HALF_LIFE_SECONDS)
-        total = now.gate_sum if is_of_weights else now.selected
-        if before is not None:
-            total = total - (before.gate_sum if is_of_weights else before.selected)
-        self.sums = self.sums * weight + total
-        self.tokens = self.tokens * weight + now.tokens - (before.tokens if before else 0)
+        self.sums, self.tokens = self.sums * weight + sums, self.tokens * weight + tokens
         self._since = seconds
 
-    def shares(self, experts: Sequence[Sequence[str]]) -> Shares | None:
-        """(cells,) as `Profile.aligned`; None where there were too few tokens."""
-        if self.tokens < MIN_TOKENS:
-            return None
-        cells = [self.sums[layer, column] for layer, names in enumerate(experts) for column in range(len(names))]
-        return np.clip(np.array(cells) / self.tokens, 0.0, 1.0)
+    @property
+    def shares(self) -> Shares | None:
+        """(cells,); None where there were too few tokens."""
+        return np.clip(self.sums / self.tokens, 0.0, 1.0) if self.tokens >= MIN_TOKENS else None
 
 
 def divergence(p: Shares, q: Shares) -> float:

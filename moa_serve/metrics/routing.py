@@ -39,8 +39,7 @@ class _Layout:
     cells: list[str]  # `layer="0",expert="Q"`
     layers: list[str]  # `layer="0"`, of those that have experts
     layer_rows: npt.NDArray[np.intp]  # and where they stand in the engine's totals
-    cell_layer: npt.NDArray[np.intp]  # of each cell, and
-    cell_column: npt.NDArray[np.intp]  # where it stands in the engine's (L, E) totals
+    place: tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]  # of each cell in the engine's (L, E) totals
 
 
 @lru_cache(maxsize=256)
@@ -50,8 +49,7 @@ def _layout(experts: Experts) -> _Layout:
         [f'layer="{layer}",expert="{name}"' for layer, _, name in places],
         [f'layer="{layer}"' for layer, names in enumerate(experts) if names],
         np.array([layer for layer, names in enumerate(experts) if names], dtype=np.intp),
-        np.array([layer for layer, _, _ in places], dtype=np.intp),
-        np.array([column for _, column, _ in places], dtype=np.intp),
+        (np.array([layer for layer, _, _ in places], dtype=np.intp), np.array([column for _, column, _ in places], dtype=np.intp)),
     )
 
 
@@ -86,16 +84,14 @@ class _Sums:
             joined.thresholds[where] += part.thresholds
         return joined
 
-    def add(self, now: RoutingTotals, before: RoutingTotals | None) -> None:
-        layout = _layout(now.experts)
-        place = (layout.cell_layer, layout.cell_column)
-        tokens = now.tokens - (before.tokens if before else 0)
-        self.met += tokens
-        self.tokens += tokens
-        self.thresholds += (now.thresholds - (before.thresholds if before else 0))[layout.layer_rows]
-        self.computed += now.computed[place] - (before.computed[place] if before else 0)
-        self.selected += now.selected[place] - (before.selected[place] if before else 0)
-        self.gate_sum += now.gate_sum[place] - (before.gate_sum[place] if before else 0)
+    def add(self, more: RoutingTotals) -> None:
+        layout = _layout(more.experts)
+        self.met += more.tokens
+        self.tokens += more.tokens
+        self.thresholds += more.thresholds[layout.layer_rows]
+        self.computed += more.computed[layout.place]
+        self.selected += more.selected[layout.place]
+        self.gate_sum += more.gate_sum[layout.place]
 
 
 @dataclass(eq=False, slots=True)
@@ -112,7 +108,7 @@ class _Adapter:
         """None where there is nothing to compare, or too little."""
         if self.seen is None or self.profile is None:
             return None
-        trained, lately = self.profile.aligned(self.seen.experts), self.recent.shares(self.seen.experts)
+        trained, lately = self.profile.aligned(self.seen.experts), self.recent.shares
         return None if trained is None or lately is None else divergence(trained, lately)
 
     @property
@@ -120,9 +116,13 @@ class _Adapter:
         """Experts that no token has kept yet; None while that says nothing."""
         if self.seen is None or self.seen.tokens < DEAD_TOKENS:
             return None
-        return sum(
-            int(self.seen.selected[layer, column] == 0) for layer, names in enumerate(self.seen.experts) for column in range(len(names))
-        )
+        return int((self.seen.selected[_layout(self.seen.experts).place] == 0).sum())
+
+    def note(self, more: RoutingTotals, seconds: float) -> None:
+        """Keep for the drift what was added."""
+        if self.profile is not None:
+            kept = more.gate_sum if self.profile.is_of_weights else more.selected
+            self.recent.add(more.tokens, kept[_layout(more.experts).place], seconds)
 
 
 class RoutingMetrics:
@@ -199,12 +199,12 @@ class RoutingMetrics:
                 continue
             if before is not None and totals.tokens < before.tokens:
                 before = None  # the engine dropped the revision and began anew
-            adapter.activity += totals.tokens - (before.tokens if before else 0)
-            if adapter.profile is not None:
-                adapter.recent.add(totals, before, self._clock(), is_of_weights=adapter.profile.is_of_weights)
+            more = totals if before is None else totals.since(before)
+            adapter.activity += more.tokens
+            adapter.note(more, self._clock())
             adapter.seen = totals
             if totals.experts:
-                self._series(name, adapter, totals.experts).add(totals, before)
+                self._series(name, adapter, totals.experts).add(more)
             else:
                 self._grid.discard(name)  # without a router there is nothing to show: its place is another's
 

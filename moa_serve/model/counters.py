@@ -28,6 +28,17 @@ class RoutingTotals:
     thresholds: npt.NDArray[np.float64]
     experts: tuple[tuple[str, ...], ...] = ()
 
+    def since(self, before: "RoutingTotals") -> "RoutingTotals":
+        """What was added after an earlier snapshot."""
+        return RoutingTotals(
+            self.tokens - before.tokens,
+            self.selected - before.selected,
+            self.gate_sum - before.gate_sum,
+            self.computed - before.computed,
+            self.thresholds - before.thresholds,
+            self.experts,
+        )
+
 
 Word = tuple[int, str, int]  # a router: its layer, its site, and how many outputs it has
 

@@ -10,7 +10,6 @@ from families import TINY, random_adapter
 
 from moa_serve.adapter.manifest import Manifest
 from moa_serve.metrics.drift import HALF_LIFE_SECONDS, MIN_TOKENS, Profile, Recent, Shares, divergence
-from moa_serve.model.counters import RoutingTotals
 
 ADAPTERS = Path(__file__).parents[2] / "adapters"
 EXPERTS = (("Q", "K"), ("Q",))
@@ -30,32 +29,19 @@ def test_divergence(p: list[float], q: list[float], bits: float) -> None:
     assert divergence(np.array(q), np.array(p)) == pytest.approx(bits, abs=1e-6)
 
 
-def totals(tokens: int, selected: list[list[float]], weights: list[list[float]] | None = None) -> RoutingTotals:
-    kept = np.array(selected)
-    return RoutingTotals(tokens, kept, np.array(weights or selected), kept, np.zeros(len(kept)), EXPERTS)
-
-
 def test_a_token_counts_for_half_after_the_half_life() -> None:
     recent = Recent()
-    first = totals(1000, [[1000, 0], [500, 0]])
-    recent.add(first, None, 50.0, is_of_weights=False)
-    assert listed(recent.shares(EXPERTS)) == pytest.approx([1.0, 0.0, 0.5])
-    then = totals(1500, [[1000, 500], [500, 0]])
-    recent.add(then, first, 50.0 + HALF_LIFE_SECONDS, is_of_weights=False)
+    recent.add(1000, np.array([1000.0, 0.0, 500.0]), 50.0)
+    assert listed(recent.shares) == pytest.approx([1.0, 0.0, 0.5])
+    recent.add(500, np.array([0.0, 500.0, 0.0]), 50.0 + HALF_LIFE_SECONDS)
     assert recent.tokens == 1000
-    assert listed(recent.shares(EXPERTS)) == pytest.approx([0.5, 0.5, 0.25])
+    assert listed(recent.shares) == pytest.approx([0.5, 0.5, 0.25])
 
 
 def test_few_tokens_say_nothing() -> None:
     recent = Recent()
-    recent.add(totals(int(MIN_TOKENS) - 1, [[0, 0], [0, 0]]), None, 0.0, is_of_weights=False)
-    assert recent.shares(EXPERTS) is None
-
-
-def test_where_every_token_keeps_all_weights_are_compared() -> None:
-    recent = Recent()
-    recent.add(totals(1000, [[1000, 1000], [1000, 0]], [[250, 500], [750, 0]]), None, 0.0, is_of_weights=True)
-    assert listed(recent.shares(EXPERTS)) == pytest.approx([0.25, 0.5, 0.75])
+    recent.add(int(MIN_TOKENS) - 1, np.zeros(3), 0.0)
+    assert recent.shares is None
 
 
 def manifest(profile: Any, family: str = "sparse_fn") -> Manifest:

@@ -247,18 +247,20 @@ def test_the_grid_has_a_series_for_each_layer_and_expert() -> None:
 
 def test_drift_and_dead_experts_are_told_once_there_is_enough_to_tell() -> None:
     """Every token of `run` keeps every expert: as one profile says, and as unlike the other as can be."""
-    grid = Grid(4)
+    grid = Grid(5)
     always, never = (Profile(({"Q": share, "PROMPT": share}, {"Q": share}), is_of_weights=False) for share in (1.0, 0.0))
-    for name, profile in (("as-trained", always), ("unlike", never), ("without", None)):
+    weighed = Profile(({"Q": 0.5, "PROMPT": 0.5}, {"Q": 0.5}), is_of_weights=True)
+    for name, profile in (("as-trained", always), ("unlike", never), ("weighed", weighed), ("without", None)):
         grid.metrics.loaded(name, f"revision of {name}", profile)
         grid.run(name, 499)
     assert not [key for key in grid.scrape() if key[0] in ("moa_router_drift", "moa_dead_experts")]
-    for name in ("as-trained", "unlike", "without"):
+    for name in ("as-trained", "unlike", "weighed", "without"):
         grid.run(name, 501)
     grid.metrics.loaded("dead", "revision of dead")
     grid.run("dead", 1000, keeps=0.0)
     samples = grid.scrape()
     assert value(samples, "moa_router_drift", adapter="as-trained") == 0
+    assert value(samples, "moa_router_drift", adapter="weighed") == 0, "where all are kept, weights are compared"
     assert value(samples, "moa_router_drift", adapter="unlike") == 1
     assert value(samples, "moa_router_drift", adapter="without") is None
     assert [value(samples, "moa_dead_experts", adapter=name) for name in ("as-trained", "without", "dead")] == [0, 0, 3]
