@@ -330,8 +330,12 @@ ABUSE: dict[str, Callable[[int], bytes]] = {  # bodies that are refused, or cost
 }
 
 
+GIVES_BACK_SECONDS = 3.0  # the memory watch of a server without work: four looks, and a little
+
+
 async def measure_abuse(storm: Storm, count: int) -> None:
-    """Of each kind so many, five times: what the server holds more at the end than ever before. Allocators keep now more, now less."""
+    """Of each kind so many, five times: what the server holds more after the last two rounds than after the two before, each time after it
+    gave back what it only kept; the first makes what is made once. Of two the less, since a request's last frames may live a while."""
     headers = {"Content-Type": "application/json"}
     numbers = itertools.count()
     held: list[int] = []
@@ -341,8 +345,9 @@ async def measure_abuse(storm: Storm, count: int) -> None:
                 with contextlib.suppress(httpx.TransportError):  # a body that is too large is not read to its end
                     await storm.http.post(COMPLETIONS, content=body(next(numbers)), headers=headers)
         await at_rest(storm)
+        await asyncio.sleep(GIVES_BACK_SECONDS)
         held.append(storm.process.memory_info().rss)
-    storm.kept_mib = (held[-1] - max(held[:-1])) / 2**20
+    storm.kept_mib = (min(held[3:]) - min(held[1:3])) / 2**20
 
 
 async def at_rest(storm: Storm) -> Scrape:

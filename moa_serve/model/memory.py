@@ -19,10 +19,10 @@ def available_bytes(device: torch.device) -> int:
     return min([available, *_rooms(groups("memory"))])
 
 
-def release_memory(device: torch.device) -> None:
-    """Give back to the system what is freed and only kept for later; takes some tens of milliseconds."""
+def release_memory(device: torch.device | None = None) -> None:
+    """Give back to the system what is freed and only kept for later, of this process and of a device; takes some tens of milliseconds."""
     gc.collect()
-    if device.type == "cuda":
+    if device is not None and device.type == "cuda":
         torch.cuda.empty_cache()
     _trim_heap()
 

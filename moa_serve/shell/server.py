@@ -165,7 +165,7 @@ def compose(settings: ServerSettings, base: Base, backend: str, directory: State
         base_digest=base.digest,
         version=version_of("moa_serve"),
         started=int(time.time()),
-        memory=MemoryWatch(settings.memory_limit_bytes, evict),
+        memory=MemoryWatch(settings.memory_limit_bytes, evict, is_idle=lambda: not engine.num_open),
     )
 
 

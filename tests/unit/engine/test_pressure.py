@@ -1,8 +1,10 @@
 """What is done before memory runs out."""
 
+import asyncio
 import logging
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -70,3 +72,33 @@ def test_the_share_is_the_worst_of_the_limits(tmp_path: Path, monkeypatch: pytes
     assert memory_in_use(rss) == pytest.approx(1, abs=0.1)
     (tmp_path / "self").write_text("0::/\n")
     assert memory_in_use() is None
+
+
+def test_a_server_without_work_gives_back_what_its_allocator_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not after every request: the next one would pay for its pages; not twice for nothing."""
+    holds, is_idle, released = 100 * 2**20, True, 0
+
+    class Held:
+        def memory_info(self) -> SimpleNamespace:
+            return SimpleNamespace(rss=holds)
+
+    def release() -> None:
+        nonlocal released
+        released += 1
+
+    monkeypatch.setattr(psutil, "Process", Held)
+    monkeypatch.setattr(pressure, "release_memory", release)
+    monkeypatch.setattr(pressure, "LOOK_SECONDS", 0.001)
+    watch = MemoryWatch(is_idle=lambda: is_idle)
+
+    async def scenario() -> list[int]:
+        nonlocal holds, is_idle
+        running, seen = asyncio.create_task(watch.run()), []
+        for mib, idles in ((100, False), (100, True), (101, True), (103, False), (103, True)):
+            holds, is_idle = mib * 2**20, idles
+            await asyncio.sleep(0.1)
+            seen.append(released)
+        running.cancel()
+        return seen
+
+    assert asyncio.run(scenario()) == [0, 1, 1, 1, 2]
