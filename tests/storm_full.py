@@ -32,6 +32,7 @@ VALUES: tuple[Any, ...] = (
 NUM_ROWS, NUM_PLACES = 16, 80  # of the storm's server, and the same with those that wait
 ANSWER_TOKENS = 128  # of a base whose token takes a third of a millisecond: with a few, HTTP would be all that there is to do
 OVERLOAD_SECONDS, OVERLOAD_TURNS, PEAK_SECONDS = 60.0, 3, 10.0  # turns, for the speed of a machine changes
+REFUSED_SECONDS = 0.15  # docs/reliability.md says why not 0.1
 RAMP_SECONDS, ATTACK_SECONDS = 5.0, 40.0
 
 
@@ -178,10 +179,10 @@ async def overload(url: str) -> Goal:
         f"{100 * share:.0f} % of the peak of {peak:.0f} requests/s, {len(refused):,} refusals in {1000 * p(refused, 0.99):.0f} ms (p99), "
         f"{len(admitted):,} admitted in {p(admitted, 0.99):.1f} s (p99)"
     )
-    is_met = share >= 0.9 and p(refused, 0.99) <= 0.1 and p(admitted, 0.99) <= 32
-    return Goal(
-        "G9", "10x capacity for 60 s: goodput >= 90 % of peak, refusals p99 <= 100 ms, admitted within the queue's limit", text, is_met
-    )
+    is_met = share >= 0.9 and p(refused, 0.99) <= REFUSED_SECONDS and p(admitted, 0.99) <= 32
+    most = f"{1000 * REFUSED_SECONDS:.0f} ms"
+    goal = f"10x capacity for 60 s: goodput >= 90 % of peak, refusals p99 <= {most}, admitted within the queue's limit"
+    return Goal("G9", goal, text, is_met)
 
 
 async def _load(url: str, num_clients: int, seconds: float) -> tuple[float, list[float], list[float]]:
