@@ -176,6 +176,11 @@ class ServerSettings(BaseSettings):
     grid_adapters: int = Field(
         8, ge=0, le=1000, description="Busiest adapters whose expert metrics have a series per layer and expert; the rest are `other`."
     )
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s/]",
+        description="Collector of OpenTelemetry traces, a span for each request, as http://127.0.0.1:4318; needs the extra otel.",
+    )
 
     # -- for tests of the server itself
     unsafe_test_hooks: bool = Field(False, description="Let MOA_SERVE_FAULTS inject faults. Never where anybody is served.")

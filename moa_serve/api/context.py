@@ -11,6 +11,7 @@ from moa_serve.adapter.adapter import Adapter
 from moa_serve.api.adapters import AdapterRegistry
 from moa_serve.api.errors import KeyOverloaded, NotReady
 from moa_serve.api.overload import ReturnTimes
+from moa_serve.api.traces import Traces
 from moa_serve.chat_template import ChatTemplate
 from moa_serve.engine.async_engine import AsyncEngine
 from moa_serve.engine.guide import GrammarCompiler
@@ -30,6 +31,7 @@ class Server:
         base_name: what the base is served as.
         started: Unix time in seconds; the `created` of every model.
         memory: how much of its memory limit the process uses; refuses work before there is none left.
+        traces: where the spans of requests go; None where nobody asks for them.
         is_draining: SIGTERM has come: health answers 503, and new requests are refused.
     """
 
@@ -43,6 +45,7 @@ class Server:
     version: str
     started: int
     memory: MemoryWatch = field(default_factory=MemoryWatch)
+    traces: Traces | None = None
     is_draining: bool = False
     num_preparing: int = 0  # rows of requests that are not yet in the engine: their adapter is being read, or their text tokenised
     rows_of_keys: Counter[str] = field(default_factory=Counter)  # of requests that have not ended, by the key's id

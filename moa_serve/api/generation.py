@@ -480,6 +480,10 @@ class Generation(Response):
         if record.scheduled is not None:
             self._server.return_times.observe(record.finished - record.scheduled)
         log_request(record)
+        if self._server.traces is not None:
+            error = self._progress.error
+            code = None if error is None else error.code
+            self._server.traces.add(record, response_id=self._id, error=code, headers=self._request.headers)
 
 
 _Bundle = list[tuple[Choice, list[TokenEvent]]]

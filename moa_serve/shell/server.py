@@ -35,6 +35,7 @@ from moa_serve.api.context import Server
 from moa_serve.api.logs import configure_logs, log_event, log_settings
 from moa_serve.api.protocol import uvicorn_config
 from moa_serve.api.tls import Tls
+from moa_serve.api.traces import Traces, open_traces
 from moa_serve.engine.async_engine import AsyncEngine
 from moa_serve.engine.engine import Engine, EngineOptions
 from moa_serve.engine.pressure import MemoryWatch
@@ -68,6 +69,7 @@ def serve(settings: ServerSettings, tls: Tls | None = None) -> int:
     log_settings(settings.explain())
     for warning in (*strange_variables(), *(tls.warnings if tls else ())):
         logger.warning("%s", warning)
+    traces = open_traces(settings.otlp_endpoint, version_of("moa_serve"))
     listener = _bind(settings.host, settings.port)
     directory = None
     try:
@@ -77,7 +79,7 @@ def serve(settings: ServerSettings, tls: Tls | None = None) -> int:
             settings.model, backend=settings.backend, device=settings.device, dtype=settings.dtype, base_dtype=settings.base_dtype
         )
         sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
-        return asyncio.run(_run(settings, base, backend, listener, tls, started, directory))
+        return asyncio.run(_run(settings, base, backend, listener, tls, started, directory, traces))
     finally:
         if directory is not None:
             directory.close()
@@ -177,8 +179,10 @@ async def _run(
     tls: Tls | None,
     started: float,
     directory: StateDirectory | None,
+    traces: Traces | None,
 ) -> int:
     server = compose(settings, base, backend, directory)
+    server.traces = traces
     server.engine.start()
     watchdog = Watchdog(server.engine, stuck_seconds=settings.watchdog_seconds)
     watchdog.start()
@@ -209,6 +213,8 @@ async def _run(
         await server.engine.stop()
         watchdog.stop()
         _leave_soon(FAILED if server.engine.failure is not None else 0)
+        if traces is not None:
+            await asyncio.to_thread(traces.close)
 
 
 def _facts(server: Server, listener: socket.socket) -> dict[str, object]:

@@ -1,0 +1,35 @@
+"""When traces are made, and what is told where they cannot be."""
+
+import sys
+
+import pytest
+
+from moa_serve.api.traces import open_traces
+from moa_serve.errors import InvalidRequest
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_SDK_DISABLED"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert open_traces(None, "1") is None
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    assert open_traces("http://127.0.0.1:4318", "1") is None
+
+
+def test_without_the_extra_the_server_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("opentelemetry")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    with pytest.raises(InvalidRequest, match=r"pip install 'moa_serve\[otel\]'") as told:
+        open_traces("http://127.0.0.1:4318", "1")
+    assert told.value.param == "otlp_endpoint"
+
+
+def test_variables_that_cannot_be_are_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "8")
+    with pytest.raises(InvalidRequest, match="OTEL_BSP_ variables"):
+        open_traces("http://127.0.0.1:4318", "1")
