@@ -5,6 +5,7 @@ prompt, a completion or a key: a span is made of the request's record, when it h
 drops them where nobody takes them: no request waits for it. Belongs to the event loop.
 """
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from moa_serve.metrics import RequestRecord
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
+
+logger = logging.getLogger(__name__)
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")  # the standard's variables, which the exporter reads
 _OPERATIONS = {"/v1/completions": "text_completion", "/v1/chat/completions": "chat"}
@@ -51,12 +54,18 @@ class Traces:
         self._tracer: Tracer = self._provider.get_tracer("moa_serve", version)
 
     def add(self, record: RequestRecord, *, response_id: str, error: str | None, headers: Mapping[str, str]) -> None:
-        """The spans of a request that has ended.
+        """The spans of a request that has ended; where they cannot be made, the log says so.
 
         Args:
             error: the code of what the client was told, where it was an error.
             headers: of the request; `traceparent` names the span that it belongs to.
         """
+        try:
+            self._add(record, response_id, error, headers)
+        except Exception:  # who watches a request must not be able to break it
+            logger.exception("a request could not be traced")
+
+    def _add(self, record: RequestRecord, response_id: str, error: str | None, headers: Mapping[str, str]) -> None:
         from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 

@@ -33,3 +33,11 @@ def test_variables_that_cannot_be_are_no_traceback(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "8")
     with pytest.raises(InvalidRequest, match="OTEL_BSP_ variables"):
         open_traces("http://127.0.0.1:4318", "1")
+
+
+def test_a_span_that_cannot_be_made_breaks_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    traces = open_traces("http://127.0.0.1:9", "1")
+    assert traces is not None
+    traces.add(None, response_id="x", error=None, headers={})  # type: ignore[arg-type]
+    traces.close()
+    assert "a request could not be traced" in caplog.text
