@@ -285,7 +285,7 @@ class LLM:
             self._store.publish(name, source, adapter)
         except BaseException:
             if adapter.revision not in self._revisions():
-                self._engine.drop(adapter.revision)
+                self._engine.drop(adapter.revision, "failed")
             raise
         self._manifests[name] = adapter.manifest
         self._engine.pardon(adapter.revision)

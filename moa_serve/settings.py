@@ -176,6 +176,7 @@ class ServerSettings(BaseSettings):
     grid_adapters: int = Field(
         8, ge=0, le=1000, description="Busiest adapters whose expert metrics have a series per layer and expert; the rest are `other`."
     )
+    vllm_metrics: bool = Field(True, description="Show the `vllm:*` names that load balancers and stock dashboards read, too.")
     otlp_endpoint: str | None = Field(
         None,
         pattern=r"^https?://[^\s/]",

@@ -1,4 +1,4 @@
-"""The pages that are made from the code: docs/api.md, and the table of settings in docs/operations.md.
+"""The pages that are made from the code: docs/api.md, docs/metrics.md, and the table of settings in docs/operations.md.
 
     python -m tests.pages          write them
     python -m tests.pages --check  say what is stale, exit code 1
@@ -14,7 +14,16 @@ from typing import Any
 
 from moa_serve.api.app import new_app
 from moa_serve.api.guard import ADMIN, PUBLIC
+from moa_serve.metrics import Metrics
+from moa_serve.metrics.family import Family
+from moa_serve.metrics.routing import FAMILIES as ROUTING
+from moa_serve.metrics.state import STATE
+from moa_serve.metrics.vllm import lengths
 from moa_serve.settings import ENV_PREFIX, WITHOUT_FLAG, ServerSettings
+
+sys.path.insert(0, str(Path(__file__).parent))  # as pytest has it, so that modules here have one name
+
+from metric_readers import readers_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- settings: made by `python -m tests.pages` -->", "<!-- end of settings -->"
@@ -151,6 +160,61 @@ def _table(head: tuple[str, ...], rows: Any) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
+METRICS_HEAD = """\
+# Metrics
+
+Made from the code by `python -m tests.pages`; do not edit. `GET /metrics` is text format 0.0.4; `GET /metrics?name[]=moa_queue_seconds`
+(once or more often) gives those families only, and costs as much less. What alarms are made of: [operations.md](operations.md).
+
+**Labels.** `adapter` and `model_name` are the base, one of the first `--named-adapters` that were loaded, or `other`; in the families of
+routers, one of the `--grid-adapters` busiest, or `other`. No client can make a series: what is unknown is `other`, a path without a
+route `none`. An unloaded adapter's series go with it.
+
+**Counters** end in `_total`, histograms are `NAME_bucket`, `NAME_sum` and `NAME_count`, summaries `NAME_sum` and `NAME_count`.
+
+**Left out** of vLLM's names, for they would say nothing here: `mm_cache_*` (no images), `external_prefix_cache_*` (no cache outside the
+process), `estimated_*` (of a GPU's roofline), `num_requests_waiting_by_reason`, and `kv_block_*`, which vLLM too has only with
+`--kv-cache-metrics`: a step would pay for the clock of every page. `--no-vllm-metrics` leaves out all of `vllm:*`.
+"""
+
+
+def metrics_page() -> str:
+    """docs/metrics.md."""
+    families = Metrics("base").families
+    state = {shown.family.name for shown in STATE}
+    routing = {shown.family.name for shown in ROUTING}
+    sections = {
+        "Requests": [family for family in families if family.name.startswith("moa_") and family.name not in state | routing],
+        "Engine and adapters": [family for family in families if family.name in state],
+        "Routers and experts": [family for family in families if family.name in routing],
+        "vLLM's names": [family for family in families if family.name.startswith("vllm:")],
+        "HTTP routes": [family for family in families if family.name.startswith("http_")],
+        "Process": [family for family in families if family.name.startswith("process_")],
+    }
+    assert sum(map(len, sections.values())) == len(families), "every family has its section"
+    parts = [METRICS_HEAD]
+    for title, found in sections.items():
+        is_read = title == "vLLM's names"
+        head = ("name", "type", "labels", "unit", "", *(("read by",) if is_read else ()))
+        parts += [f"## {title}\n", _table(head, [_metric(family, is_read=is_read) for family in found])]
+    return "\n".join(parts)
+
+
+def _metric(family: Family, *, is_read: bool) -> tuple[str, ...]:
+    labels = ", ".join(f"`{label}`" for label in family.labels)
+    text = family.text
+    if family.buckets:
+        bounds = ", ".join(f"{bound:g}" for bound in family.buckets)
+        text += f" Buckets: {'1, 2, 5, 10 ... to the served context' if family.buckets == tuple(lengths(8192)) else bounds}."
+    row = (f"`{family.name}`", family.kind, labels, _unit(family.name), text)
+    return (*row, ", ".join(readers_of(family.name))) if is_read else row
+
+
+def _unit(name: str) -> str:
+    words = name.removesuffix("_total").rpartition("_")[2]
+    return {"seconds": "s", "bytes": "bytes", "tokens": "tokens", "ratio": "0 to 1", "perc": "0 to 1"}.get(words, "")
+
+
 def settings_table() -> str:
     """What stands between the marks of docs/operations.md."""
     rows = []
@@ -172,7 +236,7 @@ def operations_page(page: str) -> str:
 def pages() -> dict[Path, str]:
     """The whole text of each."""
     operations = DOCS / "operations.md"
-    return {DOCS / "api.md": api_page(), operations: operations_page(operations.read_text())}
+    return {DOCS / "api.md": api_page(), DOCS / "metrics.md": metrics_page(), operations: operations_page(operations.read_text())}
 
 
 def main() -> int:

@@ -37,8 +37,8 @@ TEMPLATE = (
 class RecordingMetrics(Metrics):
     """The real metrics, and what they were told."""
 
-    def __init__(self, base_name: str) -> None:
-        super().__init__(base_name)
+    def __init__(self, base_name: str, *, has_vllm: bool = True) -> None:
+        super().__init__(base_name, has_vllm=has_vllm)
         self.records: list[RequestRecord] = []
         self.num_gaps = 0
 
@@ -154,9 +154,9 @@ def start_serving(base: Path, adapters_dir: Path, *, has_tokenizer: bool = True,
     options = EngineOptions(max_num_seqs=settings.max_num_seqs, kv_cache_bytes=kv_cache_bytes)
     model = Transformer(loaded.config, loaded.weights)
     engine = AsyncEngine(lambda lease: Engine(model, options, lease=lease, base_digest=loaded.digest), max_waiting=settings.max_waiting)
-    metrics = RecordingMetrics("tiny")
+    metrics = RecordingMetrics("tiny", has_vllm=settings.vllm_metrics)
     registry = AdapterRegistry(store, engine, metrics=metrics)
-    metrics.attach(engine, registry)
+    metrics.attach(engine, registry, store.cache)
     registry.scan()
     tokenizer = Tokenizer.from_folder(base) if has_tokenizer else None
     server = Server(engine, registry, tokenizer, metrics, settings, "tiny", loaded.digest, "0.0.0", 1_700_000_000)

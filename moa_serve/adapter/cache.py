@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from moa_serve.adapter.adapter import Adapter
+from moa_serve.adapter.counts import EvictionReason, TierCounts
 from moa_serve.errors import AdapterMemory, AdapterTooLarge
 
 
@@ -16,7 +17,7 @@ from moa_serve.errors import AdapterMemory, AdapterTooLarge
 class _Cached:
     adapter: Adapter
     num_leases: int = 0
-    is_discarded: bool = False  # leaves with its last lease
+    leaves_as: EvictionReason | None = None  # with its last lease
 
 
 class AdapterCache:
@@ -24,6 +25,7 @@ class AdapterCache:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
+        self.counts = TierCounts()
         self.on_evict: Callable[[str], None] | None = None  # told the revision of each that left to make room
         self._cached: OrderedDict[str, _Cached] = OrderedDict()  # least recently used first
 
@@ -56,7 +58,7 @@ class AdapterCache:
         """
         known = self._cached.get(adapter.revision)
         if known:
-            known.is_discarded = False
+            known.leaves_as = None
             return
         if adapter.num_bytes > self.max_bytes:
             raise AdapterTooLarge(
@@ -73,13 +75,20 @@ class AdapterCache:
         if excess > 0:
             raise AdapterMemory(f"no room for {adapter.num_bytes:,} bytes: all other adapters are in use; try again, or raise the budget")
         for revision in leaving:
-            self._evict(revision)
+            self._evict(revision, "capacity")
         self._cached[adapter.revision] = _Cached(adapter)
 
-    def acquire(self, revision: str) -> Adapter | None:
-        """Lease an adapter; None if it is not here (evicted, or never added). Give it back with `release`."""
-        cached = self._cached.get(revision)
-        if cached is None:
+    def acquire(self, revision: str | None, *, is_counted: bool = True) -> Adapter | None:
+        """Lease an adapter; None if it is not here (evicted, or never added). Give it back with `release`.
+
+        Args:
+            revision: None of an adapter that was never read.
+            is_counted: as a hit or a miss: once for each who needs it, not again after a miss.
+        """
+        cached = None if revision is None else self._cached.get(revision)
+        if is_counted:
+            self.counts.found(cached is not None)
+        if cached is None or revision is None:
             return None
         cached.num_leases += 1
         self._cached.move_to_end(revision)
@@ -90,25 +99,29 @@ class AdapterCache:
         cached = self._cached[revision]
         assert cached.num_leases > 0, "released more often than acquired"
         cached.num_leases -= 1
-        if cached.is_discarded and cached.num_leases == 0:
-            del self._cached[revision]
+        if cached.leaves_as is not None and cached.num_leases == 0:
+            self._remove(revision, cached.leaves_as)
 
     def evict_idle(self) -> int:
-        """Free every adapter that is not leased; the bytes that became free. They are read again when asked for."""
+        """Memory is short: free every adapter that is not leased; the bytes that became free. They are read again when asked for."""
         idle = [revision for revision, cached in self._cached.items() if cached.num_leases == 0]
-        return sum(self._evict(revision) for revision in idle)
+        return sum(self._evict(revision, "pressure") for revision in idle)
 
-    def _evict(self, revision: str) -> int:
-        num_bytes = self._cached.pop(revision).adapter.num_bytes
+    def _evict(self, revision: str, reason: EvictionReason) -> int:
+        num_bytes = self._remove(revision, reason)
         if self.on_evict is not None:
             self.on_evict(revision)
         return num_bytes
 
-    def discard(self, revision: str) -> None:
+    def _remove(self, revision: str, reason: EvictionReason) -> int:
+        self.counts.evictions[reason] += 1
+        return self._cached.pop(revision).adapter.num_bytes
+
+    def discard(self, revision: str, reason: EvictionReason = "unloaded") -> None:
         """Free an adapter that nobody will ask for again: now, or with its last lease."""
         cached = self._cached.get(revision)
         if cached is None:
             return
-        cached.is_discarded = True
+        cached.leaves_as = reason
         if cached.num_leases == 0:
-            del self._cached[revision]
+            self._remove(revision, reason)

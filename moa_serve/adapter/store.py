@@ -15,6 +15,7 @@ from pathlib import Path
 
 from moa_serve.adapter.adapter import Adapter, AdapterSource
 from moa_serve.adapter.cache import AdapterCache
+from moa_serve.adapter.counts import EvictionReason
 from moa_serve.adapter.importers import MAX_FILE_BYTES, Signature, check_adapter, has_config, read_adapter, signature_of
 from moa_serve.config import ModelConfig
 from moa_serve.errors import (
@@ -237,13 +238,13 @@ class AdapterStore:
         old = self.get(name)
         self.cache.add(adapter)
         self._entries[name] = AdapterEntry(name, source, adapter.revision)
-        self._discard(old.revision)
+        self._discard(old.revision, "replaced")
 
     def remove(self, name: str) -> None:
         """Forget a name. Leases go on; the memory is freed with the last of them, unless another name has the same revision."""
         entry = self.get(name)
         del self._entries[name]
-        self._discard(entry.revision)
+        self._discard(entry.revision, "unloaded")
 
     def _check_free(self, name: str) -> None:
         self.check_name(name)
@@ -256,9 +257,9 @@ class AdapterStore:
         """Whether any name has this revision."""
         return any(entry.revision == revision for entry in self._entries.values())
 
-    def _discard(self, revision: str) -> None:
+    def _discard(self, revision: str, reason: EvictionReason) -> None:
         if not self.is_named(revision):
-            self.cache.discard(revision)
+            self.cache.discard(revision, reason)
 
     @contextmanager
     def lease(self, name: str) -> Iterator[Adapter]:
@@ -274,7 +275,7 @@ class AdapterStore:
         if adapter is None:
             adapter = self._read_again(entry)
             self.cache.add(adapter)
-            self.cache.acquire(entry.revision)
+            self.cache.acquire(entry.revision, is_counted=False)
         try:
             yield adapter
         finally:

@@ -317,15 +317,17 @@ class AdapterRegistry:
             AdapterMemory, Overloaded: no room now. AdapterUnavailable: its files are gone since it left memory.
         """
         name, wanted = self._resolved(name, revision, key)
+        is_first = True
         while True:  # a turn ends with a load: the adapter may have been evicted again, or unloaded, before this task goes on
             known = self._known.get(name)
             if known is None or not known.is_served:
                 known = await self._look_again(name)
             current = known.revision
             if current is not None and not all(current.startswith(digits) for digits in wanted):
-                return self._old_lease(known, wanted)
-            if (adapter := self._revisions.acquire(current)) is not None:
+                return self._old_lease(known, wanted, is_counted=is_first)
+            if (adapter := self._revisions.acquire(current, is_counted=is_first)) is not None:
                 return self._given(known, adapter)
+            is_first = False
             if known.loading is not None and known.is_operators:
                 await asyncio.wait([known.loading])
                 continue
@@ -342,8 +344,8 @@ class AdapterRegistry:
         target, digits = split_target(choose(name, targets, key)) if targets else (name, None)
         return target, [part for part in (digits, revision) if part is not None]
 
-    def _old_lease(self, known: Known, wanted: Sequence[str]) -> AdapterLease:
-        if (adapter := self._revisions.acquire_old(known.name, wanted)) is not None:
+    def _old_lease(self, known: Known, wanted: Sequence[str], *, is_counted: bool) -> AdapterLease:
+        if (adapter := self._revisions.acquire_old(known.name, wanted, is_counted=is_counted)) is not None:
             return self._given(known, adapter)
         raise RevisionNotFound(
             f"revision {wanted[-1][:12]} of {known.name!r} is neither the current one, {(known.revision or '')[:12]}, nor kept",
@@ -675,7 +677,7 @@ class AdapterRegistry:
         self.store.remove(known.name)
         known.revision, known.variant, known.warnings, known.is_explicit, known.load_error = None, None, (), False, None
         known.signature = None
-        self._revisions.retire(revision)
+        self._revisions.retire(revision, "unloaded")
         self._revisions.pin(known.name, None)
         for old, *_ in list(self._revisions.old_of(known.name)):
             self._revisions.drop_for_alias(old)
@@ -709,7 +711,7 @@ class AdapterRegistry:
                     adapter = await self._tried(known.name, adapter, room_seconds)
                     await settle(adapter, signature)
                 except BaseException:
-                    self._revisions.retire(adapter.revision)
+                    self._revisions.retire(adapter.revision, "failed")
                     raise
             result, revision, manifest = "ok", adapter.revision, adapter.manifest
             return adapter

@@ -19,7 +19,7 @@ from moa_serve.api.context import server_of
 from moa_serve.api.document import EVENTS, body_of
 from moa_serve.api.errors import JsonResponse, dump_json, error_response
 from moa_serve.api.schemas import Schema, read_json
-from moa_serve.errors import AdapterError, AdapterExists, AdapterNameInvalid, InvalidRequest, Overloaded
+from moa_serve.errors import AdapterError, AdapterExists, AdapterNameInvalid, AdapterNotFound, InvalidRequest, Overloaded
 
 router = APIRouter()
 
@@ -138,6 +138,18 @@ async def adapter_events(request: Request) -> Response:
 async def get_adapter(request: Request, name: str) -> Response:
     """One of them."""
     return JsonResponse(_shape(_registry(request).item(name)))
+
+
+@router.get("/v1/adapters/{name}/experts")
+async def adapter_experts(request: Request, name: str) -> Response:
+    """What an adapter's routers did with live tokens since its revision was loaded: weights, shares and thresholds by layer and expert,
+    beside those of training."""
+    item, use = _registry(request).item(name), server_of(request).metrics.experts(name)
+    if use is None:
+        raise AdapterNotFound(f"adapter {item.name!r} is {item.state}, but was not read yet; its first request does it", param="name")
+    if not use.layers:
+        raise InvalidRequest(f"adapter {item.name!r} has no router, so there is nothing to choose between its experts", param="name")
+    return JsonResponse(asdict(use))
 
 
 @router.delete("/v1/adapters/{name}")

@@ -174,6 +174,46 @@ class Adapter(BaseModel):
     old_revisions: list[OldRevision] = Field(description="Replaced, and still there for requests or aliases.")
 
 
+class TrainedUse(BaseModel):
+    """What the profile in the manifest says of an expert; null where it does not."""
+
+    weight: float | None
+    selected: float | None
+
+
+class ExpertUse(BaseModel):
+    """Of all tokens, 0 to 1; null before the first."""
+
+    name: str
+    weight: float | None = Field(description="The sum of its weights over the tokens that kept it, over all tokens.")
+    selected: float | None = Field(description="Share of tokens that kept it.")
+    computed: float | None = Field(description="Share of tokens that it was computed for.")
+    profile: TrainedUse | None = Field(description="The same in training, where the adapter's manifest tells.")
+
+
+class LayerUse(BaseModel):
+    layer: int
+    threshold: float | None = Field(description="Mean of what a score had to reach; null where nothing has to be reached.")
+    experts: list[ExpertUse]
+
+
+class DeadExpert(BaseModel):
+    layer: int
+    expert: str
+
+
+class ExpertsUse(BaseModel):
+    """What an adapter's routers did with live tokens since its revision was loaded."""
+
+    adapter: str
+    revision: str
+    tokens: int = Field(description="That went through every router.")
+    layers: list[LayerUse]
+    skipped: float | None = Field(description="Share of expert evaluations that were left out.")
+    drift: float | None = Field(description="How far routing is from training, 0 to 1, as moa_router_drift; null with too few tokens.")
+    dead: list[DeadExpert] | None = Field(description="Experts that no token has kept; null with fewer than 1,000 tokens.")
+
+
 class AdapterList(BaseModel):
     object: Literal["list"]
     data: list[Adapter]
@@ -254,6 +294,7 @@ ANSWERS: dict[tuple[str, str], type[BaseModel]] = {
     ("get", "/v1/adapters"): AdapterList,
     ("post", "/v1/adapters"): Adapter,
     ("get", "/v1/adapters/{name}"): Adapter,
+    ("get", "/v1/adapters/{name}/experts"): ExpertsUse,
     ("delete", "/v1/adapters/{name}"): AdapterDeleted,
     ("post", "/v1/adapters/{name}/reload"): Adapter,
     ("post", "/v1/adapters/{name}/pin"): Adapter,

@@ -1,6 +1,10 @@
 """The ASGI application: routers, health, metrics, and errors in one shape, behind the guard."""
 
-from fastapi import APIRouter, FastAPI
+from collections.abc import Callable
+from typing import Annotated
+
+from fastapi import APIRouter, FastAPI, Query
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
@@ -10,12 +14,13 @@ from moa_serve.api import admin, openai
 from moa_serve.api.context import Server, server_of
 from moa_serve.api.document import describe
 from moa_serve.api.errors import FAILED, JsonResponse, NotReady, error_response, response_of
-from moa_serve.api.generation import CLIENT_CLOSED_REQUEST
-from moa_serve.api.guard import Guard
+from moa_serve.api.guard import CLIENT_CLOSED_REQUEST, NO_ROUTE, Guard
 from moa_serve.errors import EngineError, MoaError, Overloaded
 from moa_serve.native.library import status
 
 router = APIRouter()
+
+_OPENAPI = "/openapi.json"
 
 
 def build_app(server: Server) -> ASGIApp:
@@ -35,16 +40,41 @@ def build_app(server: Server) -> ASGIApp:
                 server.metrics.observe_unread()
                 raise
 
-    return Guard(app, server.settings, is_draining=lambda: server.is_draining, check_room=check_room, metrics=server.metrics)
+    return Guard(
+        app,
+        server.settings,
+        is_draining=lambda: server.is_draining,
+        check_room=check_room,
+        metrics=server.metrics,
+        handler_of=handlers(),
+    )
 
 
 def new_app(version: str) -> FastAPI:
     """All routes and the document that tells of them, without a server."""
-    app = FastAPI(title="moa_serve", version=version, docs_url=None, redoc_url=None, redirect_slashes=False)
-    for routes in (router, openai.router, admin.router):
+    app = FastAPI(title="moa_serve", version=version, openapi_url=_OPENAPI, docs_url=None, redoc_url=None, redirect_slashes=False)
+    for routes in _routers():
         app.include_router(routes)
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     return app
+
+
+def _routers() -> tuple[APIRouter, ...]:
+    return router, openai.router, admin.router
+
+
+def handlers() -> Callable[[str], str]:
+    """Gives the template of the route that a path belongs to, as metrics name it: a client can invent paths, and no templates."""
+    routes = [route for routes in _routers() for route in routes.routes if isinstance(route, APIRoute)]
+    exact = {_OPENAPI, *(route.path for route in routes if "{" not in route.path)}
+    patterns = [(route.path_regex, route.path.replace(":path}", "}")) for route in routes if "{" in route.path]
+
+    def handler_of(path: str) -> str:
+        if path in exact:
+            return path
+        return next((template for pattern, template in patterns if pattern.match(path)), NO_ROUTE)
+
+    return handler_of
 
 
 @router.get("/health/live")
@@ -84,9 +114,12 @@ async def version(request: Request) -> Response:
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
-async def metrics(request: Request) -> Response:
-    """Everything that is counted, for Prometheus."""
-    content, media_type = await server_of(request).metrics.page()
+async def metrics(
+    request: Request,
+    names: Annotated[list[str] | None, Query(alias="name[]", description="Families, or series of theirs, that are wanted.")] = None,
+) -> Response:
+    """Everything that is counted, for Prometheus; with `?name[]=`, given once or more often, only those families."""
+    content, media_type = await server_of(request).metrics.page(names)
     return Response(content, media_type=media_type)
 
 

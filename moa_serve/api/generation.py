@@ -32,7 +32,7 @@ from moa_serve.api.errors import (
     response_of,
     status_of,
 )
-from moa_serve.api.guard import CHARGE, KEY_ID, ClientGone
+from moa_serve.api.guard import CHARGE, CLIENT_CLOSED_REQUEST, KEY_ID, ClientGone
 from moa_serve.api.logs import log_request
 from moa_serve.api.schemas import GenerationRequest, named, read_json
 from moa_serve.api.tools import ToolReader
@@ -42,7 +42,6 @@ from moa_serve.engine.request import Request, SamplingParams, Sequence
 from moa_serve.errors import InvalidRequest, MoaError, RevisionNotFound
 from moa_serve.metrics.record import RequestRecord, timings
 
-CLIENT_CLOSED_REQUEST = 499  # for records only: nobody is there to read it
 MAX_GAPS = 64  # between tokens, that are handed to the metrics at once
 MAX_SCORED_CONTEXTS = 4  # prompt tokens that one request may have scored, in contexts
 
@@ -451,6 +450,7 @@ class Generation(Response):
             prompt_tokens=progress.prompt_tokens,
             completion_tokens=progress.completion_tokens,
             cached_tokens=progress.cached_tokens,
+            longest_completion=max((choice.num_tokens for choice in progress.choices), default=0),
             finish_reason=progress.finish_reason,
             arrived=progress.arrived,
             scheduled=min((sequence.scheduled_at for sequence in sequences if sequence.scheduled_at is not None), default=None),

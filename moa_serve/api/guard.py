@@ -11,6 +11,7 @@ import hmac
 import logging
 import re
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -38,11 +39,16 @@ _LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 ABORT, RECEIVED_AT = "moa.abort", "moa.received_at"
 REQUEST_ID = "request_id"
 KEY_ID = "key_id"  # who asks: 16 hex digits of the key's SHA-256, the same after a restart; absent where no key was asked for
+CLIENT_CLOSED_REQUEST = 499  # for records only: nobody is there to read it
+NO_ROUTE = "none"
 CHARGE = "moa.charge"  # a function to be told of every token that a request has used; absent where tokens are not limited
 
 
 class ResponseCounter(Protocol):
     def observe_response(self, status: int) -> None: ...
+    def observe_http(
+        self, handler: str, method: str, status: int, seconds: float, request_bytes: int, response_bytes: int
+    ) -> None: ...  # fmt: skip
 
 
 class ClientGone(ConnectionAbortedError):
@@ -67,6 +73,7 @@ class Guard:
         check_room: raises Overloaded for a path whose requests have no place now. They are told so here, where it costs least: nobody
             parses their bodies.
         metrics: counts the responses.
+        handler_of: the template of the route that a path belongs to, as metrics name it.
     """
 
     def __init__(
@@ -77,8 +84,9 @@ class Guard:
         is_draining: Callable[[], bool] = lambda: False,
         check_room: Callable[[str], None] = lambda path: None,
         metrics: ResponseCounter | None = None,
+        handler_of: Callable[[str], str] = lambda path: NO_ROUTE,
     ) -> None:
-        self._app, self._settings, self._metrics = app, settings, metrics
+        self._app, self._settings, self._metrics, self._handler_of = app, settings, metrics, handler_of
         self._is_draining, self._check_room = is_draining, check_room
         self._user_keys = [_digest(key.get_secret_value()) for key in settings.api_key]
         self._admin_key = _digest(settings.admin_key.get_secret_value()) if settings.admin_key else None
@@ -102,6 +110,7 @@ class Guard:
         state: dict[str, Any] = scope.setdefault("state", {})
         state[REQUEST_ID] = request_id
         reply = _Reply(scope, send, self._extra_headers(request_id, headers), self._settings.write_timeout_seconds, self._metrics)
+        started, num_read = time.monotonic(), 0
         try:
             if self._is_preflight(scope, headers):
                 await reply.empty(204, _PREFLIGHT)
@@ -114,6 +123,7 @@ class Guard:
                 body = await self._body(state, headers, receive)
                 if body is None:
                     return  # gone before it had sent its request
+                num_read = len(body)
                 if scope["method"] not in _READS:
                     self._check_room(scope["path"])
                 await self._app(_as_get(scope), _Replay(body, receive), reply)
@@ -136,6 +146,10 @@ class Guard:
             else:
                 message = "the server failed while it handled this request; its log has the details"
                 await reply.error(Refusal(500, "internal_error", message, closes=True))
+        finally:
+            if self._metrics is not None:
+                handler, seconds = self._handler_of(scope["path"]), time.monotonic() - started
+                self._metrics.observe_http(handler, scope["method"], reply.status, seconds, num_read, reply.num_bytes)
 
     def _extra_headers(self, request_id: str, headers: "_Headers") -> list[tuple[bytes, bytes]]:
         extra = [(b"x-request-id", request_id.encode("ascii"))]
@@ -322,13 +336,14 @@ class _Reply:
         self._abort: Callable[[], None] | None = scope["state"].get(ABORT)
         self._is_head = scope["method"] == "HEAD"
         self.account: Account | None = None
+        self.status, self.num_bytes = CLIENT_CLOSED_REQUEST, 0  # of the response so far
         self.is_begun = self.is_complete = self.is_cut = False
 
     async def __call__(self, message: Message) -> None:
         if self.is_cut:
             raise ClientGone
         if message["type"] == "http.response.start":
-            self.is_begun = True
+            self.is_begun, self.status = True, message["status"]
             kept = [pair for pair in message.get("headers", []) if pair[0].lower() != b"x-request-id"]
             limits = self.account.headers() if self.account else ()
             message = {**message, "headers": [*kept, *self._extra, *limits]}
@@ -338,6 +353,7 @@ class _Reply:
             self.is_complete = not message.get("more_body", False)
             if self._is_head:
                 message = {**message, "body": b""}
+            self.num_bytes += len(message.get("body", b""))
         try:
             async with asyncio.timeout(self._timeout):
                 await self._send(message)

@@ -20,8 +20,10 @@ from dataclasses import dataclass
 
 from moa_serve import faults
 from moa_serve.adapter.adapter import Adapter
+from moa_serve.adapter.counts import EvictionReason, TierCounts
 from moa_serve.engine.engine import Collected, Engine, TokenEvent
 from moa_serve.engine.request import Request, Sequence
+from moa_serve.engine.steps import StepTimes
 from moa_serve.errors import Draining, EngineError, MoaError, Overloaded
 
 logger = logging.getLogger(__name__)
@@ -150,6 +152,16 @@ class AsyncEngine:
         """What went wrong so far, by kind."""
         return self._engine.incidents
 
+    @property
+    def slot_counts(self) -> TierCounts:
+        """Of the adapters' slots so far. To be read only."""
+        return self._engine.slot_table.counts
+
+    def time_steps(self) -> StepTimes:
+        """What every step from now on is counted in; before the engine starts."""
+        times = self._engine.times = StepTimes()
+        return times
+
     def give_up(self, failure: str) -> None:
         """The engine thread is stuck: tell everybody who waits for it. For any thread; the process must end then."""
         self.failure = failure
@@ -208,9 +220,9 @@ class AsyncEngine:
 
         self._commands.put(command)
 
-    def drop(self, revision: str) -> None:
+    def drop(self, revision: str, reason: EvictionReason = "unloaded") -> None:
         """A revision is gone for good: free its slot once nothing uses it."""
-        self._commands.put(lambda: self._engine.drop(revision))
+        self._commands.put(lambda: self._engine.drop(revision, reason))
 
     def warm(self, adapter: Adapter) -> None:
         """Lay an adapter out for the backend ahead of the step that first needs it, unless it stands in a slot. For worker threads; what

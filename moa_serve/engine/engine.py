@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moa_serve import faults
 from moa_serve.adapter.adapter import Adapter
+from moa_serve.adapter.counts import EvictionReason
 from moa_serve.engine.pools import SLOT_BYTES, BlockPool, SlotTable
 from moa_serve.engine.recovery import Chunks, Failure, Recovery
 from moa_serve.engine.request import Request, SamplingParams, Sequence, TokenLogprob, kv_root, shown
@@ -25,6 +26,7 @@ from moa_serve.engine.routing import RoutedLayers
 from moa_serve.engine.runner import ModelRunner, StepOutput
 from moa_serve.engine.sampler import SampledTokens, Sampler, logprobs_at, token_logprobs
 from moa_serve.engine.scheduler import Scheduler, SchedulerOutput
+from moa_serve.engine.steps import StepTimes
 from moa_serve.errors import (
     AdapterNonfiniteOutput,
     AdapterQuarantined,
@@ -162,6 +164,7 @@ class Engine:
         self.collected: dict[str, Collected] = {}
         self.num_preemptions = 0
         self.did_work = True  # whether the last step had anything to run
+        self.times: StepTimes | None = None  # told of every step, where somebody wants to know
 
     def routing_totals(self, revision: str) -> RoutingTotals | None:
         """What the routers of an adapter decided since it was loaded; None before its first token."""
@@ -172,9 +175,9 @@ class Engine:
         """Count an adapter's routing from 0 again: what came before was its self-test, which is no traffic."""
         self._runner.counters.pop(revision, None)
 
-    def drop(self, revision: str) -> None:
+    def drop(self, revision: str, reason: EvictionReason = "unloaded") -> None:
         """Free what a revision that is gone for good holds here, now or when its last row has ended."""
-        self.slot_table.drop(revision)
+        self.slot_table.drop(revision, reason)
         self._dropped.add(revision)
         self._sweep()
 
@@ -202,12 +205,13 @@ class Engine:
         kv_cache_bytes = (self.block_pool.num_blocks - 1) * self.model.bytes_per_block(self.options.block_size)
         options = replace(self.options, kv_cache_bytes=kv_cache_bytes, max_model_len=self.max_model_len)
         counters, dropped = self._runner.counters, self._dropped
+        self.slot_table.evict_idle("failed")
         self.close()
         release_memory(self.model.device)
         engine = Engine(self.model, options, lease=self._lease, base_digest=self._base_digest)
-        engine._runner.counters = counters
+        engine._runner.counters, engine.slot_table.counts = counters, self.slot_table.counts
         engine._nonfinite, engine._faulty, engine._dropped = self._nonfinite, self._faulty, dropped
-        engine.incidents, engine.num_preemptions = self.incidents, self.num_preemptions
+        engine.incidents, engine.num_preemptions, engine.times = self.incidents, self.num_preemptions, self.times
         engine._sweep()
         return engine
 
@@ -314,6 +318,8 @@ class Engine:
         tried again, or its sequences ended.
         """
         started = time.monotonic()
+        if self.times is not None:
+            self.times.begin(self.model)
         plan = self.scheduler.schedule()
         self.num_preemptions += len(plan.preempted)
         self.did_work = bool(plan.chunks)
@@ -322,6 +328,7 @@ class Engine:
             return events
         for sequence, _ in plan.chunks:
             sequence.scheduled_at = sequence.scheduled_at or started
+        rows, tokens = len(plan.chunks), plan.num_tokens
         self._cache.zero(plan.new_blocks)
         parts, failures = self._recovery.compute(plan.chunks)
         events += [self._fail_for(failure) for failure in failures]
@@ -335,6 +342,8 @@ class Engine:
         for sequence, _ in plan.chunks:
             if sequence.request.params.max_tokens == 0 and not sequence.num_pending:
                 events.append(self._end_scoring(sequence))
+        if self.times is not None:
+            self.times.end(self.model, rows, tokens)
         return events
 
     def _run(self, chunks: Chunks) -> StepOutput:
@@ -352,7 +361,11 @@ class Engine:
     def _sample(self, logits: Tensor, sequences: SequenceOf[Sequence]) -> SampledTokens:
         if faults.active:
             faults.active.strike("sample", seed=[sequence.request.params.seed for sequence in sequences])
-        return self._sampler.sample(logits, sequences)
+        started = time.perf_counter()
+        sampled = self._sampler.sample(logits, sequences)
+        if self.times is not None:
+            self.times.sampled(time.perf_counter() - started)
+        return sampled
 
     def _is_healthy(self) -> bool:
         """Whether the base alone computes and draws a token: then what fails beside it is to blame, and not the engine."""

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from moa_serve.adapter.counts import EvictionReason, TierCounts
 from moa_serve.errors import EngineError
 
 SLOT_BYTES = 256  # of the table for each slot, about
@@ -157,7 +158,7 @@ class _Slot:
     num_users: int = 0
     last_used: int = 0
     needs_upload: bool = False
-    is_dropped: bool = False
+    leaves_as: EvictionReason | None = None  # with its last user
 
 
 class SlotTable:
@@ -173,6 +174,7 @@ class SlotTable:
         self._slots = [_Slot(index) for index in range(num_slots)]
         self._by_revision: dict[str, _Slot] = {}
         self._clock = 0  # counts uses, so that two of them never tie
+        self.counts = TierCounts()  # hits: sequences that found their adapter in its slot; evictions: of those that had got there
 
     @property
     def num_slots(self) -> int:
@@ -206,7 +208,7 @@ class SlotTable:
         if slot is None:
             return None
         if slot.revision != revision:
-            self._clear(slot)
+            self._clear(slot, "capacity")
             slot.revision, slot.needs_upload = revision, True
             self._by_revision[revision] = slot
         return slot.index
@@ -215,6 +217,7 @@ class SlotTable:
         """One more sequence runs with this slot."""
         slot = self._slots[index]
         assert slot.revision is not None, f"slot {index} is acquired, but nothing is assigned to it"
+        self.counts.found(not slot.needs_upload)
         slot.num_users += 1
         self._touch(slot)
 
@@ -224,10 +227,10 @@ class SlotTable:
         assert slot.num_users > 0, f"slot {index} is released, but nobody uses it"
         slot.num_users -= 1
         self._touch(slot)
-        if slot.is_dropped and not slot.num_users:
-            self._clear(slot)
+        if slot.leaves_as is not None and not slot.num_users:
+            self._clear(slot, slot.leaves_as)
 
-    def drop(self, revision: str) -> int | None:
+    def drop(self, revision: str, reason: EvictionReason = "unloaded") -> int | None:
         """Unload: empty the slot of `revision` at once if it is idle, else when its last user is gone.
 
         Returns:
@@ -236,18 +239,18 @@ class SlotTable:
         slot = self._by_revision.get(revision)
         if slot is None:
             return None
-        slot.is_dropped = True
+        slot.leaves_as = reason
         if slot.num_users:
             return None
-        self._clear(slot)
+        self._clear(slot, reason)
         return slot.index
 
-    def evict_idle(self) -> list[str]:
+    def evict_idle(self, reason: EvictionReason = "pressure") -> list[str]:
         """Empty every slot that nobody uses; the revisions that stood there."""
         idle = [slot for slot in self._slots if slot.revision is not None and not slot.num_users]
         revisions = [slot.revision for slot in idle if slot.revision is not None]
         for slot in idle:
-            self._clear(slot)
+            self._clear(slot, reason)
         return revisions
 
     def num_users(self, index: int) -> int:
@@ -274,8 +277,9 @@ class SlotTable:
         self._clock += 1
         slot.last_used = self._clock
 
-    def _clear(self, slot: _Slot) -> None:
+    def _clear(self, slot: _Slot, reason: EvictionReason) -> None:
         assert not slot.num_users, f"slot {slot.index} is cleared under {slot.num_users} users"
         if slot.revision is not None:
             del self._by_revision[slot.revision]
-        slot.revision, slot.needs_upload, slot.is_dropped = None, False, False
+            self.counts.evictions[reason] += not slot.needs_upload
+        slot.revision, slot.needs_upload, slot.leaves_as = None, False, None

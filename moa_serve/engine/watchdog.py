@@ -18,11 +18,13 @@ import traceback
 from collections.abc import Callable
 
 from moa_serve.engine.async_engine import AsyncEngine
+from moa_serve.engine.buckets import Buckets
 
 logger = logging.getLogger(__name__)
 
 STUCK = 70  # exit code
 STALLS = (0.25, 1.0)  # seconds of a turn of the event loop that are counted
+LAG_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 TICK_SECONDS = 0.25
 BEAT_SECONDS = 0.05
 _GRACE_SECONDS = 2.0  # for the errors to reach their readers, and for a probe to see that health says no
@@ -40,6 +42,7 @@ class Watchdog:
         self._engine, self._stuck_seconds, self._exit = engine, stuck_seconds, exit
         self.num_stalls = dict.fromkeys(STALLS, 0)
         self.longest_stall_seconds = 0.0
+        self.lag = Buckets(LAG_SECONDS)  # by how much each beat came late; the loop's
         self._is_stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="moa-watchdog", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -70,7 +73,10 @@ class Watchdog:
         assert self._loop is not None
         late = time.monotonic() - self._beat_at - BEAT_SECONDS
         # Where neither this process computed nor the other thread woke in time, nobody ran: it was stopped, or had no core.
-        if late > STALLS[0] and (time.process_time() - self._beat_cpu > late / 2 or self._num_ticks - self._beat_tick >= 2):
+        has_run = time.process_time() - self._beat_cpu > late / 2 or self._num_ticks - self._beat_tick >= 2
+        if late <= STALLS[0] or has_run:
+            self.lag.add(max(0.0, late))
+        if late > STALLS[0] and has_run:
             self.longest_stall_seconds = max(self.longest_stall_seconds, late)
             for limit in STALLS:
                 self.num_stalls[limit] += late > limit

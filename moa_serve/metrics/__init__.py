@@ -1,29 +1,39 @@
 """Metrics: what one server counts, in the text format of Prometheus.
 
-Two families: our own `moa_*`, and the `vllm:*` names that load balancers and stock dashboards read.
+Two families: our own `moa_*`, and the `vllm:*` names that load balancers and stock dashboards read; beside them those of HTTP routes and of
+the process. docs/metrics.md lists all of them.
 
-Belongs to the event loop. The engine thread hands over immutable snapshots (routing.py, state.py); a scrape reads the latest and never asks
-the engine. Only names of the base and of loaded adapters become labels; everything else is `other`, so no client can make a series.
+Belongs to the event loop. The engine thread hands over immutable snapshots and plain counts (routing.py, state.py); a scrape reads the
+latest and never asks the engine. Only names of the base and of loaded adapters become labels; everything else is `other`, so no client can
+make a series.
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Collection, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Metric, ProcessCollector, generate_latest
+from prometheus_client import Metric, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from moa_serve.adapter.cache import AdapterCache
 from moa_serve.adapter.manifest import Manifest
 from moa_serve.engine.async_engine import AsyncEngine
 from moa_serve.engine.engine import Engine, TokenEvent
 from moa_serve.engine.pressure import MemoryWatch
 from moa_serve.engine.watchdog import Watchdog
 from moa_serve.metrics.drift import Profile
+from moa_serve.metrics.experts import ExpertsUse
+from moa_serve.metrics.family import Family, Shown, Wanted, text_of
+from moa_serve.metrics.http import HttpMetrics
 from moa_serve.metrics.record import RequestRecord, timings
+from moa_serve.metrics.registered import Registered
 from moa_serve.metrics.requests import RequestMetrics
+from moa_serve.metrics.routing import FAMILIES as ROUTING
 from moa_serve.metrics.routing import OTHER, RoutingMetrics
-from moa_serve.metrics.state import Adapters, StateMetrics
+from moa_serve.metrics.state import STATE, Adapters, Now, State
+from moa_serve.metrics.vllm import VLLM_STATE, VllmRequests
+from moa_serve.model.counters import expert_names
 
-__all__ = ["OTHER", "Adapters", "Metrics", "RequestRecord", "timings"]
+__all__ = ["OTHER", "Adapters", "ExpertsUse", "Metrics", "RequestRecord", "timings"]
 
 LOADED = "ok"
 """The `result` of a load that published its adapter; any other names what went wrong."""
@@ -34,31 +44,34 @@ class Metrics:
     Args:
         base_name: what the base is served as: its label.
         max_model_len: served context in tokens: the end of the length histograms.
-        named_adapters: adapters with latency and token series of their own (350 lines each), the first that are loaded; the rest: `other`.
+        named_adapters: adapters with latency and token series of their own (370 lines each), the first that are loaded; the rest: `other`.
         grid_adapters: adapters whose router metrics have a series for each layer and expert.
+        has_vllm: show the `vllm:*` names too.
     """
 
-    def __init__(self, base_name: str, *, max_model_len: int = 8192, grid_adapters: int = 8, named_adapters: int = 64) -> None:
+    def __init__(
+        self, base_name: str, *, max_model_len: int = 8192, grid_adapters: int = 8, named_adapters: int = 64, has_vllm: bool = True
+    ) -> None:
         self._base_name, self._named_adapters = base_name, named_adapters
-        self._registry = CollectorRegistry()
         self._names: set[str] = set()
-        self._requests = RequestMetrics(self._registry, max_model_len)
-        self._state = StateMetrics(base_name)
+        self._registered = Registered()
+        self._requests, self._http = RequestMetrics(self._registered), HttpMetrics(self._registered)
+        self._vllm = VllmRequests(self._registered, max_model_len) if has_vllm else None
+        self._state = State(base_name)
+        self._shown: tuple[Shown[Now], ...] = STATE + VLLM_STATE if has_vllm else STATE
         self._routing = RoutingMetrics(grid_adapters)
-        self._now = CollectorRegistry()  # how things stand, which the loop changes: read there
-        self._now.register(self._state)
-        ProcessCollector(registry=self._now)
+        self._process = ProcessCollector(registry=None)
 
-    def attach(self, engine: AsyncEngine, adapters: Adapters) -> None:
-        """Watch an engine and the adapters it serves; before the engine starts."""
-        self._state.attach(engine, adapters)
-        engine.on_step = self._on_step
+    def attach(self, engine: AsyncEngine, adapters: Adapters, cache: AdapterCache | None = None) -> None:
+        """Watch an engine, the adapters it serves and the host memory they are in; before the engine starts."""
+        self._state.attach(engine, adapters, cache)
+        engine.on_step = self.on_step
 
     def watch(self, watchdog: Watchdog, memory: MemoryWatch) -> None:
         """Show what these two see; where a server runs."""
         self._state.watch(watchdog, memory)
 
-    def _on_step(self, engine: Engine, events: list[TokenEvent]) -> None:
+    def on_step(self, engine: Engine, events: list[TokenEvent]) -> None:
         """In the engine thread."""
         self._state.publish(engine)
         self._routing.publish(engine, events)
@@ -67,23 +80,33 @@ class Metrics:
 
     def observe_request(self, record: RequestRecord) -> None:
         """A request has ended, in whatever way; once for each."""
-        self._requests.observe(record, self._label(record.adapter, record.model))
+        label = self._label(record.adapter, record.model)
+        self._requests.observe(record, label)
+        if self._vllm is not None:
+            self._vllm.observe(record, label)
 
     def observe_unread(self) -> None:
         """A request was refused for want of a place before anybody looked for whom it was."""
         self._requests.observe_unread(OTHER)
 
-    def observe_tokens(self, adapter: str | None, gaps_seconds: Iterable[float]) -> None:
+    def observe_tokens(self, adapter: str | None, gaps_seconds: Sequence[float]) -> None:
         """Seconds between one token of a stream and the next."""
-        self._requests.observe_gaps(self._label(adapter, self._base_name), gaps_seconds)
+        label = self._label(adapter, self._base_name)
+        self._requests.observe_gaps(label, gaps_seconds)
+        if self._vllm is not None:
+            self._vllm.observe_gaps(label, gaps_seconds)
 
     def observe_response(self, status: int) -> None:
         """An HTTP response of any kind was begun."""
-        self._requests.responses.labels(str(status)).inc()
+        self._http.responses.labels(str(status)).inc()
+
+    def observe_http(self, handler: str, method: str, status: int, seconds: float, request_bytes: int, response_bytes: int) -> None:
+        """An HTTP request has ended; `handler` is the template of its route."""
+        self._http.observe(handler, method, status, seconds, request_bytes, response_bytes)
 
     def registry_trouble(self, kind: str) -> None:
         """One of `REGISTRY_TROUBLE` happened to the registry's state."""
-        self._requests.registry_trouble.labels(kind).inc()
+        self._requests.observe_trouble(kind)
 
     def adapter_loaded(
         self, name: str, revision: str | None, seconds: float, source: str, result: str, *, manifest: Manifest | None = None
@@ -95,16 +118,20 @@ class Metrics:
             source: who asked: a word of ours, such as lazy or explicit.
             result: "ok", or a word of ours for why not; then `name` gets no series.
         """
-        self._requests.observe_load(seconds, source, result, name if result == LOADED else None)
-        if result == LOADED and revision is not None:
+        is_loaded = result == LOADED
+        self._requests.observe_load(seconds, source, result, name if is_loaded else None)
+        if self._vllm is not None and is_loaded:
+            self._vllm.observe_load(seconds)
+        if is_loaded and revision is not None:
             if len(self._names) < self._named_adapters:
                 self._names.add(name)
-            self._routing.loaded(name, revision, None if manifest is None else Profile.of(manifest))
+            profile, experts = (None, ()) if manifest is None else (Profile.of(manifest), expert_names(manifest))
+            self._routing.loaded(name, revision, profile, experts)
 
     def adapter_unloaded(self, name: str) -> None:
         """A name is gone: its series go too."""
         self._names.discard(name)
-        self._requests.forget(name)
+        self._registered.forget(name)
         self._routing.unloaded(name)
 
     def _label(self, adapter: str | None, model: str) -> str:
@@ -112,31 +139,54 @@ class Metrics:
             return model if model == self._base_name or model in self._names else OTHER
         return adapter if adapter in self._names else OTHER
 
-    # -- the scrape
+    # -- who asks
 
-    def render(self) -> tuple[bytes, str]:
-        """The page, and its content type: text format 0.0.4, which every Prometheus reads."""
-        return self._render_now() + self._render_counted(), CONTENT_TYPE_PLAIN_0_0_4
+    def experts(self, name: str) -> ExpertsUse | None:
+        """What an adapter's routers did since it was loaded; None where it was not read yet."""
+        return self._routing.experts(name)
 
-    async def page(self) -> tuple[bytes, str]:
+    @property
+    def families(self) -> list[Family]:
+        """All that can be on the page."""
+        process = [Family(_headed(metric), metric.type, metric.documentation) for metric in self._process.collect()]
+        return [*self._registered.families, *(shown.family for shown in self._shown), *(shown.family for shown in ROUTING), *process]
+
+    def render(self, names: Collection[str] | None = None) -> tuple[bytes, str]:
+        """The page, and its content type: text format 0.0.4, which every Prometheus reads.
+
+        Args:
+            names: of the families, or of their series, that are wanted; None for all.
+        """
+        wanted = Wanted(names)
+        return self._render_now(wanted) + self._registered.text(wanted), CONTENT_TYPE_PLAIN_0_0_4
+
+    async def page(self, names: Collection[str] | None = None) -> tuple[bytes, str]:
         """The same for a server at work: the counters of requests, most of the page and a tenth of a second of it, are written in a thread,
         for they have locks of their own."""
-        return self._render_now() + await asyncio.to_thread(self._render_counted), CONTENT_TYPE_PLAIN_0_0_4
+        wanted = Wanted(names)
+        return self._render_now(wanted) + await asyncio.to_thread(self._registered.text, wanted), CONTENT_TYPE_PLAIN_0_0_4
 
-    def _render_now(self) -> bytes:
-        return generate_latest(_WithoutCreated(self._now)) + self._routing.render().encode()
+    def _render_now(self, wanted: Wanted) -> bytes:
+        now = self._state.look()
+        state = "" if now is None else text_of(self._shown, now, wanted)
+        return (state + self._routing.render(wanted)).encode() + self._render_process(wanted)
 
-    def _render_counted(self) -> bytes:
-        return generate_latest(_WithoutCreated(self._registry))
+    def _render_process(self, wanted: Wanted) -> bytes:
+        if wanted.names is not None and not any(name.startswith("process_") for name in wanted.names):
+            return b""
+        return generate_latest(_These([metric for metric in self._process.collect() if _headed(metric) in wanted]))
 
 
-class _WithoutCreated:
-    """A registry without the `_created` series, which double the lines of counters and which the text format does not have."""
+class _These:
+    """What `generate_latest` takes."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
+    def __init__(self, metrics: list[Metric]) -> None:
+        self._metrics = metrics
 
-    def collect(self) -> Iterable[Metric]:
-        for metric in self._registry.collect():
-            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
-            yield metric
+    def collect(self) -> Iterator[Metric]:
+        yield from self._metrics
+
+
+def _headed(metric: Metric) -> str:
+    """Its name as the page has it."""
+    return f"{metric.name}_total" if metric.type == "counter" else metric.name

@@ -7,8 +7,8 @@ experts of all layers (Lin, 1991). Unlike Kullback and Leibler's, it is finite w
 """
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,21 @@ HALF_LIFE_SECONDS = 600.0  # after which a token counts for half
 MIN_TOKENS = 500.0  # fewer say nothing yet
 
 Shares = npt.NDArray[np.float64]
+Experts = tuple[tuple[str, ...], ...]  # names of a layer's experts, layer by layer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Profile:
-    """`shares` by layer and expert's name, 0 to 1: of tokens that kept it, or its mean weight (`is_of_weights`)."""
+    """What an adapter's routers did in training, of each expert of each layer, one after the other (cells).
 
-    shares: tuple[Mapping[str, float], ...]
+    Args:
+        selected, weight: (cells,) the share of tokens that kept it, and its mean weight, 0 to 1; NaN where only the other one is told.
+        is_of_weights: every token keeps every expert, so that only the weights say something.
+    """
+
+    experts: Experts
+    selected: Shares
+    weight: Shares
     is_of_weights: bool
 
     @classmethod
@@ -35,31 +43,45 @@ class Profile:
         layers = (manifest.profile or {}).get("layers")
         if not isinstance(layers, list) or len(layers) != manifest.base.num_layers:
             return None
+        found = [{} if layer is None else layer for layer in layers]
+        if not all(isinstance(layer, dict) and all(isinstance(use, dict) for use in layer.values()) for layer in found):
+            return None
+        uses = [use for layer in found for use in layer.values()]
+        selected, weight = (np.array([_share(use.get(kind)) for use in uses]) for kind in ("selected", "weight"))
         is_of_weights = manifest.router.select.kind == "all"
-        shares = [_shares(layer, "weight" if is_of_weights else "selected") for layer in layers]
-        return None if any(layer is None for layer in shares) else cls(tuple(layer for layer in shares if layer is not None), is_of_weights)
-
-    def aligned(self, experts: Sequence[Sequence[str]]) -> Shares | None:
-        """(cells,) one layer's experts after the other; None where it is of other experts."""
-        if len(experts) != len(self.shares) or any(
-            name not in layer for layer, names in zip(self.shares, experts, strict=True) for name in names
-        ):
+        if np.isnan(weight if is_of_weights else selected).any():
             return None
-        return np.array([layer[name] for layer, names in zip(self.shares, experts, strict=True) for name in names])
+        return cls(_same(tuple(tuple(map(str, layer)) for layer in found)), selected, weight, is_of_weights)
+
+    def aligned(self, experts: Experts) -> Shares | None:
+        """(cells,) of these experts, what they are compared by; None where it is of other experts."""
+        places = _places(self.experts, experts)
+        return None if places is None else (self.weight if self.is_of_weights else self.selected)[places]
+
+    def uses(self, experts: Experts) -> tuple[Shares, Shares] | None:
+        """(cells,) weight and selected of these experts; None where it is of others."""
+        places = _places(self.experts, experts)
+        return None if places is None else (self.weight[places], self.selected[places])
 
 
-def _shares(layer: Any, kind: str) -> dict[str, float] | None:
-    if layer is None:
-        return {}
-    if not isinstance(layer, dict):
-        return None
-    found: dict[str, float] = {}
-    for name, use in layer.items():
-        share = use.get(kind) if isinstance(use, dict) else None
-        if not isinstance(share, int | float) or not 0 <= share <= 1:
-            return None
-        found[name] = float(share)
-    return found
+def _share(value: Any) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and 0 <= value <= 1 else math.nan
+
+
+@lru_cache(maxsize=256)
+def _same(experts: Experts) -> Experts:
+    """One object for all that are equal: ten thousand adapters have few layouts."""
+    return experts
+
+
+@lru_cache(maxsize=256)
+def _places(known: Experts, wanted: Experts) -> npt.NDArray[np.intp] | None:
+    """Where the cells of `wanted` stand among those of `known`; None where one is missing."""
+    cells = ((layer, name) for layer, names in enumerate(known) for name in names)
+    numbers = {cell: number for number, cell in enumerate(cells)}
+    found = [numbers.get((layer, name), -1) for layer, names in enumerate(wanted) for name in names]
+    return None if len(known) != len(wanted) or -1 in found else np.array(found, dtype=np.intp)
 
 
 @dataclass(eq=False, slots=True)

@@ -11,6 +11,7 @@ class RequestRecord:
         model: the name that was asked for, as the client wrote it.
         adapter: the adapter it named; None is the base, or nothing that is known.
         prompt_tokens, completion_tokens, cached_tokens: of all its prompts and completions together.
+        longest_completion: tokens of its longest completion.
         finish_reason: stop, length, abort (the client left) or error.
         arrived: the request was complete. scheduled: its first row began. first_token: of its first row. finished: its last byte was made.
         n: completions of each prompt.
@@ -26,6 +27,7 @@ class RequestRecord:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    longest_completion: int
     finish_reason: str
     arrived: float
     scheduled: float | None

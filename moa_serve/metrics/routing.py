@@ -20,15 +20,17 @@ import numpy as np
 import numpy.typing as npt
 
 from moa_serve.engine.engine import Engine, TokenEvent
-from moa_serve.metrics.drift import Profile, Recent, divergence
+from moa_serve.metrics.drift import Experts, Profile, Recent, divergence
+from moa_serve.metrics.experts import ExpertsUse, use_of
+from moa_serve.metrics.family import Family, Wanted
 from moa_serve.model.counters import RoutingTotals
 
 OTHER = "other"
 PUBLISH_SECONDS = 0.2  # between two snapshots of one revision: on a GPU each one waits for the device
 DECIDE_SECONDS = 60.0
 DEAD_TOKENS = 1000  # that an expert must have been passed over by
+_ALL = Wanted()
 
-Experts = tuple[tuple[str, ...], ...]  # names of a layer's experts, layer by layer
 Counts = npt.NDArray[np.float64]
 
 
@@ -101,6 +103,7 @@ class _Adapter:
     seen: RoutingTotals | None = None  # given to a series already
     activity: float = 0.0  # tokens lately
     profile: Profile | None = None  # what its routers did in training
+    experts: Experts = ()  # that its routers weigh, as far as its manifest says
     recent: Recent = field(default_factory=Recent)
 
     @property
@@ -161,7 +164,7 @@ class RoutingMetrics:
 
     # -- the loop's side
 
-    def loaded(self, name: str, revision: str, profile: Profile | None = None) -> None:
+    def loaded(self, name: str, revision: str, profile: Profile | None = None, experts: Experts = ()) -> None:
         known = self._adapters.get(name)
         if known is not None and known.revision == revision:
             return
@@ -169,7 +172,7 @@ class RoutingMetrics:
             self.unloaded(name)
         if all(other.revision != revision for other in self._adapters.values()):
             self._totals.pop(revision, None)  # of its self-test, which is no traffic
-        self._adapters[name] = _Adapter(revision, profile=profile)
+        self._adapters[name] = _Adapter(revision, profile=profile, experts=experts)
         if len(self._grid) < self._grid_adapters:
             self._grid.add(name)
 
@@ -233,23 +236,41 @@ class RoutingMetrics:
     def _rank(self, name: str) -> tuple[float, bool]:
         return -self._adapters[name].activity, name not in self._grid
 
+    # -- who asks
+
+    def experts(self, name: str) -> ExpertsUse | None:
+        """What an adapter's routers did since its revision was loaded, in the grid or not; None where the name is not loaded."""
+        adapter = self._adapters.get(name)
+        if adapter is None:
+            return None
+        self._settle()
+        # Of several names of one revision, the first has the totals of all.
+        owner = next(other for other in self._adapters.values() if other.revision == adapter.revision)
+        experts = owner.seen.experts if owner.seen is not None else adapter.experts
+        return use_of(name, adapter.revision, experts, owner.seen, adapter.profile, owner.drift, has_dead=owner.num_dead is not None)
+
     # -- the scrape
 
-    def render(self) -> str:
+    def render(self, wanted: Wanted = _ALL) -> str:
         """The families as text, each with its header."""
+        if not any(routed.family.name in wanted for routed in FAMILIES):
+            return ""
         self._settle()
         self._decide()
         shown = list(self._shown())
         lines: list[str] = []
-        for name, kind, text, samples in _FAMILIES:
-            lines += (f"# HELP {name} {text}", f"# TYPE {name} {kind}")
-            for adapter, sums in shown:
-                lines += samples(name, f'adapter="{adapter}"', sums)
-        for name, text, of in _OF_ADAPTERS:
-            lines += (f"# HELP {name} {text}", f"# TYPE {name} gauge")
-            values = [(adapter, of(self._adapters[adapter])) for adapter, _ in shown if adapter != OTHER]
-            lines += [f'{name}{{adapter="{adapter}"}} {value!r}' for adapter, value in values if value is not None]
-        return "\n".join(lines) + "\n"
+        for routed in FAMILIES:
+            name = routed.family.name
+            if name not in wanted:
+                continue
+            lines += routed.family.header
+            if isinstance(routed, _OfSums):
+                for adapter, sums in shown:
+                    lines += routed.samples(name, f'adapter="{adapter}"', sums)
+            else:
+                values = [(adapter, routed.value(self._adapters[adapter])) for adapter, _ in shown if adapter != OTHER]
+                lines += [f'{name}{{adapter="{adapter}"}} {value!r}' for adapter, value in values if value is not None]
+        return "".join(f"{line}\n" for line in lines)
 
     def _shown(self) -> Iterator[tuple[str, _Sums]]:
         for name, adapter in self._adapters.items():
@@ -288,48 +309,75 @@ def _skipped(name: str, label: str, sums: _Sums) -> list[str]:
     return [f"{name}{{{label}}} {float((sums.met - sums.computed).sum())!r}"]
 
 
-_FAMILIES: tuple[tuple[str, str, str, Callable[[str, str, _Sums], list[str]]], ...] = (
-    ("moa_router_tokens_total", "counter", "Tokens that went through the routers of a layer.", _layers(lambda sums: sums.tokens)),
-    (
+@dataclass(frozen=True, slots=True)
+class _OfSums:
+    """A family, and its lines for one label: an adapter's, or `other`."""
+
+    family: Family
+    samples: Callable[[str, str, _Sums], list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class _OfAdapter:
+    """A gauge of each adapter in the grid."""
+
+    family: Family
+    value: Callable[[_Adapter], float | None]
+
+
+def _counter(name: str, text: str, samples: Callable[[str, str, _Sums], list[str]], *labels: str) -> _OfSums:
+    return _OfSums(Family(name, "counter", text, ("adapter", *labels)), samples)
+
+
+def _of_adapter(name: str, text: str, value: Callable[[_Adapter], float | None]) -> _OfAdapter:
+    return _OfAdapter(Family(name, "gauge", text, ("adapter",)), value)
+
+
+FAMILIES: tuple[_OfSums | _OfAdapter, ...] = (
+    _counter("moa_router_tokens_total", "Tokens that went through the routers of a layer.", _layers(lambda sums: sums.tokens), "layer"),
+    _counter(
         "moa_router_threshold_total",
-        "counter",
         "Sum over tokens of the score that an expert had to reach in a layer; over moa_router_tokens_total the mean threshold. 0 where "
         "nothing has to be reached.",
         _layers(lambda sums: sums.thresholds),
+        "layer",
     ),
-    ("moa_expert_selected_total", "counter", "Tokens that kept an expert.", _cells(lambda sums: sums.selected)),
-    (
+    _counter("moa_expert_selected_total", "Tokens that kept an expert.", _cells(lambda sums: sums.selected), "layer", "expert"),
+    _counter(
         "moa_expert_computed_total",
-        "counter",
         "Tokens that an expert was computed for. The torch backend computes every expert for every token; the native one leaves out whom "
         "no token kept, each token by itself or, with AMX, up to 16 neighbours together.",
         _cells(lambda sums: sums.computed),
+        "layer",
+        "expert",
     ),
-    (
+    _counter(
         "moa_expert_weight_total",
-        "counter",
         "Sum of the weights of an expert over the tokens that kept it.",
         _cells(lambda sums: sums.gate_sum),
+        "layer",
+        "expert",
     ),
-    ("moa_experts_per_token", "summary", "Experts that a token keeps in a layer: the sum, and the tokens times layers.", _per_token),
-    ("moa_expert_evaluations_total", "counter", "Tokens times the experts that stand in their way.", _evaluations),
-    (
+    _OfSums(
+        Family(
+            "moa_experts_per_token", "summary", "Experts that a token keeps in a layer: the sum, and the tokens times layers.", ("adapter",)
+        ),
+        _per_token,
+    ),
+    _counter("moa_expert_evaluations_total", "Tokens times the experts that stand in their way.", _evaluations),
+    _counter(
         "moa_expert_evaluations_skipped_total",
-        "counter",
         "Those of moa_expert_evaluations_total that were not computed; 0 with the torch backend.",
         _skipped,
     ),
-)
-
-_OF_ADAPTERS: tuple[tuple[str, str, Callable[[_Adapter], float | None]], ...] = (
-    (
+    _of_adapter(
         "moa_router_drift",
         "How far routing is from the profile in the adapter's manifest, 0 to 1: the mean over experts of JS(p, q) = H((p+q)/2) - "
         "(H(p)+H(q))/2 in bits, H(p) = -p log2 p - (1-p) log2(1-p), where p is the share of tokens that kept the expert (its mean weight, "
         "where all are kept) in training and q lately: a token counts for half after ten minutes. From 500 tokens on.",
         lambda adapter: adapter.drift,
     ),
-    (
+    _of_adapter(
         "moa_dead_experts",
         "Experts, over all layers, that no token has kept since the adapter was loaded. From 1,000 tokens on.",
         lambda adapter: adapter.num_dead,

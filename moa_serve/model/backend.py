@@ -1,6 +1,6 @@
 """What computes a step, as the engine sees it: the torch definition (transformer.py) or the native library. Only shapes of objects here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +10,8 @@ from moa_serve.adapter.adapter import Adapter
 from moa_serve.config import ModelConfig
 from moa_serve.model.attention import CachedSpan
 from moa_serve.model.batch import ForwardBatch, PreparedAdapter
+
+PARTS = ("base", "attention", "router", "experts", "head")  # of a forward, as far as its time is told apart
 
 
 class Cache(Protocol):
@@ -90,6 +92,19 @@ class Backend(Protocol):
         ...
 
     @property
+    def timing_is_free(self) -> bool:
+        """Whether a forward that is timed by part takes no longer."""
+        ...
+
+    def start_timing(self) -> None:
+        """Note from now on what each of `PARTS` takes, until `take_timing`. On another device a forward waits for each of them then."""
+        ...
+
+    def take_timing(self) -> Mapping[str, float]:
+        """Seconds by `PARTS` of the forwards since `start_timing`."""
+        ...
+
+    @property
     def layers_done(self) -> int:
         """Layers computed so far: what tells a long step from one that is stuck. Read from any thread, also while `forward` runs."""
         ...
@@ -99,4 +114,4 @@ class Backend(Protocol):
         ...
 
 
-__all__ = ["Backend", "Cache", "PreparedAdapter"]
+__all__ = ["PARTS", "Backend", "Cache", "PreparedAdapter"]

@@ -68,6 +68,13 @@ def counted_outputs(manifest: Manifest) -> list[dict[str, Counted]]:
     return layers
 
 
+def expert_names(manifest: Manifest) -> tuple[tuple[str, ...], ...]:
+    """Of the experts that routers weigh, layer by layer; empty where the adapter has no router."""
+    if manifest.router.site == "none":
+        return ()
+    return tuple(tuple(expert.name for expert in manifest.layer(layer).experts) for layer in range(manifest.base.num_layers))
+
+
 class RouterCounters:
     """Totals of one adapter revision; for an adapter without routers only its tokens are counted.
 
@@ -77,8 +84,7 @@ class RouterCounters:
 
     def __init__(self, manifest: Manifest, device: torch.device) -> None:
         plans = [manifest.layer(layer) for layer in range(manifest.base.num_layers)]
-        names = tuple(tuple(expert.name for expert in plan.experts) for plan in plans)
-        self._experts = names if manifest.router.site != "none" else ()
+        self._experts = expert_names(manifest)
         self._counted = counted_outputs(manifest)
         self._places: dict[tuple[Word, ...], _Places] = {}  # one in serving: every step asks the same routers
         shape = (len(plans), max(len(plan.experts) for plan in plans))

@@ -8,6 +8,8 @@ Attention is an argument (attention.py). Not for sampling, not for scheduling. O
 
 import threading
 from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Self
 
 import torch
@@ -19,6 +21,7 @@ from moa_serve.config import ModelConfig
 from moa_serve.model.attention import Attention, KVCache
 from moa_serve.model.batch import Expert, ForwardBatch, PooledRows
 from moa_serve.model.build import build
+from moa_serve.model.clock import PartClock
 from moa_serve.model.moa import Mixture, MoaLayer, MoaWeights, Routed, Router
 from moa_serve.model.ops import inverse_frequencies, linear, prepacked, rms_norm, rotate
 from moa_serve.model.stacked import Part, Stacks, join, parts_of
@@ -69,12 +72,15 @@ class ActiveLayer:
             self.part.hear(self.index, site, routed, self.batch.trace)
 
     def _add(self, site: str, mixture: Mixture, expert: Expert, source: Tensor, reads: Tensor, out: Tensor) -> Tensor:
-        routed = mixture.route(self._of(reads)) if mixture.router else None
+        routed = self._route(mixture, reads) if mixture.router else None
         self._hear(site, routed)
         own = self._of(source)
         if self.batch.observer is not None:
             self.batch.observer(self.index, site, expert, own, routed)
         return self.part.add(expert(own, self.gates, routed), out)
+
+    def _route(self, mixture: Mixture, reads: Tensor) -> Routed | None:
+        return mixture.route(self._of(reads))
 
     def add_lora(self, target: str, u: Tensor, out: Tensor) -> Tensor:
         """out (T, out) and on top the LoRA experts at `target` on the linear's input u (T, in). May write into `out`, as all three."""
@@ -93,12 +99,45 @@ class ActiveLayer:
         return out if parallel is None else self._add("P_ADAPTER", parallel.mixture, parallel, m, m, out)
 
 
+class TimedLayer(ActiveLayer):
+    """The same in a step that is timed by part."""
+
+    def __init__(
+        self, clock: PartClock, part: Part, weights: MoaLayer, index: int, x: Tensor, n: Tensor, batch: ForwardBatch
+    ) -> None:  # fmt: skip
+        self._clock = clock
+        super().__init__(part, weights, index, x, n, batch)
+
+    def _layer_gates(self, x: Tensor, n: Tensor) -> Tensor | None:
+        if self.weights.router is None:
+            return None
+        with self._clock.part("router"):
+            return super()._layer_gates(x, n)
+
+    def _route(self, mixture: Mixture, reads: Tensor) -> Routed | None:
+        with self._clock.part("router"):
+            return super()._route(mixture, reads)
+
+    def add_lora(self, target: str, u: Tensor, out: Tensor) -> Tensor:
+        with self._clock.part("experts"):
+            return super().add_lora(target, u, out)
+
+    def add_prompt(self, q: Tensor, n: Tensor, out: Tensor) -> Tensor:
+        with self._clock.part("experts"):
+            return super().add_prompt(q, n, out)
+
+    def add_parallel(self, m: Tensor, out: Tensor) -> Tensor:
+        with self._clock.part("experts"):
+            return super().add_parallel(m, out)
+
+
 class Transformer:
     """`forward(batch, attention)` -> logits of the wanted rows."""
 
     def __init__(self, config: ModelConfig, weights: BaseWeights) -> None:
         self.config, self.weights = config, weights
         self.layers_done = 0
+        self._clock: PartClock | None = None  # while forwards are timed by part
         self._stacks = Stacks() if weights.embed.device.type == "cpu" else None  # on CUDA untried
         self.inverse_frequencies = inverse_frequencies(config.rope, config.head_dim, weights.embed.device)
         self._warmed: OrderedDict[str, MoaWeights] = OrderedDict()  # by revision, until a slot takes them
@@ -191,15 +230,30 @@ class Transformer:
     def close(self) -> None:
         """Nothing: tensors go with their objects."""
 
+    timing_is_free = False
+
+    def start_timing(self) -> None:
+        self._clock = PartClock(self.device)
+
+    def take_timing(self) -> dict[str, float]:
+        assert self._clock is not None, "timing was not started"
+        clock, self._clock = self._clock, None
+        return clock.seconds
+
+    def _part(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self._clock is None else self._clock.part(name)
+
     def forward(self, batch: ForwardBatch, attention: Attention) -> Tensor:
         """(N, V) float32: logits of `batch.logit_rows`, or of all T tokens.
 
         Routers' words on the tokens go to `batch.trace`, and instance-level weights to the segments' `pooled.gates`.
         """
-        hidden = self.hidden(batch, attention)
-        if batch.logit_rows is not None:
-            hidden = hidden[batch.logit_rows]
-        return linear(rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps), self.weights.head).float()
+        with self._part("base"):
+            hidden = self.hidden(batch, attention)
+        with self._part("head"):
+            if batch.logit_rows is not None:
+                hidden = hidden[batch.logit_rows]
+            return linear(rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps), self.weights.head).float()
 
     def hidden(self, batch: ForwardBatch, attention: Attention) -> Tensor:
         """(T, D): output of the last block, before the final norm."""
@@ -210,6 +264,8 @@ class Transformer:
         # An observer wants to meet every segment by itself, and a gradient would have to find its way through the stack.
         is_together = batch.observer is None and not torch.is_grad_enabled()
         parts = parts_of(batch.segments, self._stacks if is_together else None)
+        if self._clock is not None:
+            attention = self._clock.timing("attention", attention)
         for index, weights in enumerate(self.weights.layers):
             x = self.block(index, weights, x, rope, batch, parts, attention)
             self.layers_done += 1
@@ -229,7 +285,8 @@ class Transformer:
     ) -> Tensor:
         """(T, D) -> (T, D)."""
         n = rms_norm(x, w.attention_norm, self.config.rms_norm_eps)
-        active = [ActiveLayer(part, layer, index, x, n, batch) for part in parts if (layer := part.layers[index]) is not None]
+        make = ActiveLayer if self._clock is None else partial(TimedLayer, self._clock)
+        active = [make(part, layer, index, x, n, batch) for part in parts if (layer := part.layers[index]) is not None]
         h = x + self._attention(index, w, n, rope, active, attention)
         m = rms_norm(h, w.ffn_norm, self.config.rms_norm_eps)
         return h + self._ffn(w, m, active)

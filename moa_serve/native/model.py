@@ -7,6 +7,7 @@ engine thread, but for `prepare`, `warm` and `forget`.
 import ctypes
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -190,6 +191,7 @@ class NativeModel:
         self._engine: int | None = None
         self._closing = threading.Lock()  # between `close` and whoever looks how far a step has come
         self._cache: NativeCache | None = None
+        self._forward_seconds = 0.0
         self.config, self.dtype, self.device = config, weights.embed.dtype, torch.device("cpu")
         self.instruction_set = instruction_set or lib.instruction_sets()[0]
         self.threads = threads or num_threads()
@@ -287,6 +289,18 @@ class NativeModel:
         self._library.moa_engine_ticks(self._engine, values)
         return dict(zip(lib.PARTS, values, strict=True))
 
+    timing_is_free = True  # the library counts in any case
+
+    def start_timing(self) -> None:
+        self.ticks()
+        self._forward_seconds = 0.0
+
+    def take_timing(self) -> dict[str, float]:
+        """The time in the library, shared out by its ticks: what they are in seconds differs from one processor to the next."""
+        ticks = self.ticks()
+        scale = self._forward_seconds / max(1, sum(ticks.values()))
+        return {part: count * scale for part, count in ticks.items()}
+
     # -- a step
 
     def forward(self, batch: ForwardBatch, attention: Any) -> Tensor:
@@ -320,7 +334,10 @@ class NativeModel:
             num_segments=len(views),
             num_logits=len(rows),
         )
-        if self._library.moa_engine_step(self._engine, struct):
+        started = time.perf_counter()
+        has_failed = self._library.moa_engine_step(self._engine, struct)
+        self._forward_seconds += time.perf_counter() - started
+        if has_failed:
             raise OutOfMemory(f"there is no memory for the buffers of a step of {len(ids)} tokens; lower max_batch_tokens")
         if batch.trace is not None:
             for number, view in enumerate(views):

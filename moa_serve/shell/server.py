@@ -148,10 +148,14 @@ def compose(settings: ServerSettings, base: Base, backend: str, directory: State
         isolate=True,
     )
     metrics = Metrics(
-        name, max_model_len=engine.engine.max_model_len, grid_adapters=settings.grid_adapters, named_adapters=settings.named_adapters
+        name,
+        max_model_len=engine.engine.max_model_len,
+        grid_adapters=settings.grid_adapters,
+        named_adapters=settings.named_adapters,
+        has_vllm=settings.vllm_metrics,
     )
     registry = AdapterRegistry(store, engine, metrics=metrics, directory=directory)
-    metrics.attach(engine, registry)
+    metrics.attach(engine, registry, store.cache)
 
     def evict() -> None:
         store.cache.evict_idle()

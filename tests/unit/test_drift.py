@@ -58,6 +58,9 @@ def test_a_profile_is_read_by_layer_and_name() -> None:
     experts = (*EXPERTS, ())
     assert listed(sparse.aligned(experts)) == pytest.approx([0.5] * 3)
     assert listed(soft.aligned(experts)) == pytest.approx([0.25] * 3)
+    assert listed(sparse.aligned((("K", "Q"), ("Q",), ()))) == pytest.approx([0.5] * 3)
+    assert sparse.uses(experts) is not None
+    assert [listed(values) for values in sparse.uses(experts) or ()] == [[0.25] * 3, [0.5] * 3], "weight, selected"
     assert sparse.aligned(EXPERTS) is None
     assert sparse.aligned((("Q", "V"), ("Q",), ())) is None
 
@@ -87,7 +90,7 @@ def test_shipped_profiles_can_be_read(name: str) -> None:
     found = Manifest.parse(json.loads((ADAPTERS / name / "adapter.json").read_text()))
     profile = Profile.of(found)
     assert profile is not None
-    experts = [[expert.name for expert in found.layer(layer).experts] for layer in range(found.base.num_layers)]
+    experts = tuple(tuple(expert.name for expert in found.layer(layer).experts) for layer in range(found.base.num_layers))
     shares = profile.aligned(experts)
     assert shares is not None
     assert divergence(shares, shares) == pytest.approx(0.0, abs=1e-12)

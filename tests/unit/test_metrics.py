@@ -17,14 +17,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from moa_serve import SamplingParams
 from moa_serve.adapter.adapter import AdapterSource
+from moa_serve.adapter.cache import AdapterCache
 from moa_serve.adapter.importers import read_adapter
 from moa_serve.engine.async_engine import AsyncEngine
 from moa_serve.engine.engine import Engine, EngineOptions
 from moa_serve.engine.request import Request
 from moa_serve.metrics import Metrics, RequestRecord, timings
 from moa_serve.metrics.drift import Profile
-from moa_serve.metrics.requests import lengths
 from moa_serve.metrics.routing import DECIDE_SECONDS, RoutingMetrics
+from moa_serve.metrics.vllm import lengths
 from moa_serve.model.counters import RoutingTotals
 from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import load_base
@@ -32,7 +33,8 @@ from moa_serve.model.weights import load_base
 Labels = tuple[tuple[str, str], ...]
 RECORD = RequestRecord(
     model="math", adapter="math", revision="ab" * 32, request_id="r", endpoint="completions", prompt_tokens=7, completion_tokens=5,
-    cached_tokens=2, finish_reason="stop", arrived=10.0, scheduled=10.5, first_token=11.0, finished=13.0, n=1, max_tokens=16, status=200,
+    cached_tokens=2, longest_completion=4, finish_reason="stop", arrived=10.0, scheduled=10.5, first_token=11.0, finished=13.0, n=1,
+    max_tokens=16, status=200,
 )  # fmt: skip
 
 
@@ -90,6 +92,10 @@ class TestRequests:
         assert value(samples, "vllm:request_decode_time_seconds_sum", **theirs) == 2.0
         assert value(samples, "vllm:request_inference_time_seconds_sum", **theirs) == 2.5
         assert value(samples, "vllm:request_params_max_tokens_sum", **theirs) == 16
+        assert value(samples, "vllm:request_max_num_generation_tokens_sum", **theirs) == 4
+        assert value(samples, "vllm:request_prefill_kv_computed_tokens_sum", **theirs) == 5
+        assert value(samples, "vllm:prompt_tokens_by_source_total", source="local_compute", **theirs) == 5
+        assert value(samples, "vllm:prompt_tokens_by_source_total", source="local_cache_hit", **theirs) == 2
         assert value(samples, "moa_adapter_last_load_seconds", **mine) == 0.25
 
     @pytest.mark.case(85)
@@ -162,6 +168,26 @@ class TestRequests:
         samples = scrape(metrics)
         assert value(samples, "moa_http_responses_total", status="200") == 2
         assert value(samples, "moa_http_responses_total", status="503") == 1
+
+    def test_http_requests_are_counted_by_route(self) -> None:
+        metrics = Metrics("base")
+        metrics.observe_http("/v1/models", "GET", 200, 0.2, 0, 100)
+        metrics.observe_http("none", "GET", 404, 0.01, 5, 50)
+        samples = scrape(metrics)
+        assert value(samples, "http_requests_total", handler="/v1/models", method="GET", status="2xx") == 1
+        assert value(samples, "http_requests_total", handler="none", method="GET", status="4xx") == 1
+        assert value(samples, "http_request_duration_seconds_bucket", handler="/v1/models", method="GET", le="0.5") == 1
+        assert value(samples, "http_request_duration_seconds_bucket", handler="/v1/models", method="GET", le="0.1") == 0
+        assert value(samples, "http_request_duration_highr_seconds_count") == 2
+        assert value(samples, "http_request_size_bytes_sum", handler="none") == 5
+        assert value(samples, "http_response_size_bytes_sum", handler="/v1/models") == 100
+
+    @pytest.mark.case(85)
+    def test_an_invented_method_makes_no_series(self) -> None:
+        metrics = Metrics("base")
+        for number in range(50):
+            metrics.observe_http("none", f"BREW{number}", 405, 0.01, 0, 0)
+        assert value(scrape(metrics), "http_requests_total", handler="none", method="OTHER", status="4xx") == 50
 
     def test_lengths_are_1_2_5(self) -> None:
         assert lengths(1) == [1]
@@ -248,8 +274,8 @@ def test_the_grid_has_a_series_for_each_layer_and_expert() -> None:
 def test_drift_and_dead_experts_are_told_once_there_is_enough_to_tell() -> None:
     """Every token of `run` keeps every expert: as one profile says, and as unlike the other as can be."""
     grid = Grid(5)
-    always, never = (Profile(({"Q": share, "PROMPT": share}, {"Q": share}), is_of_weights=False) for share in (1.0, 0.0))
-    weighed = Profile(({"Q": 0.5, "PROMPT": 0.5}, {"Q": 0.5}), is_of_weights=True)
+    always, never = (Profile(EXPERTS, np.full(3, share), np.full(3, np.nan), is_of_weights=False) for share in (1.0, 0.0))
+    weighed = Profile(EXPERTS, np.full(3, np.nan), np.full(3, 0.5), is_of_weights=True)
     for name, profile in (("as-trained", always), ("unlike", never), ("weighed", weighed), ("without", None)):
         grid.metrics.loaded(name, f"revision of {name}", profile)
         grid.run(name, 499)
@@ -364,6 +390,51 @@ def test_a_long_request_is_published_now_and_then_and_at_its_end() -> None:
     assert asked[-1] == 0.99
 
 
+def test_what_an_adapters_experts_did_is_told_in_the_grid_or_not() -> None:
+    """A researcher looks at one of a thousand adapters; the grid has eight."""
+    grid = Grid(0)
+    profile = Profile(EXPERTS, np.array([1.0, 0.5, 0.25]), np.full(3, np.nan), is_of_weights=False)
+    grid.metrics.loaded("math", "revision of math", profile, EXPERTS)
+    fresh = grid.metrics.experts("math")
+    assert fresh is not None
+    assert (fresh.tokens, fresh.skipped, fresh.drift, fresh.dead) == (0, None, None, None)
+    assert [[expert.name for expert in layer.experts] for layer in fresh.layers] == [["Q", "PROMPT"], ["Q"]]
+    assert {(expert.weight, expert.selected, expert.computed) for layer in fresh.layers for expert in layer.experts} == {(None, None, None)}
+    grid.run("math", 1000, keeps=0.5)
+    found = grid.metrics.experts("math")
+    assert found is not None
+    assert (found.adapter, found.revision, found.tokens, found.skipped, found.dead) == ("math", "revision of math", 1000, 0.0, ())
+    assert [layer.threshold for layer in found.layers] == [0.25, 0.25]
+    prompt = found.layers[0].experts[1]
+    assert (prompt.name, prompt.weight, prompt.selected, prompt.computed) == ("PROMPT", 0.25, 0.5, 1.0)
+    assert prompt.profile is not None
+    assert (prompt.profile.weight, prompt.profile.selected) == (None, 0.5)
+    assert found.drift is not None
+    assert 0 < found.drift < 1
+    assert grid.metrics.experts("unknown") is None
+
+
+def test_two_names_of_one_revision_tell_the_same_and_a_dead_expert_is_named() -> None:
+    grid = Grid(1)
+    for name in ("first", "second"):
+        grid.metrics.loaded(name, "revision of a", None, EXPERTS)
+    grid.run("a", 999, keeps=0.0)
+    few = grid.metrics.experts("second")
+    assert few is not None
+    assert few.dead is None, "that says nothing yet"
+    grid.run("a", 1, keeps=0.0)
+    for name in ("first", "second"):
+        found = grid.metrics.experts(name)
+        assert found is not None
+        assert (found.adapter, found.tokens) == (name, 1000)
+        assert [(dead.layer, dead.expert) for dead in found.dead or ()] == [(0, "Q"), (0, "PROMPT"), (1, "Q")]
+        assert found.layers[0].experts[0].profile is None
+    grid.metrics.unloaded("first")
+    found = grid.metrics.experts("second")
+    assert found is not None
+    assert found.tokens == 1000
+
+
 @pytest.mark.case(89)
 def test_a_scrape_of_a_full_grid_is_short() -> None:
     """The event loop moves no token meanwhile. Compared with the client library on the same samples, in one run."""
@@ -455,6 +526,16 @@ def test_a_running_engine_is_seen(base: Path, tmp_path: Path) -> None:
             assert value(page, "moa_expert_weight_total", **cell) == pytest.approx(totals.gate_sum[layer, column])
     vllm = {"model_name": "base", "engine": "0"}
     assert value(page, "moa_engine_steps_total") == 4
+    for name, total in (("moa_step_rows", 4), ("moa_step_tokens", 6)):
+        assert (value(page, f"{name}_count"), value(page, f"{name}_sum")) == (4, total)
+    assert value(page, "moa_step_rows_bucket", le="1.0") == 4
+    assert (value(page, "vllm:iteration_tokens_total_count", **vllm), value(page, "vllm:iteration_tokens_total_sum", **vllm)) == (4, 6)
+    assert (value(page, "moa_step_seconds_count"), value(page, "moa_step_seconds_bucket", le="+Inf")) == (4, 4)
+    assert value(page, "moa_step_part_seconds_total", part="router") == 0, "the torch backend times one step in some dozens"
+    assert [value(page, f"moa_adapter_cache_{kind}_total", tier="slot") for kind in ("hits", "misses")] == [0, 1]
+    assert value(page, "moa_adapter_evictions_total", tier="slot", reason="capacity") == 0
+    assert [value(page, "vllm:engine_sleep_state", sleep_state=state, **vllm) for state in ("awake", "discard_all")] == [1, 0]
+    assert value(page, "vllm:corrupted_requests_total", **vllm) == 0
     assert value(page, "moa_adapters", state="available") == 1
     assert value(page, "moa_adapter_state", adapter="bad", state="broken") == 1
     assert value(page, "moa_adapter_state", adapter="law", state="available") is None
@@ -503,3 +584,83 @@ def test_the_prefix_cache_is_seen_and_is_no_load(base: Path, is_on: bool) -> Non
 
 def test_a_page_before_there_is_an_engine_is_valid() -> None:
     assert isinstance(scrape(Metrics("base")), dict)
+
+
+# -- what a scrape asks for
+
+
+def full(base: Path, registry: Any, **more: Any) -> Metrics:
+    """Metrics with an engine that never starts, and a series of most families."""
+    found = load_base(base, dtype=torch.float32)
+    options = EngineOptions(kv_cache_bytes=2**21)
+    engine = AsyncEngine(lambda lease: Engine(Transformer(found.config, found.weights), options, lease=lease, base_digest="d"))
+    metrics = Metrics("base", **more)
+    metrics.attach(engine, registry, AdapterCache(1000))
+    loaded(metrics, "math")
+    metrics.observe_request(RECORD)
+    metrics.observe_http("/v1/models", "GET", 200, 0.2, 0, 100)
+    return metrics
+
+
+def names_of(page: bytes) -> set[str]:
+    return {line.split()[2] for line in page.decode().splitlines() if line.startswith("# TYPE")}
+
+
+def test_a_page_has_the_families_that_are_told_and_no_other(base: Path) -> None:
+    metrics = full(base, Registry())
+    families = {family.name: family for family in metrics.families}
+    page = metrics.render()[0]
+    assert names_of(page) == set(families)
+    kinds = {line.split()[2]: line.split()[3] for line in page.decode().splitlines() if line.startswith("# TYPE")}
+    assert kinds == {name: family.kind for name, family in families.items()}
+    for family in text_string_to_metric_families(page.decode()):
+        told = next(families[name] for name in (family.name, f"{family.name}_total") if name in families)
+        assert {label for sample in family.samples for label in sample.labels} - {"le"} <= set(told.labels)
+        bounds = {sample.labels["le"] for sample in family.samples if "le" in sample.labels} - {"+Inf"}
+        assert not bounds or sorted(map(float, bounds)) == [float(bound) for bound in told.buckets]
+
+
+@pytest.mark.parametrize(
+    ("asked", "families"),
+    [
+        ({"moa_requests_waiting"}, {"moa_requests_waiting"}),
+        ({"moa_requests_total", "moa_queue_seconds_bucket"}, {"moa_requests_total", "moa_queue_seconds"}),
+        ({"moa_queue_seconds"}, {"moa_queue_seconds"}),
+        ({"moa_requests"}, {"moa_requests_total"}),
+        ({"vllm:iteration_tokens_total"}, {"vllm:iteration_tokens_total"}),
+        ({"vllm:iteration_tokens_total_bucket"}, {"vllm:iteration_tokens_total"}),
+        ({"moa_expert_weight_total", "moa_experts_per_token_sum"}, {"moa_expert_weight_total", "moa_experts_per_token"}),
+        ({"process_cpu_seconds_total"}, {"process_cpu_seconds_total"}),
+        ({"nothing"}, set()),
+        ({""}, set()),
+    ],
+)
+def test_a_scrape_may_ask_for_families_by_their_names_or_their_series(base: Path, asked: set[str], families: set[str]) -> None:
+    metrics = full(base, Registry())
+    page, _ = metrics.render(asked)
+    assert names_of(page) == families
+    whole = parse(metrics.render()[0].decode())
+    for key, number in parse(page.decode()).items():
+        assert key in whole
+        assert number == whole[key] or key[0].startswith("process_")
+
+
+def test_what_is_not_asked_for_is_not_looked_at(base: Path) -> None:
+    """A load balancer asks for three gauges every 50 ms, and there may be ten thousand adapters."""
+
+    class Unasked:
+        def items(self) -> list[Item]:
+            raise AssertionError("the adapters were listed")
+
+    metrics = full(base, Unasked())
+    metrics._routing._settle = lambda: pytest.fail("the grid was brought up to date")  # type: ignore[method-assign]
+    page, _ = metrics.render({"vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc"})
+    assert len(parse(page.decode())) == 3
+
+
+def test_vllms_names_can_be_left_out(base: Path) -> None:
+    metrics = full(base, Registry(), has_vllm=False)
+    page = metrics.render()[0].decode()
+    assert "vllm:" not in page
+    assert not [family for family in metrics.families if family.name.startswith("vllm:")]
+    assert "moa_requests_running 0.0" in page

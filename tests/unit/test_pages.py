@@ -16,7 +16,7 @@ from moa_serve.api.document import describe
 OPERATIONS = (DOCS / "operations.md").read_text()
 
 
-@pytest.mark.parametrize("path", [DOCS / "api.md", DOCS / "operations.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [DOCS / "api.md", DOCS / "metrics.md", DOCS / "operations.md"], ids=lambda path: path.name)
 def test_no_page_is_stale(path: Path) -> None:
     """A reference that lags behind is worse than none."""
     assert path.read_text() == pages()[path], "run `python -m tests.pages`"

@@ -47,6 +47,29 @@ def test_no_room_changes_nothing() -> None:
         AdapterCache(_SIZE - 1).add(adapter("a"))
 
 
+def test_hits_misses_and_evictions_are_counted_once_each() -> None:
+    """An operator sizes the cache by them: a look that belongs to the same request must not count again."""
+    cache = AdapterCache(2 * _SIZE)
+    cache.acquire(None)
+    cache.acquire("a")
+    cache.add(adapter("a"))
+    cache.acquire("a", is_counted=False)
+    cache.acquire("a")
+    assert (cache.counts.hits, cache.counts.misses) == (1, 2)
+    cache.add(adapter("b"))
+    cache.add(adapter("c"))
+    cache.discard("b")
+    cache.discard("a", "replaced")
+    assert cache.counts.evictions == {"capacity": 1, "pressure": 0, "unloaded": 0, "replaced": 0, "failed": 0}, "a is leased"
+    cache.release("a")
+    cache.release("a")
+    cache.evict_idle()
+    cache.add(adapter("d"))
+    cache.discard("d")
+    assert cache.counts.evictions == {"capacity": 1, "pressure": 1, "unloaded": 1, "replaced": 1, "failed": 0}
+    assert cache.num_bytes == 0
+
+
 def test_a_discarded_adapter_goes_with_its_last_lease() -> None:
     """Freed too early a request reads foreign memory; freed never, each reload leaks an adapter."""
     cache = AdapterCache(2 * _SIZE)

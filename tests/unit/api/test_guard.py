@@ -383,19 +383,31 @@ class TestReply:
 
     def test_every_response_is_counted(self) -> None:
         seen: list[int] = []
+        ended: list[tuple[Any, ...]] = []
 
         class Counter:
             def observe_response(self, status: int) -> None:
                 seen.append(status)
 
+            def observe_http(
+                self, handler: str, method: str, status: int, seconds: float, request_bytes: int, response_bytes: int
+            ) -> None:  # fmt: skip
+                assert seconds >= 0
+                ended.append((handler, method, status, request_bytes, response_bytes > 0))
+
         async def run() -> None:
-            guard = Guard(make_app(), settings(api_key=[USER]), metrics=Counter())
+            guard = Guard(make_app(), settings(api_key=[USER]), metrics=Counter(), handler_of=lambda path: f"route of {path}")
             async with httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://localhost") as client:
                 await client.get("/health")
                 await client.get("/v1/models")
+                await client.post("/v1/models", headers={"authorization": f"Bearer {USER}"}, json={"a": 1})
 
         asyncio.run(run())
-        assert seen == [200, 401]
+        assert seen[:2] == [200, 401]
+        assert ended[0] == ("route of /health", "GET", 200, 0, True)
+        assert ended[1] == ("route of /v1/models", "GET", 401, 0, True)
+        assert ended[2][:2] == ("route of /v1/models", "POST")
+        assert ended[2][3] == len(b'{"a":1}')
 
 
 # -- over a socket, as uvicorn runs it

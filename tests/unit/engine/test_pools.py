@@ -306,12 +306,39 @@ def test_a_release_without_an_acquire_is_our_bug() -> None:
         table.release(0)
 
 
+def test_a_slot_counts_who_found_his_adapter_and_why_adapters_left() -> None:
+    """What never got into its slot, as its upload failed, neither was there nor left it."""
+    table = SlotTable(2)
+    for revision in ("a", "a", "b"):
+        slot = table.assign(revision)
+        assert slot is not None
+        table.acquire(slot)
+        table.mark_uploaded(slot, revision)
+    assert (table.counts.hits, table.counts.misses) == (1, 2)
+    for slot in (0, 0, 1):
+        table.release(slot)
+    assert table.assign("c") == 0
+    table.drop("c", "failed")
+    table.assign("d")
+    table.acquire(0)
+    table.acquire(0)
+    table.mark_uploaded(0, "d")
+    assert (table.counts.hits, table.counts.misses) == (1, 4), "who waits for an upload has not found it there"
+    table.drop("d", "replaced")
+    assert table.counts.evictions == {"capacity": 1, "pressure": 0, "unloaded": 0, "replaced": 0, "failed": 0}
+    table.release(0)
+    table.release(0)
+    table.evict_idle()
+    assert table.counts.evictions == {"capacity": 1, "pressure": 1, "unloaded": 0, "replaced": 1, "failed": 0}
+
+
 class SlotTableMachine(RuleBasedStateMachine):
     """Random traffic against a counter of users."""
 
     def __init__(self) -> None:
         super().__init__()
         self.users: Counter[tuple[int, str]] = Counter()
+        self.hits = self.misses = 0
 
     @initialize(num_slots=st.integers(0, 4))
     def start(self, num_slots: int) -> None:
@@ -328,6 +355,7 @@ class SlotTableMachine(RuleBasedStateMachine):
             self.table.acquire(slot)
             self.table.mark_uploaded(slot, revision)
             self.users[slot, revision] += 1
+            self.hits, self.misses = self.hits + (resident is not None), self.misses + (resident is None)
 
     @precondition(lambda self: self.users)
     @rule(data=st.data())
@@ -354,6 +382,9 @@ class SlotTableMachine(RuleBasedStateMachine):
             assert self.table.revisions[slot] == revision
             assert self.table.num_users(slot) == count
         assert self.table.num_busy == len(self.users)
+        counts = self.table.counts
+        assert (counts.hits, counts.misses) == (self.hits, self.misses)
+        assert sum(counts.evictions.values()) == self.misses - len(present), "whoever came is there, or left once"
 
 
 TestBlockPool = BlockPoolMachine.TestCase
