@@ -17,6 +17,7 @@ SWAP_THROUGHPUT = 0.9  # the same, tokens/s, over as many adapters as slots
 IDLE_THROUGHPUT = 0.99  # the base alone with adapters in all slots, over none
 HIT_TO_MISS = 0.15  # time to the first token with 512 tokens of the prompt in the prefix cache, over none
 CROSSED_TOKENS = 0.0  # that one adapter found of what another had left there
+METRICS_TO_NONE = 1.01  # a decode step that is counted, over one that is not
 INT8_TO_BFLOAT16 = 0.62  # the base's step at one row, kept in eight bits over kept in bfloat16
 MIXED_ADAPTERS = 8  # the goals for mixed batches are of this many
 _LARGE_BASE = 800_000_000  # weights; from here on an adapter's bytes hardly count beside the base's

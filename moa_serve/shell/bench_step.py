@@ -4,6 +4,7 @@ Light, so that `--help` answers at once: what loads torch is imported inside. Wh
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 BackendOption = Annotated[str, typer.Option("--backend", envvar="MOA_BACKEND", help="auto, native or torch.")]
 _Threads = Annotated[int, typer.Option("--threads", min=1, help="Of the backend and of torch.")]
-_Core = Annotated[
+CoreOption = Annotated[
     int | None, typer.Option("--core", min=0, help="Pin one thread to this processor core.", show_default="wherever the system likes")
 ]
 RoundsOption = Annotated[int, typer.Option("--rounds", min=1, help="In which every case has its turn; medians and quartiles are shown.")]
@@ -52,7 +53,7 @@ def bench_step(
     dtype: DtypeOption = "auto",
     base_dtype: _BaseDtype = "auto",
     threads: _Threads = 1,
-    core: _Core = None,
+    core: CoreOption = None,
     rows: Annotated[str, typer.Option(help="Sequences that decode a token each, one batch size after the other.")] = "1,2,4,8,16,32",
     prefill: Annotated[str, typer.Option(help="Tokens of one sequence to prefill; empty for none.")] = "256",
     families: Annotated[
@@ -105,7 +106,7 @@ def bench_growth(
     backend: BackendOption = "auto",
     dtype: DtypeOption = "auto",
     threads: _Threads = 1,
-    core: _Core = None,
+    core: CoreOption = None,
     rows: Annotated[str, typer.Option(help="Sequences that decode a token each.")] = "1,2,4,8",
     context: Annotated[str, typer.Option(help="Tokens before the decoded one of each of the 8 rows.")] = "128,512,1024,2048,4096",
     adapters: Annotated[str, typer.Option(help="Different adapters among the 8 rows.")] = "1,2,4,8",
@@ -144,7 +145,7 @@ def bench_reference(
     backend: BackendOption = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float32, or auto (bfloat16 of the native backend, else float32).")] = "bfloat16",
     threads: _Threads = 1,
-    core: _Core = None,
+    core: CoreOption = None,
     rows: Annotated[str, typer.Option(help="Sequences that decode a token each, one batch size after the other.")] = "1,8,16",
     family: Annotated[str, typer.Option(help="Of the adapter: sparse_moa or soft_moa.")] = "sparse_moa",
     context: _Context = 128,
@@ -203,13 +204,18 @@ def refuse_two_bases(command: typer.Context, shapes: str | None) -> None:
         raise InvalidRequest("--shapes is a base of its own; give it or --model", param="shapes")
 
 
+def check_core(core: int | None) -> None:
+    """Raises InvalidRequest: this process may not run there."""
+    allowed = sorted(os.sched_getaffinity(0))
+    if core is not None and core not in allowed:
+        raise InvalidRequest(f"core is {core}, but this process may use {', '.join(map(str, allowed))}", param="core")
+
+
 @contextmanager
 def _opened(
     model: str | None, backend: str, dtype: str, threads: int, core: int | None, shapes: str | None = None, base_dtype: str = "auto"
 ) -> "Iterator[tuple[Model, Base]]":
     """The base under its backend on the CPU, with the process pinned and without the garbage collector."""
-    import os
-
     import torch
 
     from moa_serve.bench.timing import quiet
@@ -219,9 +225,7 @@ def _opened(
 
     if core is not None and threads > 1:
         raise InvalidRequest(f"core is {core}, but {threads} threads on one core would only wait for each other", param="core")
-    allowed = sorted(os.sched_getaffinity(0))
-    if core is not None and core not in allowed:
-        raise InvalidRequest(f"core is {core}, but this process may use {', '.join(map(str, allowed))}", param="core")
+    check_core(core)
     resolved, _, computed = resolve(backend, "cpu", dtype, base_dtype)
     base = opened_base(model, shapes, computed)
     torch.set_num_threads(threads)

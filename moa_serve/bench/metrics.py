@@ -1,0 +1,293 @@
+"""`moa-serve bench metrics`: what it costs a decode step that it is counted, and what a scrape a second adds.
+
+One engine in this process, without HTTP, whose rows decode with as many adapters. The cases take turns, each with the same rows from their
+prompts on: the engine as it is (none), with its metrics attached (attached), the same while a thread reads the whole page every second
+(scraped), and none again (control). What the two calls of a step take is timed by itself as well, for a step wavers by more than that.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from moa_serve.adapter.adapter import Adapter
+from moa_serve.bench import goals
+from moa_serve.bench.engine_load import computed_by
+from moa_serve.bench.goals import Judged
+from moa_serve.bench.serve import Computed
+from moa_serve.bench.synthetic import synthetic
+from moa_serve.bench.timing import Spread, interleaved, ratio
+from moa_serve.bench.workload import PAGE, num_pages, random_ids, refuse_beyond
+from moa_serve.engine.async_engine import AsyncEngine
+from moa_serve.engine.engine import Engine, EngineOptions
+from moa_serve.engine.request import Request, SamplingParams, Sequence
+from moa_serve.errors import InvalidRequest
+from moa_serve.llm import new_model
+from moa_serve.metrics import Metrics, RequestRecord
+from moa_serve.model.weights import Base
+
+NONE, ATTACHED, SCRAPED, CONTROL = "none", "attached", "scraped", "control"
+SCRAPE_EVERY_SECONDS = 1.0
+_SWITCH_INTERVAL_SECONDS = 0.0005  # as a server has it
+_MEASURED_SECONDS = 1.0  # of one case in a round, about: a scrape falls into each
+_CALLS = 2000  # of the hooks, for their own time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """
+    Args:
+        rows: that decode, each with an adapter of its own.
+        context: tokens of their prompts.
+        rounds: in which every case has its turn.
+        inner_steps: steps of one measurement; None for about a second.
+    """
+
+    rows: int = 8
+    context: int = 64
+    rounds: int = 30
+    inner_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "context", "rounds"):
+            if getattr(self, name) < 1:
+                raise InvalidRequest(f"{name} is {getattr(self, name)}, but must be at least 1", param=name)
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsReport:
+    """
+    Args:
+        step_ms: by case.
+        ratios: of a case to `none`; and `hooks`, of a step's two calls alone to the step.
+        hooks_us: microseconds of these calls.
+        scrape_ms: milliseconds of the whole page, of `page_lines` lines.
+    """
+
+    computed: Computed
+    plan: Plan
+    inner_steps: int
+    step_ms: Mapping[str, Spread]
+    ratios: Mapping[str, Judged]
+    hooks_us: Spread
+    scrape_ms: Spread
+    page_lines: int
+
+    def to_json(self) -> dict[str, Any]:
+        return (
+            asdict(self.computed)
+            | asdict(self.plan)
+            | {
+                "inner_steps": self.inner_steps,
+                "step_ms": {name: spread.to_json() for name, spread in self.step_ms.items()},
+                "ratios": {name: judged.to_json() for name, judged in self.ratios.items()},
+                "hooks_us": self.hooks_us.to_json(),
+                "scrape_ms": self.scrape_ms.to_json(),
+                "page_lines": self.page_lines,
+            }
+        )
+
+
+def measure(base: Base, backend: str, plan: Plan, *, on_progress: Callable[[str], None] = lambda _: None) -> MetricsReport:
+    """Measure all cases.
+
+    Args:
+        base: the native backend takes its weights over.
+        backend: native or torch.
+        on_progress: gets a line for each part of the work.
+    Raises:
+        InvalidRequest: the base is not made for so many tokens.
+    """
+    refuse_beyond(base.config, plan.context + 1, f"prompts of {plan.context} tokens and one to generate", "context")
+    on_progress(f"making {plan.rows} adapters")
+    adapters = [synthetic("soft_moa", base.config, seed) for seed in range(plan.rows)]
+    with closing(new_model(backend, base)) as model, _switching_as_a_server():
+        room = min(base.config.max_position, plan.context + 4096)
+        options = EngineOptions(
+            max_num_seqs=plan.rows,
+            max_batch_tokens=max(256, plan.rows),
+            num_slots=plan.rows,
+            kv_cache_bytes=plan.rows * num_pages(room) * model.bytes_per_block(PAGE),
+            max_model_len=room,
+            prefix_cache=False,
+        )
+        by_revision = {adapter.revision: adapter for adapter in adapters}
+        loop_side = AsyncEngine(
+            lambda _: Engine(model, options, lease=lambda revision: nullcontext(by_revision[revision]), base_digest=base.digest)
+        )
+        watched = _Watched(loop_side, adapters, plan)
+        steps = plan.inner_steps or watched.steps_for(_MEASURED_SECONDS, room - plan.context - 2)
+        on_progress(f"{plan.rounds} rounds of 4 cases of {steps} steps, and one to warm up")
+        cases = {name: partial(watched.seconds, name, steps) for name in (NONE, ATTACHED, SCRAPED, CONTROL)}
+        times = interleaved(cases, plan.rounds)
+        hooks = watched.hook_seconds(plan.rounds)
+        scrapes, lines = watched.scrape_seconds(plan.rounds)
+        computed = computed_by(base.name, model)
+    ratios = {
+        ATTACHED: Judged(ratio(times[ATTACHED], times[NONE]), goals.METRICS_TO_NONE),
+        SCRAPED: Judged(ratio(times[SCRAPED], times[NONE])),
+        CONTROL: Judged(ratio(times[CONTROL], times[NONE])),
+        "hooks": Judged(ratio(hooks, times[NONE]), goals.METRICS_TO_NONE - 1),
+    }
+    return MetricsReport(
+        computed,
+        plan,
+        steps,
+        {name: Spread.of([1e3 * spent for spent in found]) for name, found in times.items()},
+        ratios,
+        Spread.of([1e6 * spent for spent in hooks]),
+        Spread.of([1e3 * spent for spent in scrapes]),
+        lines,
+    )
+
+
+@contextmanager
+def _switching_as_a_server() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """What the page says of a made-up adapter."""
+
+    name: str
+    revision: str
+    bytes: int
+    state: str = "loaded"
+    variant: str = "soft_moa"
+    leases: int = 1
+    is_pinned: bool = False
+
+
+class _Watched:
+    """An engine whose metrics can be taken off, with all series that so many adapters have."""
+
+    def __init__(self, loop_side: AsyncEngine, adapters: list[Adapter], plan: Plan) -> None:
+        self._engine, self._plan = loop_side.engine, plan
+        self._revisions = [adapter.revision for adapter in adapters]
+        self._prompts = random_ids(self._engine.model, plan.rows, plan.context, 1).tolist()
+        self._items = [_Item(f"adapter-{number}", adapter.revision, adapter.num_bytes) for number, adapter in enumerate(adapters)]
+        self._metrics = Metrics("base", max_model_len=self._engine.max_model_len, grid_adapters=plan.rows)
+        self._metrics.attach(loop_side, self)
+        self._times = self._engine.times
+        for item, adapter in zip(self._items, adapters, strict=True):
+            self._metrics.adapter_loaded(item.name, item.revision, 0.1, "lazy", "ok", manifest=adapter.manifest)
+            self._metrics.observe_request(_record(item.name))
+            self._metrics.observe_tokens(item.name, [0.01])
+        self._spent = 0.0  # in `on_step`, of one measurement
+        self._hooks: list[float] = []  # the same a step, of each measurement with metrics and without scrapes
+
+    def items(self) -> list[_Item]:
+        return self._items
+
+    def steps_for(self, seconds: float, most: int) -> int:
+        """So many steps take about so long."""
+        tried = min(8, most)
+        return max(1, min(most, round(seconds / max(self.seconds(NONE, tried), 1e-6))))
+
+    def seconds(self, case: str, steps: int) -> float:
+        """Of a decode step, over `steps` of them."""
+        is_attached = case in (ATTACHED, SCRAPED)
+        self._engine.times = self._times if is_attached else None
+        rows = [self._add(prompt, revision) for prompt, revision in zip(self._prompts, self._revisions, strict=True)]
+        try:
+            while not all(row.num_generated for row in rows):
+                self._step(is_attached)
+            with self._scraping() if case == SCRAPED else nullcontext():
+                start = time.perf_counter()
+                self._spent = 0.0
+                for _ in range(steps):
+                    self._step(is_attached)
+                spent = time.perf_counter() - start
+            if case == ATTACHED:
+                self._hooks.append(self._spent / steps)
+            return spent / steps
+        finally:
+            for row in rows:
+                self._engine.end(row, "abort")
+
+    def _add(self, prompt: list[int], revision: str) -> Sequence:
+        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=None)
+        return self._engine.add(Request(tuple(prompt), params, revision))
+
+    def _step(self, is_attached: bool) -> None:
+        events = self._engine.step()
+        if is_attached:
+            start = time.perf_counter()
+            self._metrics.on_step(self._engine, events)
+            self._spent += time.perf_counter() - start
+        for event in events:
+            if event.error is not None:
+                raise event.error
+
+    @contextmanager
+    def _scraping(self) -> Iterator[None]:
+        is_over = threading.Event()
+
+        def scrape() -> None:
+            while not is_over.wait(SCRAPE_EVERY_SECONDS / 2):
+                self._metrics.render()
+                if is_over.wait(SCRAPE_EVERY_SECONDS / 2):
+                    return
+
+        thread = threading.Thread(target=scrape, name="scrape")
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
+
+    def hook_seconds(self, rounds: int) -> list[float]:
+        """Of what a step calls, by itself: what follows the step as it was in the rounds, for it takes snapshots by the clock, and the rest
+        in a loop, for it is short."""
+        assert self._times is not None, "metrics were attached"
+        found = []
+        for behind in self._hooks[-rounds:]:
+            start = time.perf_counter()
+            for _ in range(_CALLS):
+                self._times.begin(self._engine.model)
+                self._times.sampled(0.0)
+                self._times.end(self._engine.model, self._plan.rows, self._plan.rows)
+            found.append((time.perf_counter() - start) / _CALLS + behind)
+        return found
+
+    def scrape_seconds(self, rounds: int) -> tuple[list[float], int]:
+        """Of a whole page each, and its lines."""
+        found, page = [], b""
+        for _ in range(rounds):
+            start = time.perf_counter()
+            page, _ = self._metrics.render()
+            found.append(time.perf_counter() - start)
+        return found, page.count(b"\n")
+
+
+def _record(name: str) -> RequestRecord:
+    return RequestRecord(
+        model=name,
+        adapter=name,
+        revision=None,
+        request_id="bench",
+        endpoint="completions",
+        prompt_tokens=64,
+        completion_tokens=32,
+        cached_tokens=0,
+        longest_completion=32,
+        finish_reason="length",
+        arrived=0.0,
+        scheduled=0.01,
+        first_token=0.05,
+        finished=0.5,
+        n=1,
+        max_tokens=32,
+        status=200,
+    )
