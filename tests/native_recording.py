@@ -89,13 +89,19 @@ class Recording:
             "pooled_row": 4 * tokens,
             "pooled_spans": 8 * segment.num_pooled,
             "pooled_gates": 4 * segment.num_pooled * layers * segment.pooled_width,
-            "trace": 4 * tokens * adapter.trace_width,
+            "trace": 4 * adapter.trace_width * self._num_rows(segment, tokens),
+            "trace_row": 4 * tokens,
+            "evaluations": 4 * tokens,
             "selected": 8 * layers * segment.counters_width,
             "gate_sum": 8 * layers * segment.counters_width,
             "computed": 8 * layers * segment.counters_width,
             "thresholds": 8 * layers,
         }
         self._follow(section, offset, segment, lambda name, address: ctypes.string_at(address, sizes[name]))
+
+    def _num_rows(self, segment: lib.SegmentStruct, tokens: int) -> int:
+        rows = (ctypes.c_int32 * tokens).from_address(segment.trace_row) if segment.trace_row else ()
+        return max(rows, default=-1) + 1
 
     def _sizes(self, batch: lib.BatchStruct) -> dict[str, int]:
         tokens = 4 * batch.num_tokens

@@ -11,11 +11,20 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int = Field(description="Prompt tokens that were not computed because they were cached.")
 
 
+class MoaUsage(BaseModel):
+    evaluations_done: int = Field(description="Experts that were computed, each for one token in one layer.")
+    evaluations_skipped: int = Field(description="Those that the routers left out.")
+
+
 class Usage(BaseModel):
     prompt_tokens: int = Field(description="Of all prompts, each counted once.")
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    moa: MoaUsage | None = Field(
+        None,
+        description="With `moa.return_routing`: of all tokens that were computed for the request, cached ones of a prompt not among them.",
+    )
 
 
 class Timings(BaseModel):
@@ -47,6 +56,33 @@ class _Generated(BaseModel):
     moa: MoaAnswer
 
 
+class RoutedToken(BaseModel):
+    """What the routers said in the step that gave a token: of the token before it. All lists have an entry for each layer; numbers have
+    four digits, null where a router overflowed."""
+
+    id: int
+    token: str = Field(description="As text; U+FFFD for a part of a character.")
+    weights: list[list[float | None]] = Field(description="The routers' outputs before selection; empty for a layer without experts.")
+    selected: list[list[Literal[0, 1]]] = Field(description="Whether the expert was kept.")
+    threshold: list[float | None] | None = Field(
+        description="What a weight had to reach; null where nothing is compared with a threshold of the layer."
+    )
+
+
+class Routing(BaseModel):
+    experts: list[list[str]] | None = Field(None, description="Their names, of each layer in order; in a stream with the first piece only.")
+    tokens: list[RoutedToken] = Field(description="An entry for each generated token, those of a stop string or the end of text included.")
+
+
+class ChoiceMoa(BaseModel):
+    """Our extension."""
+
+    routing: Routing
+
+
+_ROUTING = "With `moa.return_routing`."
+
+
 class PromptLogprob(BaseModel):
     logprob: float
     rank: int
@@ -73,6 +109,7 @@ class CompletionChoice(BaseModel):
     finish_reason: FinishReason
     stop_reason: int | str | None = Field(description="The stop string or token that ended it.")
     prompt_logprobs: PromptLogprobs | None = Field(None, description=_PROMPT_LOGPROBS)
+    moa: ChoiceMoa | None = Field(None, description=_ROUTING)
 
 
 class Completion(_Generated):
@@ -120,6 +157,7 @@ class ChatChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
     stop_reason: int | str | None = Field(description="The stop string or token that ended it.")
+    moa: ChoiceMoa | None = Field(None, description=_ROUTING)
 
 
 class ChatCompletion(_Generated):

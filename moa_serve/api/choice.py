@@ -6,6 +6,7 @@ A whole answer and a stream take the same way: a whole one is drained once. Belo
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from moa_serve.api.routing import Packed, RoutingText
 from moa_serve.api.tools import CallDelta, ToolReader
 from moa_serve.engine.async_engine import Stream
 from moa_serve.engine.engine import TokenEvent
@@ -39,17 +40,18 @@ class ScoredToken:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What came since the last one. `tokens` is empty where log-probabilities were not asked for. `is_first` of its choice. `text` is
-    without the calls of tools that a reader found in it."""
+    """What came since the last one. `tokens` is empty where log-probabilities were not asked for, and `routed` where routing was not: the
+    same tokens, by id. `is_first` of its choice. `text` is without the calls of tools that a reader found in it."""
 
     text: str
     tokens: list[ScoredToken]
     is_first: bool
     calls: list[CallDelta] = field(default_factory=list)
+    routed: list[tuple[int, Packed]] = field(default_factory=list)
 
     @property
     def is_empty(self) -> bool:
-        return not self.text and not self.tokens and not self.calls
+        return not (self.text or self.tokens or self.calls or self.routed)
 
 
 class Choice:
@@ -59,6 +61,7 @@ class Choice:
         echo: begin with the prompt's text and, where log-probabilities were asked for, with the prompt's.
         num_prompt_logprobs: best tokens that are told at each place of the prompt; None for nothing about it.
         reader: finds calls of tools in the text.
+        routing: writes what the routers said, where that was asked for.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Choice:
         echo: bool = False,
         num_prompt_logprobs: int | None = None,
         reader: ToolReader | None = None,
+        routing: RoutingText | None = None,
     ) -> None:
         params = stream.request.params
         assert isinstance(params.stop, tuple)  # SamplingParams made it one
@@ -79,6 +83,8 @@ class Choice:
         self.finish_reason: str | None = None  # known from here on, though tokens may still come
         self.stop_reason: str | int | None = None  # the stop string or the id of `stop_token_ids`
         self.error: MoaError | None = None
+        self.routing = routing
+        self.num_traced = self.num_evaluations = 0  # tokens that were computed, and experts for them; where routing was asked for
         self.tokenizer, self._echo, self._params = tokenizer, echo, params
         self.has_logprobs, self.num_prompt_logprobs, self._reader = params.logprobs is not None, num_prompt_logprobs, reader
         self._decoder = IncrementalDecoder(tokenizer, stop=params.stop, min_tokens=params.min_tokens) if tokenizer else None
@@ -86,6 +92,7 @@ class Choice:
         self._start = len(prompt.text) if echo else 0
         self._text = [prompt.text] if echo else []
         self._tokens: list[ScoredToken] = []
+        self._routed: list[tuple[int, Packed]] = []
         self._is_first = True
 
     @property
@@ -110,6 +117,8 @@ class Choice:
         for event in events:
             if self.finish_reason is None and event.token_id is not None:
                 self._take_token(event.token_id, event)
+            if event.routing is not None:
+                self.num_traced, self.num_evaluations = event.routing.num_tokens, event.routing.num_evaluations
             if event.error is not None:
                 self.error, self.finish_reason = event.error, "error"
             if self.finish_reason is None and event.finish_reason is not None:
@@ -120,6 +129,8 @@ class Choice:
         self.num_tokens += 1
         if event.logprob is not None:
             self._tokens.append(ScoredToken(token_id, event.logprob, self._start + (self._ruler.num_chars if self._ruler else 0)))
+        if self.routing is not None and event.routing is not None and event.routing.words is not None:
+            self._routed.append((token_id, self.routing.pack(event.routing.words)))
         if event.finish_reason == "stop" and token_id in event.sequence.stop_ids:  # it says that the text is over, and is no part of it
             self.stop_reason = token_id if token_id in self._params.stop_token_ids else None
             return
@@ -147,8 +158,8 @@ class Choice:
         calls: list[CallDelta] = []
         if self._reader is not None:
             text, calls = self._reader.push(text, is_last=self.finish_reason is not None)
-        delta = Delta(text, tokens, self._is_first, calls)
-        self._text, self._tokens, self._is_first = [], [], False
+        delta = Delta(text, tokens, self._is_first, calls, self._routed)
+        self._text, self._tokens, self._routed, self._is_first = [], [], [], False
         return delta
 
     @property

@@ -34,9 +34,10 @@ from moa_serve.api.errors import (
 )
 from moa_serve.api.guard import CHARGE, CLIENT_CLOSED_REQUEST, KEY_ID, ClientGone
 from moa_serve.api.logs import log_request
+from moa_serve.api.routing import MAX_BYTES, RoutingText
 from moa_serve.api.schemas import GenerationRequest, named, read_json
 from moa_serve.api.tools import ToolReader
-from moa_serve.engine.async_engine import Stream
+from moa_serve.engine.async_engine import PAUSE_AT, Stream
 from moa_serve.engine.engine import TokenEvent
 from moa_serve.engine.request import Request, SamplingParams, Sequence
 from moa_serve.errors import InvalidRequest, MoaError, RevisionNotFound
@@ -89,6 +90,7 @@ class _Progress:
     defaults: dict[str, Any] = field(default_factory=dict)  # fields that the adapter gave, and not the client
     prompts: list[Prompt] = field(default_factory=list)
     max_tokens: int | None = None
+    routing: RoutingText | None = None  # where it was asked for
     choices: list[Choice] = field(default_factory=list)
     status: int = 200
     is_cancelled: bool = False
@@ -168,6 +170,7 @@ class Generation(Response):
             progress.prompts = [prompt for prompt, _ in prepared]
             self._charge(progress.prompt_tokens)
             self._check_scored(prepared)
+            self._check_routing(prepared, body)
             progress.max_tokens = prepared[0][1][0].params.max_tokens
             for prompt, rows in prepared:
                 for request in rows:
@@ -195,7 +198,18 @@ class Generation(Response):
                 raise RevisionNotFound(
                     f"revision {body.moa.revision[:12]} is not the base's, {server.base_digest[:12]}", param="moa.revision"
                 )
+            self._check_routed(body)
             return await asyncio.to_thread(self._encode, body)
+
+    def _check_routed(self, body: GenerationRequest) -> None:
+        """Raises InvalidRequest: routing is asked of what has no router."""
+        adapter = self._progress.adapter
+        if body.moa.return_routing and (adapter is None or adapter.manifest.router.site == "none"):
+            which = "is the base alone" if adapter is None else f"is a {adapter.manifest.variant}, all of whose experts always count"
+            raise InvalidRequest(
+                f"moa.return_routing needs an adapter with a router, but {body.model!a} {which}; leave it out or choose another model",
+                param="moa.return_routing",
+            )
 
     def _defaults(self, body: GenerationRequest, defaults: RequestDefaults) -> dict[str, Any]:
         """What the request gets of its adapter's defaults."""
@@ -207,6 +221,8 @@ class Generation(Response):
     def _encode(self, body: GenerationRequest) -> list[tuple[Prompt, list[Request]]]:
         if self._progress.adapter is not None:  # before it waits for a slot: no step of others is to wait for its layout
             self._server.engine.warm(self._progress.adapter)
+            if body.moa.return_routing:
+                self._progress.routing = RoutingText(self._progress.adapter.manifest)
         return [(prompt, self._requests(body, prompt)) for prompt in self._dialect.encode(self._server, body, self._progress.adapter)]
 
     def _requests(self, body: GenerationRequest, prompt: Prompt) -> list[Request]:
@@ -235,6 +251,7 @@ class Generation(Response):
                     is_pooled=adapter is not None and adapter.manifest.is_pooled,
                     grammar=grammar,
                     prompt_logprobs=self._dialect.prompt_logprobs(body),
+                    return_routing=body.moa.return_routing,
                     tenant=key_id,
                     # Two words, so that no salt that somebody chooses is another one's key.
                     salt=f"key {key_id}" if body.cache_salt is None else f"salt {body.cache_salt}",
@@ -255,12 +272,30 @@ class Generation(Response):
                 param=param,
             )
 
+    def _check_routing(self, prepared: list[tuple[Prompt, list[Request]]], body: GenerationRequest) -> None:
+        """Raises InvalidRequest: more routing might have to be held than one request is worth. A stream holds what its reader is behind."""
+        if self._progress.routing is None:
+            return
+        held = 0
+        for prompt, rows in prepared:
+            for row in rows:
+                room = self._server.max_model_len - len(prompt.ids)
+                most = room if row.params.max_tokens is None else row.params.max_tokens
+                held += min(most, PAUSE_AT) if body.stream and row.prompt_logprobs is None else most
+        if (num_bytes := held * self._progress.routing.bytes_per_token) > MAX_BYTES:
+            raise InvalidRequest(
+                f"moa.return_routing would make up to {num_bytes} bytes for {held} tokens, but at most {MAX_BYTES} are held for a request; "
+                f"lower max_tokens or n, or stream",
+                param="moa.return_routing",
+            )
+
     async def _open(self, request: Request, prompt: Prompt, stack: AsyncExitStack, body: GenerationRequest) -> None:
         stream = await stack.enter_async_context(self._server.engine.open(request, self._progress.adapter))
         index = len(self._progress.choices)
         echo, reader = self._dialect.echoes(body), self._dialect.reader(self._server, body, self._progress.adapter)
         tokenizer, scores = self._server.tokenizer, body.prompt_logprobs
-        choice = Choice(index, prompt, stream, tokenizer, echo=echo, num_prompt_logprobs=scores, reader=reader)
+        routing = self._progress.routing
+        choice = Choice(index, prompt, stream, tokenizer, echo=echo, num_prompt_logprobs=scores, reader=reader, routing=routing)
         self._progress.choices.append(choice)
 
     @contextmanager
@@ -332,7 +367,8 @@ class Generation(Response):
             async for _ in news:
                 pass
         rest = {**self._head(self._dialect.kind), "usage": self._usage(), "moa": self._moa(), **self._dialect.more(self._progress.choices)}
-        # Log-probabilities of a long echo are megabytes of JSON: made off the loop, and choice by choice, since each holds the GIL.
+        # Routing, and log-probabilities of a long echo, are megabytes of JSON: made off the loop, and choice by choice, since each holds
+        # the GIL.
         choices = [await asyncio.to_thread(self._dump_whole, choice) for choice in self._progress.choices]
         payload = dump_json(rest)[:-1] + b',"choices":[' + b",".join(choices) + b"]}"
         await self._start(send, [*_JSON, (b"content-length", str(len(payload)).encode())])
@@ -341,7 +377,8 @@ class Generation(Response):
         await send({"type": "http.response.body", "body": payload})
 
     def _dump_whole(self, choice: Choice) -> bytes:
-        return dump_json(self._dialect.whole(choice, choice.drain()))
+        delta = choice.drain()
+        return _with_routing([dump_json(self._dialect.whole(choice, delta))], choice, delta)[0]
 
     async def _answer_events(self, body: GenerationRequest, send: Send) -> None:
         """The status is sent with the first event, so that what fails before it is a status and not an event."""
@@ -355,24 +392,25 @@ class Generation(Response):
                 chunks = [chunk for choice in choices for chunk in self._chunks(choice)]
                 events = []
                 for position, chunk in enumerate(chunks, start=1):
-                    event = {**head, "choices": [chunk]}
+                    event = dict(head)
                     if has_usage or is_continuous:
                         event["usage"] = self._usage() if is_continuous else None
                     if is_last and position == len(chunks) and not has_usage:
                         event["moa"] = self._moa()
-                    events.append(event)
+                    events.append(dump_json(event)[:-1] + b',"choices":[' + chunk + b"]}")
                 if is_last and has_usage:
-                    events.append({**head, "choices": [], "usage": self._usage(), "moa": self._moa()})
+                    events.append(dump_json({**head, "choices": [], "usage": self._usage(), "moa": self._moa()}))
                 if events:
                     await self._send_events(send, events, is_last)
 
-    def _chunks(self, choice: Choice) -> list[dict[str, Any]]:
+    def _chunks(self, choice: Choice) -> list[bytes]:
         if choice.waits_for_end and not choice.is_finished:
             return []
-        return self._dialect.chunks(choice, choice.drain())
+        delta = choice.drain()
+        return _with_routing([dump_json(chunk) for chunk in self._dialect.chunks(choice, delta)], choice, delta)
 
-    async def _send_events(self, send: Send, events: list[dict[str, Any]], is_last: bool) -> None:
-        payload = b"".join(b"data: " + dump_json(event) + b"\n\n" for event in events)
+    async def _send_events(self, send: Send, events: list[bytes], is_last: bool) -> None:
+        payload = b"".join(b"data: " + event + b"\n\n" for event in events)
         if is_last:
             payload += b"data: [DONE]\n\n"
         if not self._progress.is_started:
@@ -421,12 +459,17 @@ class Generation(Response):
 
     def _usage(self) -> dict[str, Any]:
         prompt, completion = self._progress.prompt_tokens, self._progress.completion_tokens
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": self._progress.cached_tokens},
         }
+        if (routing := self._progress.routing) is not None:
+            done = sum(choice.num_evaluations for choice in self._progress.choices)
+            met = sum(choice.num_traced for choice in self._progress.choices) * routing.num_experts
+            usage["moa"] = {"evaluations_done": done, "evaluations_skipped": met - done}
+        return usage
 
     def _moa(self) -> dict[str, Any]:
         adapter = self._progress.adapter
@@ -484,6 +527,18 @@ class Generation(Response):
             error = self._progress.error
             code = None if error is None else error.code
             self._server.traces.add(record, response_id=self._id, error=code, headers=self._request.headers)
+
+
+def _with_routing(pieces: list[bytes], choice: Choice, delta: Delta) -> list[bytes]:
+    """Pieces of a choice as JSON, with `moa.routing` where it was asked for: the tokens in the last one, the names in the very first."""
+    if choice.routing is None:
+        return pieces
+    told = []
+    for place, piece in enumerate(pieces):
+        tokens = delta.routed if place == len(pieces) - 1 else []
+        routing = choice.routing.write(tokens, choice.tokenizer, has_names=delta.is_first and place == 0)
+        told.append(piece[:-1] + b',"moa":' + routing + b"}")
+    return told
 
 
 _Bundle = list[tuple[Choice, list[TokenEvent]]]

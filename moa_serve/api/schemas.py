@@ -95,7 +95,9 @@ class Moa(Schema):
     revision: Annotated[str, StringConstraints(pattern="^[0-9a-f]{8,64}$")] | None = Field(
         None, description="The revision that must answer, of the adapter or the base: its hex digits, all or the first 8 or more."
     )
-    return_routing: Literal[False] = Field(False, description="Not supported by this version.")
+    return_routing: bool = Field(
+        False, description="What the routers said of each token that is generated, in `moa.routing` of its choice."
+    )
 
 
 class CompletionMoa(Moa):
@@ -462,6 +464,8 @@ class TokenizeRequest(Schema):
             _refuse("moa.parse_special", "is only for a prompt; in messages control tokens are always text")
         if self.moa.revision is not None:
             _refuse("moa.revision", "is not for this route: all adapters have the base's tokenizer")
+        if self.moa.return_routing:
+            _refuse("moa.return_routing", "is not for this route: nothing is computed here")
         return self
 
 
@@ -524,7 +528,6 @@ _EXPECTED = {
     "stop": f"must be a string or a list of strings, each of 1 to {MAX_STOP_CHARS} characters",
     "content": "must be a string or a list of parts {'type': 'text', 'text': ...}; images, audio and files are not supported",
     "role": "must be 'system', 'user', 'assistant' or 'tool'",
-    "return_routing": "is not supported by this version",
     "include_obfuscation": "is not supported",
     "json": "must be a JSON schema, an object or its text",
     "guided_json": "must be a JSON schema, an object or its text",
@@ -534,7 +537,7 @@ _EXPECTED = {
 """Said of fields where pydantic would list one finding for each form that a value may have."""
 
 _PYDANTIC = re.compile("^(Input|String|List|Dictionary) should ")
-_ONLY_NEUTRAL = frozenset({"return_routing", "include_obfuscation", "modalities"})
+_ONLY_NEUTRAL = frozenset({"include_obfuscation", "modalities"})
 
 
 def _as_error(findings: list[ErrorDetails], raw: Mapping[str, Any]) -> InvalidRequest:

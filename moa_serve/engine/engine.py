@@ -22,7 +22,7 @@ from moa_serve.adapter.counts import EvictionReason
 from moa_serve.engine.pools import SLOT_BYTES, BlockPool, SlotTable
 from moa_serve.engine.recovery import Chunks, Failure, Recovery
 from moa_serve.engine.request import Request, SamplingParams, Sequence, TokenLogprob, kv_root, shown
-from moa_serve.engine.routing import RoutedLayers
+from moa_serve.engine.routing import RoutedLayers, TokenRouting
 from moa_serve.engine.runner import ModelRunner, StepOutput
 from moa_serve.engine.sampler import SampledTokens, Sampler, logprobs_at, token_logprobs
 from moa_serve.engine.scheduler import Scheduler, SchedulerOutput
@@ -103,13 +103,15 @@ class EngineOptions:
 
 @dataclass(eq=False, slots=True)
 class TokenEvent:
-    """One step's result for one sequence: a token (None where it ended without one), and how it ended if it did."""
+    """One step's result for one sequence: a token (None where it ended without one), and how it ended if it did. `routing` where it was
+    asked for."""
 
     sequence: Sequence
     token_id: int | None
     logprob: TokenLogprob | None = None
     finish_reason: str | None = None
     error: MoaError | None = None
+    routing: TokenRouting | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -335,6 +337,9 @@ class Engine:
         plan = replace(plan, chunks=[chunk for part in parts for chunk in part.chunks])
         for part in parts:
             self._collect(part.chunks, part.output.collected_logits, part.output.collected_routing)
+            for sequence, found in part.output.token_routing.items():
+                sequence.num_traced += found.num_tokens
+                sequence.num_evaluations += found.num_evaluations
         self.scheduler.advance(plan)
         for part in parts:
             if part.sampled is not None:
@@ -395,7 +400,7 @@ class Engine:
         if collected is not None and not collected.is_finite:
             return self._fail(sequence, self._overflow(sequence))
         self._release(sequence, "length")
-        return TokenEvent(sequence, None, finish_reason="length")
+        return TokenEvent(sequence, None, finish_reason="length", routing=_routing(sequence))
 
     def _upload(self, plan: SchedulerOutput) -> tuple[list[TokenEvent], SchedulerOutput]:
         """Fill the slots that the step needs; what is left of the plan when some could not be filled."""
@@ -461,7 +466,8 @@ class Engine:
             if reason:
                 self._release(sequence, reason)
             logprob = sampled.logprobs[row] if sampled.logprobs else None
-            events.append(TokenEvent(sequence, token, logprob, reason))
+            found = output.token_routing.get(sequence)
+            events.append(TokenEvent(sequence, token, logprob, reason, routing=_routing(sequence, found)))
         return events
 
     def _finish_reason(self, sequence: Sequence, token: int) -> str | None:
@@ -494,6 +500,13 @@ class Engine:
         self.model.close()
         for part in ("_runner", "_cache", "_bank", "_sampler"):
             self.__dict__.pop(part, None)
+
+
+def _routing(sequence: Sequence, step: TokenRouting | None = None) -> TokenRouting | None:
+    """What goes with a sequence's event, where `step` was the last one's; None where nobody asked."""
+    if not sequence.request.return_routing:
+        return None
+    return TokenRouting(sequence.num_traced, sequence.num_evaluations, None if step is None else step.words)
 
 
 def _overflows(logits: Tensor) -> bool:

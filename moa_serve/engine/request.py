@@ -117,6 +117,7 @@ class Request:
         is_pooled: the adapter weighs its experts by the mean over the whole prompt, so the prompt is computed in one step.
         collect_logits: keep the logits of every prompt position.
         collect_routing: keep the router's weights of every position.
+        return_routing: with every token goes what the routers said of the one behind which it was drawn. Needs an adapter with routers.
         grammar: `params.guide`, compiled.
         prompt_logprobs: 0 to 20: log-probabilities of the prompt's tokens and of this many best ones at each place; None is none.
         branches: continuations of the prompt to score, each of at least one token. Each stands behind the prompt and sees nothing of the
@@ -136,6 +137,7 @@ class Request:
     grammar: Grammar | None = None
     collect_logits: bool = False
     collect_routing: bool = False
+    return_routing: bool = False
     prompt_logprobs: int | None = None
     branches: tuple[tuple[int, ...], ...] = ()
     tenant: str | None = None
@@ -144,7 +146,7 @@ class Request:
     arrival: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        assert self.adapter is not None or not self.is_pooled, "only an adapter pools"
+        assert self.adapter is not None or not (self.is_pooled or self.return_routing), "only an adapter pools, and only one has routers"
         assert (self.grammar is None) == (self.params.guide is None), "a guide is compiled before the request is made"
         if not self.prompt_ids:
             raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
@@ -216,6 +218,8 @@ class Sequence:
     turn: int = -1  # of its first start: who started earlier is smaller; -1 before it
     num_skipped: int = 0  # steps in which it waited for nothing but a slot
     num_preemptions: int = 0
+    num_traced: int = 0  # tokens that were computed, where its routing is asked for
+    num_evaluations: int = 0  # experts that were computed for them
     is_paused: bool = False  # its reader is behind: it keeps what it holds and gets no tokens
 
     scheduled_at: float | None = None  # time.monotonic() when its first step began

@@ -1,12 +1,16 @@
-"""What the routers of one adapter said of one prompt, in one table: the public `Routing`."""
+"""What the routers of one adapter said: of a prompt in one table, the public `Routing`, and of an answer's tokens as they are drawn."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from moa_serve.adapter.manifest import KINDS, OUTPUT_FACTORS, ExpertSpec, Manifest
+from moa_serve.model.batch import TracedRouter
+from moa_serve.model.counters import counted_outputs
 from moa_serve.model.moa import Routed
 
 RoutedLayers = Mapping[int, Mapping[str, Routed]]  # layer -> site -> what its router said of some tokens
@@ -34,8 +38,45 @@ class Routing:
     gates: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenRouting:
+    """What the routers of an adapter did for a sequence that asked, in one step or in all so far.
+
+    Args:
+        num_tokens: of the sequence that were computed; those that were computed anew count anew.
+        num_evaluations: experts that were computed for them, over all layers.
+        words: float32, of the token behind which one was drawn, in the order of `token_columns`; None where none was.
+    """
+
+    num_tokens: int
+    num_evaluations: int
+    words: npt.NDArray[np.float32] | None = None
+
+
 def expert_names(manifest: Manifest) -> list[list[str]]:
     return [[expert.name for expert in manifest.layer(layer).experts] for layer in range(manifest.base.num_layers)]
+
+
+def has_thresholds(manifest: Manifest) -> bool:
+    """Whether a layer has one threshold that its experts' weights are compared with."""
+    return manifest.router.site == "layer" and manifest.router.select.kind in ("constant", "threshold_fn")
+
+
+def token_columns(manifest: Manifest, routers: Sequence[TracedRouter]) -> npt.NDArray[np.int64]:
+    """The columns of a trace that are told of a token: the weights of all layers' experts, one layer after the other and in canonical
+    order, then whether each was kept, then the thresholds of the layers that have experts, where `has_thresholds`."""
+    places = {(router.layer, router.site): router for router in routers}
+    weights: list[int] = []
+    selected: list[int] = []
+    thresholds: list[int] = []
+    for layer, sites in enumerate(counted_outputs(manifest)):
+        for site, counted in sites.items():
+            if counted.outputs:
+                router = places[layer, site]
+                weights += [router.start + output for output in counted.outputs]
+                selected += [router.start + router.outputs + 1 + output for output in counted.outputs]
+                thresholds.append(router.start + router.outputs)
+    return np.array(weights + selected + (thresholds if has_thresholds(manifest) else []), dtype=np.int64)
 
 
 def assemble(manifest: Manifest, pieces: Sequence[RoutedLayers], num_tokens: int) -> Routing:
@@ -45,8 +86,7 @@ def assemble(manifest: Manifest, pieces: Sequence[RoutedLayers], num_tokens: int
     weights, gates = torch.zeros(shape, dtype=torch.float32), torch.zeros(shape, dtype=torch.float32)
     selected = torch.zeros(shape, dtype=torch.bool)
     at_layer = manifest.router.site == "layer"
-    has_threshold = at_layer and manifest.router.select.kind in ("constant", "threshold_fn")
-    threshold = torch.zeros(shape[:2], dtype=torch.float32) if has_threshold else None
+    threshold = torch.zeros(shape[:2], dtype=torch.float32) if has_thresholds(manifest) else None
     inner = {name: torch.zeros(*shape[:2], max(widths), dtype=torch.float32) for name, widths in _inner_widths(manifest).items()}
     start = 0
     for piece in pieces:

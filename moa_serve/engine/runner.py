@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from moa_serve.engine.request import Sequence
-from moa_serve.engine.routing import RoutedLayers
+from moa_serve.engine.routing import RoutedLayers, TokenRouting, token_columns
 from moa_serve.model.attention import CachedSpan
 from moa_serve.model.backend import Backend, Cache, PreparedAdapter
 from moa_serve.model.bank import AdapterBank
-from moa_serve.model.batch import ForwardBatch, PooledRows, RoutingTrace, Segment
+from moa_serve.model.batch import ForwardBatch, PooledRows, RoutingTrace, Segment, SegmentTrace
 from moa_serve.model.counters import RouterCounters
 
 Work = SequenceOf[tuple[Sequence, int]]  # a sequence and how many of its pending tokens this step computes
@@ -30,6 +30,7 @@ class StepOutput:
     logits: Tensor
     collected_logits: list[tuple[Sequence, Tensor]] = field(default_factory=list)  # (n, V) float32 of the tokens in `_wanted`
     collected_routing: list[tuple[Sequence, RoutedLayers]] = field(default_factory=list)
+    token_routing: dict[Sequence, TokenRouting] = field(default_factory=dict)  # of this step alone
 
 
 @dataclass(eq=False, slots=True)
@@ -47,6 +48,18 @@ class _Layout:
                 if self.work[first][0].slot is not None:
                     yield first, index
                 first = index
+
+
+def _draws(sequence: Sequence, count: int) -> bool:
+    """Whether a token is drawn behind the next `count` ones."""
+    return count == sequence.num_pending and sequence.request.params.max_tokens != 0
+
+
+def _traced(sequence: Sequence, count: int) -> range:
+    """Of which of the next `count` tokens the request wants to know the routing: of all, or of the one behind which it draws."""
+    if sequence.request.collect_routing:
+        return range(count)
+    return range(count - 1, count) if sequence.request.return_routing and _draws(sequence, count) else range(0)
 
 
 def _wanted(sequence: Sequence, count: int) -> range:
@@ -76,6 +89,7 @@ class ModelRunner:
     def __init__(self, model: Backend, cache: Cache, bank: AdapterBank) -> None:
         self.model, self.cache, self.bank = model, cache, bank
         self.counters: dict[str, RouterCounters] = {}  # by revision: they outlive the adapter's stay in a slot
+        self._columns: dict[int, tuple[PreparedAdapter, np.ndarray]] = {}  # by slot: `token_columns` of the adapter that stood there
 
     @torch.inference_mode()
     def run(self, work: Work) -> StepOutput:
@@ -86,7 +100,7 @@ class ModelRunner:
         token_ids: list[int] = []
         for sequence, count in work:
             token_ids += sequence.token_ids[sequence.num_computed : sequence.num_computed + count]
-        trace = RoutingTrace() if any(sequence.request.collect_routing for sequence, _ in work) else None
+        trace = self._trace(layout)
         segments = [self._segment(layout, first, last) for first, last in layout.runs()]
         rows, sampling = self._logit_rows(layout)
         batch = ForwardBatch(
@@ -99,6 +113,18 @@ class ModelRunner:
             if segment.counters is not None:
                 segment.counters.tokens += segment.end - segment.start
         return self._output(layout, logits, sampling, trace)
+
+    def _trace(self, layout: _Layout) -> RoutingTrace | None:
+        """Of every adapter whose routing somebody asks for, the tokens that he wants to know of; None where nobody asks."""
+        tokens: dict[int, Tensor] = {}
+        for number, (first, last) in enumerate(layout.runs()):
+            if any(sequence.request.collect_routing or sequence.request.return_routing for sequence, _ in layout.work[first:last]):
+                wanted = [
+                    start - layout.starts[first] + np.array(_traced(sequence, count), dtype=np.int64)
+                    for (sequence, count), start in zip(layout.work[first:last], layout.starts[first:last], strict=True)
+                ]
+                tokens[number] = self._tensor(np.concatenate(wanted))
+        return RoutingTrace(tokens) if tokens else None
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array.astype(np.int64, copy=False)).to(self.model.device, non_blocking=True)
@@ -149,7 +175,7 @@ class ModelRunner:
         """Tokens whose logits are needed: the last of each sequence that will sample, then all of those that collect."""
         last, everything, sampling = [], [], []
         for (sequence, count), start in zip(layout.work, layout.starts, strict=False):
-            if count == sequence.num_pending and sequence.request.params.max_tokens != 0:
+            if _draws(sequence, count):
                 last.append(start + count - 1)
                 sampling.append(sequence)
             if rows := _wanted(sequence, count):
@@ -166,10 +192,34 @@ class ModelRunner:
         if trace is None:
             return output
         for number, (first, last) in enumerate(layout.runs()):
-            layers, origin = trace.records.get(number, {}), layout.starts[first]
-            for (sequence, count), start in zip(layout.work[first:last], layout.starts[first:last], strict=True):
-                if sequence.request.collect_routing:
-                    span = slice(start - origin, start - origin + count)
-                    own = {layer: {site: routed.rows(span) for site, routed in sites.items()} for layer, sites in layers.items()}
-                    output.collected_routing.append((sequence, own))
+            if number in trace.segments:
+                self._keep_trace(output, layout, first, last, trace.segments[number])
         return output
+
+    def _keep_trace(self, output: StepOutput, layout: _Layout, first: int, last: int, trace: SegmentTrace) -> None:
+        """Give the sequences [first, last) of `work`, which have one adapter, what each asked for."""
+        group = layout.work[first:last]
+        told = self._told(group[0][0], trace) if any(sequence.request.return_routing for sequence, _ in group) else None
+        end = 0
+        for (sequence, count), start in zip(group, layout.starts[first:last], strict=True):
+            place, begin = start - layout.starts[first], end
+            end += len(_traced(sequence, count))
+            if sequence.request.collect_routing:
+                output.collected_routing.append((sequence, trace.layers(slice(begin, end))))
+            if sequence.request.return_routing:
+                assert told is not None
+                assert trace.evaluations is not None, "every segment of a step has counters"
+                num_evaluations = int(trace.evaluations[place : place + count].sum())
+                words = told[end - 1].copy() if _draws(sequence, count) else None
+                output.token_routing[sequence] = TokenRouting(count, num_evaluations, words)
+
+    def _told(self, sequence: Sequence, trace: SegmentTrace) -> np.ndarray:
+        """(n, `token_columns`) of a trace of the sequence's adapter."""
+        slot = sequence.slot
+        assert slot is not None
+        adapter = self.bank[slot]
+        known = self._columns.get(slot)
+        if known is None or known[0] is not adapter:
+            known = self._columns[slot] = adapter, token_columns(adapter.manifest, trace.routers)
+        told: np.ndarray = trace.words[:, known[1]].cpu().numpy()
+        return told

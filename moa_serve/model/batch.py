@@ -5,7 +5,7 @@ describe the layout, so that a forward never asks a tensor for a number.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -67,17 +67,68 @@ class Segment:
     counters: RouterCounters | None = None
 
 
-@dataclass(eq=False, slots=True)
-class RoutingTrace:
-    """What every router said in one step: `records[segment][layer][site]`, site 'layer', a target, PROMPT or P_ADAPTER.
+@dataclass(frozen=True, slots=True)
+class TracedRouter:
+    """Where a router's words stand in a token's row of a trace: scores (E), threshold, selected (E) as 1 and 0, gates (E).
 
-    Only batches that somebody wants to look into carry one; the tensors are those of the forward, not copies.
+    `site` is 'layer', a target, PROMPT or P_ADAPTER.
     """
 
-    records: dict[int, dict[int, dict[str, Routed]]] = field(default_factory=dict)
+    layer: int
+    site: str
+    start: int
+    outputs: int
+    has_threshold: bool
 
-    def add(self, segment: int, layer: int, site: str, routed: Routed) -> None:
-        self.records.setdefault(segment, {}).setdefault(layer, {})[site] = routed
+
+@dataclass(eq=False, slots=True)
+class SegmentTrace:
+    """What the routers said of some tokens of a segment.
+
+    Args:
+        words: (n, W) float32, a row for each of the tokens.
+        routers: where the words of each stand in a row; always the same of one adapter.
+        evaluations: (t,) int32, of all tokens of the segment: the experts that were computed for each, over all layers, as its counters
+            have them; None where it has no counters.
+    """
+
+    words: Tensor
+    routers: tuple[TracedRouter, ...]
+    evaluations: Tensor | None = None
+
+    def layers(self, rows: slice = slice(None)) -> dict[int, dict[str, Routed]]:
+        """layer -> site -> what its router said of the tokens in `rows`: views."""
+        found: dict[int, dict[str, Routed]] = {}
+        words = self.words[rows]
+        for router in self.routers:
+            own = words[:, router.start : router.start + 3 * router.outputs + 1]
+            scores, threshold, selected, gates = torch.split(own, [router.outputs, 1, router.outputs, router.outputs], dim=1)
+            routed = Routed(scores, threshold if router.has_threshold else None, selected != 0, gates)
+            found.setdefault(router.layer, {})[router.site] = routed
+        return found
+
+
+@dataclass(eq=False, slots=True)
+class RoutingTrace:
+    """What the routers said in one step of the tokens that somebody wants to look into. Only batches of which some are carry one.
+
+    Args:
+        tokens: by the segment's number (n,) int64, which of its tokens, counted inside it, ascending; a segment that is left out is not
+            looked into. None: all tokens of all segments.
+        segments: filled by the forward.
+    """
+
+    tokens: Mapping[int, Tensor] | None = None
+    segments: dict[int, SegmentTrace] = field(default_factory=dict)
+
+    def wanted(self, number: int, num_tokens: int) -> Tensor | None:
+        """Which tokens of a segment of so many are wanted; None where it is not looked into."""
+        return torch.arange(num_tokens) if self.tokens is None else self.tokens.get(number)
+
+    @property
+    def records(self) -> dict[int, dict[int, dict[str, Routed]]]:
+        """segment -> layer -> site -> what its router said."""
+        return {number: segment.layers() for number, segment in self.segments.items()}
 
 
 Expert = Callable[[Tensor, Tensor | None, Routed | None], Tensor]  # (its input, the layer's gates, its own router's word) -> what it adds

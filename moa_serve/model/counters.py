@@ -93,6 +93,11 @@ class RouterCounters:
         self.thresholds = torch.zeros(len(plans), dtype=torch.float64, device=device)
         self.tokens = 0
 
+    @property
+    def num_experts(self) -> int:
+        """Whose evaluations are counted, over all layers."""
+        return sum(map(len, self._experts))
+
     def add(
         self, words: tuple[Word, ...], num_tokens: int, selected: torch.Tensor, gates: torch.Tensor, thresholds: torch.Tensor | None = None
     ) -> None:

@@ -5,6 +5,7 @@ The mathematics stays moa.py's: its modules take (S, T) tokens where they have S
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moa_serve.model.batch import RoutingTrace, Segment
+from moa_serve.model.batch import RoutingTrace, Segment, SegmentTrace, TracedRouter
 from moa_serve.model.counters import Word
 from moa_serve.model.moa import JoinedLora, LoraExperts, MoaLayer, MoaWeights, Routed
 
@@ -152,22 +153,32 @@ class Part:
             return out + delta
         return torch.cat((out[: self.rows.start], out[self.rows] + delta, out[self.rows.stop :]))
 
-    def hear(self, layer: int, site: str, routed: Routed, trace: RoutingTrace | None) -> None:
+    def hear(self, layer: int, site: str, routed: Routed) -> None:
         if self.heard is not None:
             self.heard.append(((layer, site, routed.gates.shape[-1]), routed))
-        if trace is None:
+
+    def tell(self, trace: RoutingTrace) -> None:
+        """Hand on what was heard of the tokens that are wanted; every expert is computed for every token."""
+        wanted = [(index, *found, trace.wanted(found[0], found[1].end - found[1].start)) for index, found in enumerate(self.segments)]
+        if not self.heard or all(tokens is None for *_, tokens in wanted):
             return
-        if not self.num_stacked:
-            trace.add(self.segments[0][0], layer, site, routed)
-            return
-        for index, (number, segment) in enumerate(self.segments):
-            own = Routed(
-                routed.scores[index],
-                None if routed.threshold is None else routed.threshold[index],
-                routed.selected[index],
-                routed.gates[index],
-            )
-            trace.add(number, layer, site, own.rows(slice(segment.end - segment.start)))
+        words = self._words()
+        routers = _traced(tuple((*word, routed.threshold is not None) for word, routed in self.heard))
+        for index, number, segment, tokens in wanted:
+            if tokens is not None:
+                own = words[index] if self.num_stacked else words
+                evaluations = None
+                if segment.counters is not None:
+                    evaluations = torch.full((segment.end - segment.start,), segment.counters.num_experts, dtype=torch.int32)
+                trace.segments[number] = SegmentTrace(own[tokens], routers, evaluations)
+
+    def _words(self) -> Tensor:
+        """(T, W) or (S, T, W): rows of a trace."""
+        pieces: list[Tensor] = []
+        for _, routed in self.heard or ():
+            threshold = routed.scores.new_zeros(*routed.scores.shape[:-1], 1) if routed.threshold is None else routed.threshold
+            pieces += (routed.scores, threshold, routed.selected.float(), routed.gates)
+        return torch.cat(pieces, dim=-1).detach()
 
     def count(self) -> None:
         """Add what was heard to the segments' counters: once a step, because in each layer it would cost as much as an expert."""
@@ -189,6 +200,16 @@ class Part:
                 own = (index, slice(segment.end - segment.start)) if self.num_stacked else slice(None)
                 own_thresholds = None if thresholds is None else thresholds[own].sum(0)
                 segment.counters.add(words, segment.end - segment.start, selected[own].sum(0), gates[own].sum(0), own_thresholds)
+
+
+@functools.lru_cache(maxsize=256)
+def _traced(words: tuple[tuple[int, str, int, bool], ...]) -> tuple[TracedRouter, ...]:
+    """Where routers' words stand in a row, one after the other; `words` are layer, site, outputs and whether there is a threshold."""
+    starts = itertools.accumulate((3 * outputs + 1 for _, _, outputs, _ in words), initial=0)
+    return tuple(
+        TracedRouter(layer, site, start, outputs, has_threshold)
+        for (layer, site, outputs, has_threshold), start in zip(words, starts, strict=False)
+    )
 
 
 def _served(adapter: MoaWeights) -> list[MoaLayer | None]:

@@ -69,7 +69,7 @@ class ActiveLayer:
 
     def _hear(self, site: str, routed: Routed | None) -> None:
         if routed is not None:
-            self.part.hear(self.index, site, routed, self.batch.trace)
+            self.part.hear(self.index, site, routed)
 
     def _add(self, site: str, mixture: Mixture, expert: Expert, source: Tensor, reads: Tensor, out: Tensor) -> Tensor:
         routed = self._route(mixture, reads) if mixture.router else None
@@ -271,6 +271,8 @@ class Transformer:
             self.layers_done += 1
         for part in parts:
             part.count()
+            if batch.trace is not None:
+                part.tell(batch.trace)
         return x
 
     def block(

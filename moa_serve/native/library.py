@@ -109,7 +109,7 @@ class SegmentStruct(Structure):
         *((name, c_int32) for name in ("start", "end")),
         *((name, c_void_p) for name in ("pooled_row", "pooled_spans", "pooled_gates")),
         *((name, c_int32) for name in ("num_pooled", "pooled_width")),
-        *((name, c_void_p) for name in ("trace", "selected", "gate_sum", "computed", "thresholds")),
+        *((name, c_void_p) for name in ("trace", "trace_row", "evaluations", "selected", "gate_sum", "computed", "thresholds")),
         *((name, c_int32) for name in ("counters_width", "unused")),
     ]
 

@@ -22,10 +22,9 @@ from moa_serve.adapter.adapter import Adapter
 from moa_serve.config import ModelConfig
 from moa_serve.errors import EngineError, InvalidRequest, ModelUnsupported, OutOfMemory
 from moa_serve.model.attention import CachedSpan
-from moa_serve.model.batch import ForwardBatch, RoutingTrace, Segment
+from moa_serve.model.batch import ForwardBatch, Segment, SegmentTrace
 from moa_serve.model.build import build
 from moa_serve.model.memory import available_bytes
-from moa_serve.model.moa import Routed
 from moa_serve.model.ops import inverse_frequencies
 from moa_serve.model.weights import BaseWeights, LayerWeights
 from moa_serve.native import library as lib
@@ -318,7 +317,11 @@ class NativeModel:
                 for span, table in zip(attention.spans, tables, strict=True)
             )
         )
-        views = [_SegmentView(segment, batch.trace is not None) for segment in batch.segments]
+        trace = batch.trace
+        views = [
+            _SegmentView(segment, None if trace is None else trace.wanted(number, segment.end - segment.start))
+            for number, segment in enumerate(batch.segments)
+        ]
         segments = (lib.SegmentStruct * len(views))(*(view.struct for view in views))
         struct = lib.BatchStruct(
             token_ids=ids.data_ptr(),
@@ -339,9 +342,8 @@ class NativeModel:
         self._forward_seconds += time.perf_counter() - started
         if has_failed:
             raise OutOfMemory(f"there is no memory for the buffers of a step of {len(ids)} tokens; lower max_batch_tokens")
-        if batch.trace is not None:
-            for number, view in enumerate(views):
-                view.fill(number, batch.trace)
+        if trace is not None:
+            trace.segments |= {number: view.trace for number, view in enumerate(views) if view.trace is not None}
         return logits[:, : self.config.vocab_size]
 
 
@@ -357,16 +359,13 @@ def _check_room(weights: BaseWeights) -> None:
 
 
 class _SegmentView:
-    """A segment's struct and what it points to."""
+    """A segment's struct and what it points to; `trace` of the tokens in `traced`, which the step fills."""
 
-    def __init__(self, segment: Segment, is_traced: bool) -> None:
+    def __init__(self, segment: Segment, traced: Tensor | None) -> None:
         adapter, pooled, counters = segment.adapter, segment.pooled, segment.counters
         assert isinstance(adapter, NativeAdapter), "the native backend computes what it prepared"
-        self.adapter = adapter
-        self.trace = torch.zeros(segment.end - segment.start, adapter.trace_width) if is_traced else None
         self.struct = lib.SegmentStruct(adapter=adapter.blob.data_ptr(), start=segment.start, end=segment.end)
-        if self.trace is not None:
-            self.struct.trace = self.trace.data_ptr()
+        self.trace = None if traced is None else self._traced(segment, adapter, traced)
         if counters is not None:
             self.struct.selected, self.struct.gate_sum = counters.selected.data_ptr(), counters.gate_sum.data_ptr()
             self.struct.computed, self.struct.thresholds = counters.computed.data_ptr(), counters.thresholds.data_ptr()
@@ -378,12 +377,14 @@ class _SegmentView:
             self.struct.pooled_gates = pooled.gates.data_ptr()
             self.struct.num_pooled, self.struct.pooled_width = len(self._spans), pooled.gates.shape[2]
 
-    def fill(self, number: int, trace: RoutingTrace) -> None:
-        """Hand on what the routers said, as the torch backend would have."""
-        assert self.trace is not None
-        for router in self.adapter.traced:
-            start, count = router.start, router.outputs
-            scores, threshold = self.trace[:, start : start + count], self.trace[:, start + count : start + count + 1]
-            selected = self.trace[:, start + count + 1 : start + 2 * count + 1] != 0
-            gates = self.trace[:, start + 2 * count + 1 : start + 3 * count + 1]
-            trace.add(number, router.layer, router.site, Routed(scores, threshold if router.has_threshold else None, selected, gates))
+    def _traced(self, segment: Segment, adapter: NativeAdapter, tokens: Tensor) -> SegmentTrace:
+        words = torch.zeros(len(tokens), adapter.trace_width)
+        if len(tokens):
+            self._trace_rows = np.full(segment.end - segment.start, -1, dtype=np.int32)
+            self._trace_rows[tokens.numpy()] = np.arange(len(tokens))
+            self.struct.trace, self.struct.trace_row = words.data_ptr(), self._trace_rows.ctypes.data
+        evaluations = None
+        if segment.counters is not None:
+            evaluations = torch.zeros(segment.end - segment.start, dtype=torch.int32)
+            self.struct.evaluations = evaluations.data_ptr()
+        return SegmentTrace(words, adapter.traced, evaluations)

@@ -25,9 +25,10 @@ import torch
 
 from moa_serve import faults
 from moa_serve.adapter.manifest import Manifest
+from moa_serve.model.batch import TracedRouter
 from moa_serve.model.cache import cache_dir, warn_read_only
 from moa_serve.native.compile import stamp
-from moa_serve.native.program import NativeAdapter, TracedRouter
+from moa_serve.native.program import NativeAdapter
 
 logger = logging.getLogger(__name__)
 

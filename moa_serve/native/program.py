@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moa_serve.adapter.manifest import Manifest
+from moa_serve.model.batch import TracedRouter
 from moa_serve.model.counters import counted_outputs
 from moa_serve.model.moa import LoraExperts, Mixture, MoaLayer, MoaWeights, ParallelAdapter, PromptExpert, Router, SwigluNet
 from moa_serve.native import library as lib
@@ -21,17 +22,6 @@ from moa_serve.native import packing
 _ALIGNMENT = 64
 _STAGE_OF = {"Q": 0, "K": 0, "V": 0, "PROMPT": 0, "O": 1, "UP": 2, "GATE": 2, "P_ADAPTER": 2, "DOWN": 3}
 _CONSTANT = 0  # the gate column that is 1
-
-
-@dataclass(frozen=True, slots=True)
-class TracedRouter:
-    """Where a router's words stand in a token's trace: scores (E), threshold, selected (E), gates (E)."""
-
-    layer: int
-    site: str
-    start: int
-    outputs: int
-    has_threshold: bool
 
 
 @dataclass(eq=False, slots=True)

@@ -150,6 +150,32 @@ def test_router_weights_and_selected_experts(golden: Golden, llm: LLM) -> None:
                     torch.testing.assert_close(routing.threshold[layer], threshold[row, :, 0], atol=ROUTER_ATOL, rtol=0)
 
 
+def test_the_first_tokens_routing_is_that_of_the_prompts_last(golden: Golden, llm: LLM) -> None:
+    """As it goes with the tokens of an answer, against the authors' numbers."""
+    revision, manifest = llm._resolve("a")
+    assert manifest is not None
+    if manifest.router.site == "none":
+        pytest.skip("plain experts, no router")
+    for row, prompt in enumerate(golden.prompts):
+        request = Request(tuple(prompt), SamplingParams(temperature=0, max_tokens=1), revision, manifest.is_pooled, return_routing=True)
+        with llm._exclusive():
+            llm._engine.add(request)
+            (event,) = llm._engine.step()
+        assert event.routing is not None
+        assert event.routing.words is not None
+        words = torch.from_numpy(event.routing.words)
+        routing = llm.route(prompt, adapter="a")
+        sizes = [len(names) for names in routing.experts]
+        weights, selected = words[: sum(sizes)], words[sum(sizes) : 2 * sum(sizes)]
+        for layer, (own, kept) in enumerate(zip(torch.split(weights, sizes), torch.split(selected, sizes), strict=True)):
+            names = routing.experts[layer]
+            torch.testing.assert_close(own, routing.weights[layer, -1, : len(names)], atol=ROUTER_ATOL, rtol=0)
+            assert torch.equal(kept != 0, routing.selected[layer, -1, : len(names)])
+            if manifest.router.site == "layer" and manifest.variant != "unipeft":
+                theirs = golden.expected[f"layers.{layer}.router.weights"][row]
+                torch.testing.assert_close(own, theirs.expand(len(prompt), -1)[-1], atol=ROUTER_ATOL, rtol=0)
+
+
 def check_layer_router(golden: Golden, row: int, layer: int, names: list[str], weights: Tensor, selected: Tensor) -> None:
     theirs = golden.expected[f"layers.{layer}.router.weights"][row]
     order = golden.meta["expert_order_per_layer"]

@@ -172,7 +172,9 @@ struct MoaSegment {
   const int32_t* pooled_spans;  // (rows, 2), tokens of the segment, or -1
   float* pooled_gates;          // (rows, num_layers, pooled_width)
   int32_t num_pooled, pooled_width;
-  float* trace;  // (end - start, trace_width) or NULL
+  float* trace;              // (rows, trace_width), what the routers said of some tokens, or NULL
+  const int32_t* trace_row;  // (end - start,) the row of each token, or -1
+  int32_t* evaluations;      // (end - start,) experts that were computed for each token are added, or NULL; only with the counters below
   double *selected, *gate_sum, *computed;  // (num_layers, counters_width) or NULL
   double* thresholds;                      // (num_layers,)
   int32_t counters_width, unused;

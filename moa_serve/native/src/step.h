@@ -472,6 +472,12 @@ struct Step {
     count(MOA_PART_ROUTER);
   }
 
+  // Where routers write what they said of a token; NULL where nobody asked.
+  float* trace_of(const MoaSegment& segment, int token) const {
+    const int row = segment.trace == nullptr ? -1 : segment.trace_row[token - segment.start];
+    return row < 0 ? nullptr : segment.trace + (int64_t)row * ((const MoaAdapter*)segment.adapter)->trace_width;
+  }
+
   // Behind what routers and experts of the adapter need: room for a tile's inputs.
   float* input_room(const MoaSegment& segment) const { return scratch + ((const MoaAdapter*)segment.adapter)->scratch_width; }
 
@@ -488,11 +494,9 @@ struct Step {
     const int64_t room = padded(router.num_rows, kLanes) + kLanes;
     float *out = scratch, *rest = scratch + kTileTokens * room;
     multiply_router_rows(segment, router, stage, first, count, input_room(segment), out, room);
-    const MoaAdapter* adapter = (const MoaAdapter*)segment.adapter;
     for (int member = 0; member < count; member++) {
-      float* trace = segment.trace == nullptr ? nullptr : segment.trace + (int64_t)(first + member - segment.start) * adapter->trace_width;
       float* gates = at.gates + (int64_t)(first + member) * at.gate_stride + router.first_gate;
-      finish_route(router, segment.adapter, out + member * room, rest, gates, gates[router.outputs], trace);
+      finish_route(router, segment.adapter, out + member * room, rest, gates, gates[router.outputs], trace_of(segment, first + member));
     }
   }
 
@@ -543,13 +547,13 @@ struct Step {
       float threshold;
       finish_route(router, segment.adapter, scratch, rest, gates, threshold, nullptr);
     }
-    const MoaAdapter* adapter = (const MoaAdapter*)segment.adapter;
     for (int token = segment.start; token < segment.end; token++) {
       const int row = segment.pooled_row[token - segment.start];
       const float* gates = segment.pooled_gates + ((int64_t)row * model.num_layers + index) * segment.pooled_width;
       memcpy(at.gates + (int64_t)token * at.gate_stride + router.first_gate, gates, (size_t)router.outputs * sizeof(float));
-      if (segment.trace == nullptr) continue;
-      float* place = segment.trace + (int64_t)(token - segment.start) * adapter->trace_width + router.trace_at;
+      float* trace = trace_of(segment, token);
+      if (trace == nullptr) continue;
+      float* place = trace + router.trace_at;
       for (int e = 0; e < router.outputs; e++) {
         place[e] = place[2 * router.outputs + 1 + e] = gates[e];
         place[router.outputs + 1 + e] = 1.0f;
@@ -739,7 +743,10 @@ struct Step {
         segment.gate_sum[cell] += gate;
       }
       // Tiles have no holes: there an expert is computed for all tokens of a tile, or for none.
-      segment.computed[cell] += N::kIsOnTiles && num_active > 0 ? count : num_active;
+      const bool is_for_all = N::kIsOnTiles && num_active > 0;
+      segment.computed[cell] += is_for_all ? count : num_active;
+      for (int member = 0; member < count && segment.evaluations != nullptr; member++)
+        segment.evaluations[first + member - segment.start] += is_for_all || gates[member * at.gate_stride + columns[place]] != 0;
     }
     for (int member = 0; member < count && router.threshold_share != 0; member++) {
       const float threshold = gates[member * at.gate_stride + router.outputs];

@@ -296,7 +296,7 @@ REFUSED: list[tuple[str, str, Any, int, str, str | None]] = [
     ("38", COMPLETIONS, {"n": 2, "best_of": 3}, 400, "unsupported_parameter", "best_of"),
     ("38", CHAT, {"response_format": {"type": "structural_tag"}}, 400, "invalid_value", "response_format.type"),
     ("38", CHAT, {"response_format": {"type": "json_object"}}, 400, "invalid_value", "response_format"),  # this base names no end of text
-    ("38", COMPLETIONS, {"moa": {"return_routing": True}}, 400, "unsupported_parameter", "moa.return_routing"),
+    ("38", COMPLETIONS, {"moa": {"return_routing": True}}, 400, "invalid_value", "moa.return_routing"),  # of the base, which has no router
     ("38", COMPLETIONS, {"tempreature": 1}, 400, "unknown_parameter", "tempreature"),
     ("38", COMPLETIONS, {"moa": {"routing": True}}, 400, "unknown_parameter", "moa.routing"),
     ("39", CHAT, {"messages": []}, 400, "invalid_value", "messages"),

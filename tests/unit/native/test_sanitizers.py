@@ -12,6 +12,7 @@ from native_recording import Recording
 from native_tools import SETS
 
 from moa_serve import LLM, SamplingParams
+from moa_serve.engine.request import Request
 from moa_serve.native import library as lib
 from moa_serve.native.compile import SOURCES, compile_objects
 from moa_serve.native.library import has_tiles
@@ -50,6 +51,17 @@ def record(tmp_path_factory: pytest.TempPathFactory, dtype: str, base_dtype: str
         llm.generate(prompts, SamplingParams(temperature=0, max_tokens=3), adapter=names)
         llm.score_choices([[1, 2, 3, 4]], [[[5, 6], [7]]], adapter="nested_hydra")
         llm.route([4, 5, 6], adapter="sparse_fn")
+        for family, asks in (
+            ("sparse_fn", True),
+            ("sparse_fn", False),
+            ("instance", True),
+        ):  # a trace of some tokens, and what was computed
+            revision, manifest = llm._resolve(family)
+            assert manifest is not None
+            params = SamplingParams(temperature=0, max_tokens=3)
+            llm._engine.add(Request(tuple(range(70)), params, revision, manifest.is_pooled, return_routing=asks))
+        while llm._engine.has_work:
+            llm._engine.step()
         made.write(root / "steps.bin")
     return root / "steps.bin"
 
