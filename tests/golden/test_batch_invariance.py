@@ -4,9 +4,8 @@ import random
 from typing import Any
 
 import pytest
-import torch
+from backends import BACKENDS, computing
 from goldens import Golden, goldens
-from native_tools import SETS
 
 from moa_serve import LLM, SamplingParams
 from moa_serve.engine.scheduler import SchedulerOutput
@@ -44,21 +43,13 @@ def run(llm: LLM, jobs: list[Job], params: SamplingParams = PARAMS) -> list[list
 
 
 def open_llm(family: str, backend: str, **options: Any) -> LLM:
-    """`backend` is torch, torch on cuda, or native in bfloat16, whose logits must not move by a bit either."""
-    if backend == "native" and not SETS:
-        pytest.skip("the native library is not built")
-    if backend == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    where = (
-        {"backend": "native", "device": "cpu", "dtype": "bfloat16"}
-        if backend == "native"
-        else {"backend": "torch", "device": backend, "dtype": "float32"}
-    )
+    """In float32; native in bfloat16, whose logits must not move by a bit either."""
+    dtype = "bfloat16" if backend == "native" else "float32"
     members = of_family(family)
-    return LLM(members[0].base, adapters={golden.name: golden.source for golden in members}, **where, **options)
+    return LLM(members[0].base, adapters={golden.name: golden.source for golden in members}, **computing(backend), dtype=dtype, **options)
 
 
-backends = pytest.mark.parametrize("backend", ["cpu", "native", pytest.param("cuda", marks=pytest.mark.gpu)])
+backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @backends

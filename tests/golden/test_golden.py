@@ -1,12 +1,12 @@
-"""Every golden folder against the numbers of the authors' own code, in float32, through the same engine that serves, on both backends."""
+"""Every golden folder against the numbers of the authors' own code, in float32, through the same engine that serves, on every backend."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from backends import BACKENDS, computing
 from goldens import NAMES, Golden, goldens
-from native_tools import SETS
 from torch import Tensor
 
 from moa_serve import LLM, SamplingParams
@@ -26,21 +26,19 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     return found
 
 
-@pytest.fixture(scope="module", params=["torch", "native"])
-def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "native" and not SETS:
-        pytest.skip("the native library is not built")
-    return str(request.param)
+@pytest.fixture(scope="module", params=BACKENDS)
+def where(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return {**computing(request.param), "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
-def llm(golden: Golden, backend: str) -> Iterator[LLM]:
-    with LLM(golden.base, adapters={"a": golden.source}, backend=backend, device="cpu", dtype="float32", kv_cache_bytes=2**22) as made:
+def llm(golden: Golden, where: dict[str, Any]) -> Iterator[LLM]:
+    with LLM(golden.base, adapters={"a": golden.source}, **where, kv_cache_bytes=2**22) as made:
         yield made
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(actual.cpu(), expected, atol=2e-4, rtol=1e-4)
 
 
 def test_prefill_logits(golden: Golden, llm: LLM) -> None:
@@ -49,12 +47,12 @@ def test_prefill_logits(golden: Golden, llm: LLM) -> None:
         close(llm.logits(prompt), golden.expected["base.logits"][row])
 
 
-def test_chunked_prefill_logits(golden: Golden, backend: str) -> None:
+def test_chunked_prefill_logits(golden: Golden, where: dict[str, Any]) -> None:
     """The router sees each token once, whatever chunk it comes in; a mean over the prompt needs it whole."""
     sizes = (3, 7)
     for size in sizes:
         options: dict[str, Any] = {"max_batch_tokens": size, "max_num_seqs": 2, "kv_cache_bytes": 2**22}
-        with LLM(golden.base, adapters={"a": golden.source}, backend=backend, device="cpu", dtype="float32", **options) as llm:
+        with LLM(golden.base, adapters={"a": golden.source}, **where, **options) as llm:
             if golden.is_pooled:
                 close(llm.logits(golden.prompts[0], adapter="a"), golden.expected["logits"][0])  # whole, though over the budget
             else:
@@ -115,14 +113,14 @@ def test_hidden_states(golden: Golden, llm: LLM) -> None:
         llm._engine._bank.upload(0, adapter)
     weights = llm._engine._bank[0]
     assert isinstance(weights, MoaWeights)
-    ids = golden.expected["input_ids"]
+    ids = golden.expected["input_ids"].to(base.device)
     count, length = ids.shape
     spans = [(row * length, row * length + length) for row in range(count)]
     pooled = None
     if manifest.is_pooled:
-        owner = torch.arange(count).repeat_interleave(length)
-        pooled = PooledRows(owner, tuple(spans), torch.zeros(count, base.config.num_layers, weights.max_outputs))
-    batch = ForwardBatch(ids.flatten(), torch.arange(length).repeat(count), (Segment(0, count * length, weights, pooled),))
+        pooled = PooledRows.of_whole([length] * count, [length] * count, weights, base.device)
+    positions = torch.arange(length, device=base.device).repeat(count)
+    batch = ForwardBatch(ids.flatten(), positions, (Segment(0, count * length, weights, pooled),))
     Recording(base.config, base.weights).hidden(batch, CausalAttention(spans))
     for layer, out in enumerate(hidden):
         close(out.view(count, length, -1), golden.expected[f"layers.{layer}.hidden"])

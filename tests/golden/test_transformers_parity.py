@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import ON_GPU, computing
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -66,8 +67,9 @@ def logits_of(model: PreTrainedModel, ids: list[int]) -> Tensor:
         return model(torch.tensor([ids])).logits[0].float()  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize("backend", ["torch", ON_GPU])
 @pytest.mark.parametrize("kind", MODELS)
-def test_tiny_models(kind: str, tmp_path: Path) -> None:
+def test_tiny_models(kind: str, backend: str, tmp_path: Path) -> None:
     torch.manual_seed(3)
     model = MODELS[kind]().float().eval()
     with torch.no_grad():
@@ -77,7 +79,7 @@ def test_tiny_models(kind: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     rng = random.Random(5)
     prompts = [[rng.randrange(SHAPE["vocab_size"]) for _ in range(rng.randint(3, 90))] for _ in range(8)]
-    with LLM(tmp_path, backend="torch", device="cpu", dtype="float32", kv_cache_bytes=2**24) as llm:
+    with LLM(tmp_path, **computing(backend), dtype="float32", kv_cache_bytes=2**24) as llm:
         for prompt in prompts[:3]:
             torch.testing.assert_close(llm.logits(prompt), logits_of(model, prompt), atol=2e-4, rtol=1e-4)
         for prompt, completion in zip(prompts, llm.generate(prompts, GREEDY), strict=True):

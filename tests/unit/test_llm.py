@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from backends import BACKENDS, computing, exact
 from families import FAMILIES, TINY, random_adapter, write_base, write_family, write_tokenizer
 from native_tools import SETS, a_tensor, overflow
 
@@ -43,11 +44,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("base"))
 
 
-@pytest.fixture(params=["torch", "native"])
+@pytest.fixture(params=BACKENDS)
 def llm(request: pytest.FixtureRequest, base: Path) -> Iterator[LLM]:
-    if request.param == "native" and not SETS:
-        pytest.skip("the native library is not built")
-    with LLM(base, backend=request.param, device="cpu", dtype="float32", kv_cache_bytes=2**21) as made:
+    with LLM(base, **computing(request.param), dtype="float32", kv_cache_bytes=2**21) as made:
         yield made
 
 
@@ -170,11 +169,11 @@ def test_unloading_frees_the_tensors(llm: LLM, tmp_path: Path) -> None:
     assert [reference() for reference in alive] == [None] * len(alive)
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=pytest.mark.skipif(not SETS, reason="it is not built"))])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_adapter_is_laid_out_once(base: Path, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its self-test has put it into a slot already."""
     prepared = []
-    with LLM(base, backend=backend, device="cpu", kv_cache_bytes=2**21) as llm:
+    with LLM(base, **computing(backend), kv_cache_bytes=2**21) as llm:
         prepare = llm._engine.model.prepare
 
         def counted(adapter: Adapter) -> PreparedAdapter:
@@ -190,13 +189,14 @@ def test_an_adapter_is_laid_out_once(base: Path, backend: str, tmp_path: Path, m
         assert set(llm._engine.slot_table.revisions) == {None, loaded.revision}
 
 
-def test_more_adapters_than_slots_and_than_memory(base: Path, tmp_path: Path) -> None:
+def test_more_adapters_than_slots_and_than_memory(base: Path, device: str, tmp_path: Path) -> None:
     """They queue for slots, and leave and enter host memory, and nothing of that shows in the tokens."""
     folders = {family: write_family(tmp_path / family, family) for family in FAMILIES}
-    with LLM(base, adapters=folders, device="cpu", kv_cache_bytes=2**21) as roomy:
+    options: dict[str, Any] = {**exact(device), "kv_cache_bytes": 2**21}
+    with LLM(base, adapters=folders, **options) as roomy:
         expected = {family: tokens(roomy, family) for family in folders}
         largest = max(adapter.num_bytes for adapter in (roomy.load_adapter(f"{f}2", folder) for f, folder in folders.items()))
-    with LLM(base, adapters=folders, device="cpu", kv_cache_bytes=2**21, num_slots=2, adapter_cache_bytes=largest + 1) as tight:
+    with LLM(base, adapters=folders, **options, num_slots=2, adapter_cache_bytes=largest + 1) as tight:
         names = [family for family in folders for _ in PROMPTS]
         completions = tight.generate(PROMPTS * len(folders), GREEDY, adapter=names)
         assert [completion.token_ids for completion in completions] == [ids for family in folders for ids in expected[family]]
@@ -212,10 +212,10 @@ def test_the_variant_that_files_cannot_tell(llm: LLM, tmp_path: Path) -> None:
 # -- rows that overflow
 
 
-def test_a_row_of_nan_ends_alone_and_leaves_nothing_behind(base: Path, tmp_path: Path) -> None:
+def test_a_row_of_nan_ends_alone_and_leaves_nothing_behind(base: Path, device: str, tmp_path: Path) -> None:
     """Its pages are used again by others, and a masked NaN would still be one."""
     folder = write_family(tmp_path / "a", "soft")
-    options: dict[str, Any] = {"device": "cpu", "kv_cache_bytes": 2**17, "max_num_seqs": 4}
+    options: dict[str, Any] = {**exact(device), "kv_cache_bytes": 2**17, "max_num_seqs": 4}
     with LLM(base, adapters={"good": folder}, **options) as clean:
         expected = {name: tokens(clean, name) for name in ("good", None)}
     with LLM(base, adapters={"good": folder, "bad": write_family(tmp_path / "b", "lora", seed=5)}, **options) as llm:
@@ -437,7 +437,7 @@ def test_mistakes_are_told_by_field(llm: LLM, case: str) -> None:
 )
 def test_options_are_checked_when_the_engine_is_made(base: Path, arguments: dict[str, Any], match: str) -> None:
     with pytest.raises(MoaError, match=match):
-        LLM(base, **arguments)
+        LLM(base, **{"device": "cpu"} | arguments)
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=pytest.mark.skipif(not SETS, reason="it is not built"))])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from backends import exact
 from families import FAMILIES, TINY, write_base, write_family, write_tokenizer
 from native_tools import overflow
 from tokenizers.processors import TemplateProcessing
@@ -46,7 +47,7 @@ def llm(base: Path, folders: dict[str, Path]) -> Iterator[LLM]:
 
 def pages(base: Path, count: int, device: str = "cpu") -> int:
     """Bytes of so many pages of the cache."""
-    with LLM(base, **OPTIONS | {"device": device}) as llm:
+    with LLM(base, **OPTIONS | exact(device)) as llm:
         return count * llm._engine.model.bytes_per_block(16)
 
 
@@ -116,11 +117,11 @@ def test_one_batch_of_all_adapters_gives_each_its_own_scores(base: Path, folders
     """Room for two adapters of many, a budget below some prompts, pages for a few rows: everything waits, swaps or runs alone."""
     names = [name for name in (None, *folders) for _ in PROMPTS]
     prompts, choices = PROMPTS * (len(folders) + 1), CHOICES * (len(folders) + 1)
-    with LLM(base, adapters=folders, **OPTIONS | {"device": device}) as roomy:
+    with LLM(base, adapters=folders, **OPTIONS | exact(device)) as roomy:
         alone = [roomy.score_choices([prompt], [ends], adapter=name)[0] for prompt, ends, name in zip(prompts, choices, names, strict=True)]
         assert_same(roomy.score_choices(prompts, choices, adapter=names), alone)
     tight: dict[str, Any] = {"num_slots": 2, "max_num_seqs": 6, "max_batch_tokens": 24, "kv_cache_bytes": pages(base, 6, device)}
-    with LLM(base, adapters=folders, **OPTIONS | tight | {"device": device}) as llm:
+    with LLM(base, adapters=folders, **OPTIONS | tight | exact(device)) as llm:
         assert_same(llm.score_choices(prompts, choices, adapter=names), alone)
         assert_clean(llm)
 

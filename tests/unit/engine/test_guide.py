@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from backends import BACKENDS, computing
 from families import FAMILIES, TINY, write_base, write_family, write_tokenizer
-from native_tools import SETS
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from moa_serve import LLM, Guide, SamplingParams
@@ -363,17 +363,16 @@ def test_what_is_not_finite_is_seen_behind_a_mask(compiler: GrammarCompiler) -> 
 # -- the engine
 
 
-@pytest.fixture(scope="module", params=["torch", "native"])
+@pytest.fixture(scope="module", params=BACKENDS)
 def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    if request.param == "native" and not SETS:
-        pytest.skip("the native library is not built")
+    where = computing(request.param)
     config = TINY | {"vocab_size": V, "eos_token_id": EOS}
     folder = write_base(tmp_path_factory.mktemp("base"), config)
     write_tokenizer(folder)
     adapters = tmp_path_factory.mktemp("adapters")
     named = {family: write_family(adapters / family, family, config=config) for family in FAMILIES}
     options: dict[str, Any] = {"kv_cache_bytes": 2**21, "num_slots": len(FAMILIES)}
-    with LLM(folder, adapters=named, backend=request.param, device="cpu", dtype="float32", **options) as made:
+    with LLM(folder, adapters=named, **where, dtype="float32", **options) as made:
         yield made
 
 
@@ -441,7 +440,7 @@ def test_a_guide_outlives_preemption(llm: LLM, tmp_path: Path) -> None:
     params = [SamplingParams(max_tokens=60, guide=Guide.regex("([0-9][a-z]){40}"), seed=seed) for seed in range(4)]
     want = llm.generate(["some text"] * 4, params)
     options: dict[str, Any] = {"kv_cache_bytes": 12 * llm._engine.model.bytes_per_block(EngineOptions().block_size), "max_model_len": 128}
-    with LLM(llm.folder, backend=llm.backend, device="cpu", dtype="float32", **options) as small:
+    with LLM(llm.folder, backend=llm.backend, device=llm.device.type, dtype="float32", **options) as small:
         got = small.generate(["some text"] * 4, params)
         assert small._engine.num_preemptions > 0
     assert [completion.token_ids for completion in got] == [completion.token_ids for completion in want]

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from backends import computing
 from families import FAMILIES, TINY, write_base, write_family, write_overflowing
-from native_tools import SETS
 from torch import Tensor
 
 from moa_serve import LLM, SamplingParams
@@ -18,7 +18,7 @@ from moa_serve.errors import AdapterNonfiniteOutput
 
 PAGE = 16
 GREEDY = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
-BACKENDS = [("native", "bfloat16"), ("native", "float32"), ("torch", "float32")]
+BACKENDS = [("native", "bfloat16"), ("native", "float32"), ("torch", "float32"), pytest.param("cuda", "float32", marks=pytest.mark.gpu)]
 Row = tuple[tuple[int, ...], str | None, int]  # a prompt, its adapter, how many tokens are there
 
 
@@ -29,11 +29,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def open_llm(folders: dict[str, Path], backend: str = "torch", dtype: str = "float32", **options: Any) -> LLM:
-    if backend == "native" and not SETS:
-        pytest.skip("the native library is not built")
     names = options.pop("names", list(FAMILIES))
-    where = {"backend": backend, "device": "cpu", "dtype": dtype}
-    return LLM(folders["base"], adapters={name: folders[name] for name in names}, **where, **({"kv_cache_bytes": 2**22} | options))
+    where = computing(backend)
+    return LLM(
+        folders["base"], adapters={name: folders[name] for name in names}, **where, dtype=dtype, **({"kv_cache_bytes": 2**22} | options)
+    )
 
 
 def record(llm: LLM) -> dict[Row, Tensor]:

@@ -1,0 +1,27 @@
+"""What computes in a test, for `parametrize`: torch and the native library on the CPU, and torch on a GPU where there is one.
+
+`pytest -m gpu` runs those that need a CUDA device; elsewhere they are skipped.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from native_tools import SETS
+
+ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+BACKENDS = ["torch", "native", ON_GPU]
+
+
+def computing(backend: str) -> dict[str, Any]:
+    """Arguments of `LLM` for one of `BACKENDS`; skips the test where it cannot be had."""
+    if backend == "native" and not SETS:
+        pytest.skip("the native library is not built")
+    if backend == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return {"backend": "torch", "device": "cuda"} if backend == "cuda" else {"backend": backend, "device": "cpu"}
+
+
+def exact(device: str) -> dict[str, Any]:
+    """Arguments of `LLM` on a device of the fixture of that name, in a dtype in which tokens do not depend on their neighbours."""
+    return {"device": device} if device == "cpu" else {"device": device, "dtype": "float32"}
