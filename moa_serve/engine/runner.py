@@ -18,6 +18,7 @@ from moa_serve.model.backend import Backend, Cache, PreparedAdapter
 from moa_serve.model.bank import AdapterBank
 from moa_serve.model.batch import ForwardBatch, PooledRows, RoutingTrace, Segment, SegmentTrace
 from moa_serve.model.counters import RouterCounters
+from moa_serve.model.ops import on_device
 
 Work = SequenceOf[tuple[Sequence, int]]  # a sequence and how many of its pending tokens this step computes
 
@@ -127,7 +128,7 @@ class ModelRunner:
         return RoutingTrace(tokens) if tokens else None
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array.astype(np.int64, copy=False)).to(self.model.device, non_blocking=True)
+        return on_device(array.astype(np.int64, copy=False), self.model.device)
 
     def _span(self, sequence: Sequence, start: int, count: int) -> CachedSpan:
         has_branches = bool(sequence.request.branches) and count > sequence.num_prompt

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moa_serve.engine.guide import TokenBits
 from moa_serve.engine.request import Sequence, TokenLogprob
+from moa_serve.model.ops import on_device
 
 MIN_LOGPROB = -9999.0
 """JSON has no -inf."""
@@ -33,8 +34,8 @@ _NUCLEUS_SIZES = (256, 4096)
 """Best tokens among which a nucleus (top_p) is looked for before all are sorted. V 49152, one thread: 0.3, 0.7, 3.4 ms a row."""
 
 _ROWS = 8
-"""Rows to draw at a time: what they need in between stays in the cache. 32 plain rows, V 49152, one thread: 9.5 ms against
-14.8 ms all at once (2026-11-22)."""
+"""Rows to draw at a time on a CPU: what they need in between stays in the cache. 32 plain rows, V 49152, one thread: 9.5 ms against
+14.8 ms all at once (2026-11-22). On another device a call costs more than its rows."""
 
 _SCORED_ROWS = 64
 """Rows to sum at a time where only single log-probabilities are wanted: whole-number weights are twice the size of the logits."""
@@ -89,9 +90,10 @@ class Sampler:
             else:
                 ids, is_finite = self._choose(raw, sequences, skip=frozenset(edited))
                 if edited:
-                    own = [sequences[row] for row in edited]
-                    ids[edited], is_finite[edited] = self._choose(self._edit(raw, edited, own), own)
-            chosen, finite = ids.tolist(), is_finite.tolist()
+                    own, rows = [sequences[row] for row in edited], self._rows(edited)
+                    ids[rows], is_finite[rows] = self._choose(self._edit(raw, edited, own), own)
+            chosen, finite = torch.stack((ids, is_finite.long())).tolist()  # one wait for the device, not two
+            finite = [bool(one) for one in finite]
             return SampledTokens(chosen, self._logprobs(raw, chosen, finite, sequences), finite)
 
     def _choose(self, logits: Tensor, sequences: SequenceOf[Sequence], skip: frozenset[int] = frozenset()) -> tuple[Tensor, Tensor]:
@@ -101,10 +103,12 @@ class Sampler:
         for row, sequence in enumerate(sequences):
             if row not in skip and not sequence.request.params.is_greedy:
                 groups.setdefault(self._kind(sequence), []).append(row)
+        at_once = _ROWS if self._device.type == "cpu" else len(sequences)
         for kind, rows in groups.items():
-            for start in range(0, len(rows), _ROWS):
-                piece = rows[start : start + _ROWS]
-                ids[piece] = self._draw(kind, logits[piece], peak[piece], [sequences[row] for row in piece])
+            for start in range(0, len(rows), at_once):
+                own = [sequences[row] for row in rows[start : start + at_once]]
+                piece = self._rows(rows[start : start + at_once])
+                ids[piece] = self._draw(kind, logits[piece], peak[piece], own)
         return ids, peak.isfinite()
 
     def _draw(self, kind: str, logits: Tensor, peak: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
@@ -126,12 +130,15 @@ class Sampler:
 
     def _params(self, sequences: SequenceOf[Sequence], name: str) -> Tensor:
         """(N, 1) float64 of one field."""
-        values = [[getattr(sequence.request.params, name)] for sequence in sequences]
-        return torch.tensor(values, dtype=torch.float64, device=self._device)
+        values = np.array([[getattr(sequence.request.params, name)] for sequence in sequences], dtype=np.float64)
+        return on_device(values, self._device)
+
+    def _rows(self, rows: list[int]) -> Tensor:
+        return on_device(np.array(rows, dtype=np.int64), self._device)
 
     def _uniform(self, sequences: SequenceOf[Sequence]) -> Tensor:
         """(N, 1) float64 in [0, 1)."""
-        return torch.from_numpy(uniform([s.seed for s in sequences], [s.num_generated for s in sequences])).to(self._device)[:, None]
+        return on_device(uniform([s.seed for s in sequences], [s.num_generated for s in sequences]), self._device)[:, None]
 
     def _edit(self, raw: Tensor, rows: list[int], sequences: SequenceOf[Sequence]) -> Tensor:
         """Some rows of `raw`, copied, with bias, masks and penalties. Only tokens concerned are touched; what is not finite stays so."""
@@ -152,11 +159,11 @@ class Sampler:
         """A copy of the rows, with -inf where a sequence's guide does not allow a token. First of all, since nothing moves an -inf."""
         guided = [row for row, sequence in enumerate(sequences) if sequence.matcher is not None]
         if not guided:
-            return raw[rows]
+            return raw[self._rows(rows)]
         allowed = np.stack([_allowed(sequences[row], states[row].stop_ids) for row in guided])
         bars = _BARS.take(allowed, axis=0).reshape(len(guided), -1)[:, : self._vocab_size]
         if self._device.type != "cpu":
-            return raw[rows].index_add_(0, torch.tensor(guided, device=self._device), torch.from_numpy(bars).to(self._device))
+            return raw[self._rows(rows)].index_add_(0, self._rows(guided), on_device(bars, self._device))
         # numpy adds in this thread. Torch wakes others for 32,768 numbers, and waits for them 5 ms where cores are busy (2026-11-27).
         own = raw.numpy()[rows]
         with np.errstate(invalid="ignore"):  # +inf becomes NaN: it is not finite either way
@@ -184,10 +191,10 @@ class Sampler:
     def _index(self, ids: list[Ids]) -> Tensor:
         """Positions in the flat (N * V) logits of row 0's ids, row 1's ids, ..."""
         rows = np.repeat(np.arange(len(ids)) * self._vocab_size, [len(row) for row in ids])
-        return torch.from_numpy(rows + np.concatenate(ids)).to(self._device)
+        return on_device(rows + np.concatenate(ids), self._device)
 
     def _flat(self, numbers: list[Numbers]) -> Tensor:
-        return torch.from_numpy(np.concatenate(numbers)).to(self._device)
+        return on_device(np.concatenate(numbers), self._device)
 
     def _logprobs(
         self, raw: Tensor, ids: list[int], is_finite: list[bool], sequences: SequenceOf[Sequence]
@@ -198,7 +205,7 @@ class Sampler:
         result: list[TokenLogprob | None] = [None] * len(sequences)
         rows = [row for row in wanted if is_finite[row]]
         if rows:
-            found = token_logprobs(raw[rows], [ids[row] for row in rows], [wanted[row] for row in rows])
+            found = token_logprobs(raw[self._rows(rows)], [ids[row] for row in rows], [wanted[row] for row in rows])
             for row, logprob in zip(rows, found, strict=True):
                 result[row] = logprob
         return result
@@ -287,7 +294,7 @@ class _Draw:
         """(N,) ids; tokens from the best down, of which each row's first `top_k` count."""
         candidates = _best(self.logits, max(top_k))  # (N, K)
         place = torch.arange(candidates.shape[-1], device=candidates.device)
-        is_kept = place < torch.tensor(top_k, device=candidates.device)[:, None]
+        is_kept = place < on_device(np.array(top_k), candidates.device)[:, None]
         weights = torch.where(is_kept, self._weights(self.logits.gather(-1, candidates)), 0)
         return self._from_best(candidates, weights, weights.sum(-1, keepdim=True), top_p)
 

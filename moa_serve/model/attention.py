@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moa_serve.config import ModelConfig
+from moa_serve.model.ops import on_device
 
 
 class Attention(Protocol):
@@ -62,6 +63,8 @@ class PaddedCausalAttention:
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """One sequence: queries are the last positions of the keys. `mask` (Tq, Tk) is needed where there are fewer of them."""
+    if mask is not None and q.device.type != "cpu":
+        return _causal_grouped(q, k, v, mask)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         k.transpose(0, 1)[None],
@@ -71,6 +74,17 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tens
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out[0].transpose(0, 1)
+
+
+def _causal_grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The same with the heads of a group as queries of one: a GPU's kernels take a mask or groups, and without them all scores are kept."""
+    length, heads, size = q.shape
+    kv_heads = k.shape[1]
+    grouped = q.view(length, kv_heads, -1, size).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, size)  # (1, K, H/K * Tq, P)
+    out = F.scaled_dot_product_attention(
+        grouped, k.transpose(0, 1)[None], v.transpose(0, 1)[None], attn_mask=mask.repeat(heads // kv_heads, 1)
+    )
+    return out.view(kv_heads, -1, length, size).permute(2, 0, 1, 3).reshape(length, heads, size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,10 +105,13 @@ class CachedSpan:
     branches: tuple[tuple[int, int], ...] = ()
 
 
+_LEAST_BUCKET, _LEAST_WIDTH = 6, 16  # 64 pages, and 16: so many cost a GPU less than another group, or another recording
+
+
 class KVCache:
     """Keys and values of all layers in pages of `block_size` tokens; which page is whose, engine.pools.BlockPool knows.
 
-    Memory is reserved and not touched: a page becomes real when it is first zeroed. Page 0 is padding and stays zero.
+    Memory is reserved and not touched: on a CPU a page becomes real when it is first zeroed. Page 0 is padding and stays zero.
     """
 
     def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -110,6 +127,11 @@ class KVCache:
 
     def zero(self, blocks: Sequence[int]) -> None:
         """Clean pages that change owner: a masked place still meets a softmax weight of 0, and 0 * NaN would be NaN."""
+        if self.device.type != "cpu" and blocks:  # a call costs more there than a page
+            found = self._tensor(np.array(blocks))
+            self.keys.index_fill_(1, found, 0)
+            self.values.index_fill_(1, found, 0)
+            return
         for block in blocks:
             self.keys[:, block].zero_()
             self.values[:, block].zero_()
@@ -117,13 +139,13 @@ class KVCache:
     def attention(self, spans: Sequence[CachedSpan]) -> "PagedAttention":
         """How the tokens of one step attend: `spans` cover the batch in its order."""
         size, places, chunks, branched = self.block_size, [], [], []
-        decode: dict[int, list[CachedSpan]] = {}  # by pages, rounded up to a power of two: nobody pays for the longest
+        decode: dict[int, list[CachedSpan]] = {}  # by bucket: nobody pays for the longest
         for span in spans:
             table = np.array(span.blocks)
             index = np.arange(span.computed, span.computed + span.count)
             places.append(table[index // size] * size + index % size)
             if span.count == 1:
-                decode.setdefault((-(-(span.computed + 1) // size) - 1).bit_length(), []).append(span)
+                decode.setdefault(self._bucket(-(-(span.computed + 1) // size)), []).append(span)
             elif span.branches:
                 branched.append(BranchedChunk(span.start, span.start + span.count, span.num_prompt, self._seen_by_branches(span)))
             else:
@@ -132,8 +154,13 @@ class KVCache:
         rows = [self._decode_rows(group, is_all) for group in decode.values()]
         return PagedAttention(self, self._tensor(np.concatenate(places)), rows, chunks, branched)
 
+    def _bucket(self, pages: int) -> int:
+        """Rows of so many pages attend together: up to the next power of two, and on a GPU all shorter ones, where calls cost more."""
+        bucket = (pages - 1).bit_length()
+        return bucket if self.device.type == "cpu" else max(bucket, _LEAST_BUCKET)
+
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        return on_device(array, self.device)
 
     def _seen_by_branches(self, span: CachedSpan) -> Tensor:
         length, prompt = span.count, span.num_prompt
@@ -147,15 +174,18 @@ class KVCache:
     def _decode_rows(self, rows: list[CachedSpan], is_all: bool) -> "DecodeRows":
         size = self.block_size
         lengths = [row.computed + 1 for row in rows]
-        blocks = np.zeros((len(rows), max(-(-length // size) for length in lengths)), dtype=np.int64)
+        width = max(-(-length // size) for length in lengths)
+        if self.device.type != "cpu":
+            width = max(1 << (width - 1).bit_length(), _LEAST_WIDTH)  # a step has few shapes, so that it can be recorded (graphs.py)
+        blocks = np.zeros((len(rows), width), dtype=np.int64)
         for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             used = -(-length // size)
             blocks[place, :used] = row.blocks[:used]
         seen = np.arange(blocks.shape[1] * size) < np.array(lengths)[:, None]
         starts = None if is_all else self._tensor(np.array([row.start for row in rows]))
-        mask = self._tensor(seen)[:, None, None, :]
-        if self.device.type == "cpu":  # there torch would make the same of it again in every layer
-            mask = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+        is_seen = self._tensor(seen)[:, None, None, :]
+        # What is added to scores, once: torch would make it of booleans again in every layer.
+        mask = torch.zeros(is_seen.shape, dtype=_decode_dtype(self.keys), device=self.device).masked_fill_(~is_seen, -torch.inf)
         return DecodeRows(starts, self._tensor(blocks), mask)
 
 
@@ -190,7 +220,7 @@ class DecodeRows:
     Args:
         rows: (N,) int64, their places in the batch; None where they are the whole batch in its order.
         blocks: (N, M) int64, their pages, padded with page 0.
-        mask: (N, 1, 1, M * block_size), the tokens to attend to, the own one included: bool, or what is added to scores, 0 or -inf.
+        mask: (N, 1, 1, M * block_size), what is added to scores: 0 for the tokens to attend to, the own one included, else -inf.
     """
 
     rows: Tensor | None
@@ -247,11 +277,15 @@ def _attend_branches(whole: BranchedChunk, q: Tensor, k: Tensor, v: Tensor) -> T
     return torch.cat((_causal(q[:n], k[:n], v[:n]), _causal(q[n:], k, v, whole.seen)))
 
 
+def _decode_dtype(keys: Tensor) -> torch.dtype:
+    """What rows of one token attend in: torch's bfloat16 kernel for one query is 5 to 6 times slower on CPU than its float32 one."""
+    return torch.float32 if keys.device.type == "cpu" else keys.dtype
+
+
 def _attend_rows(q: Tensor, group: DecodeRows, keys: Tensor, values: Tensor) -> Tensor:
     rows, heads, size = q.shape
     kv_heads = keys.shape[2]
-    # torch's bfloat16 kernel for one query is 5 to 6 times slower on CPU than its float32 one.
-    dtype = torch.float32 if q.device.type == "cpu" else q.dtype
+    dtype = group.mask.dtype
     # index_select moves whole pages, and is 4 times faster than indexing; pages are widened as they lie, before anything is a view of them.
     k, v = (
         part.index_select(0, group.blocks.flatten()).to(dtype).view(rows, -1, kv_heads, size).transpose(1, 2) for part in (keys, values)

@@ -14,7 +14,8 @@ from moa_serve.model.control_groups import groups
 
 def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch for this process alone
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     available: int = psutil.virtual_memory().available
     return min([available, *_rooms(groups("memory"))])
 

@@ -53,9 +53,20 @@ class Affine:
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.is_cuda and self.weight.dtype == torch.float32 and not torch.is_grad_enabled() and x.shape[-1] % _PARTS == 0:
+            return self._in_parts(x)
         if self.weight.dim() == 2:
             return F.linear(x, self.weight, self.bias)
         return torch.bmm(x, self.weight.mT) if self.bias is None else torch.baddbmm(self.bias, x, self.weight.mT)
+
+    def _in_parts(self, x: Tensor) -> Tensor:
+        """The same, added up from parts of the inputs: a router has so few rows and outputs that a GPU has no other work to share out."""
+        parts, weights = (whole.view(*whole.shape[:-1], _PARTS, -1).transpose(-2, -3) for whole in (x, self.weight))
+        out: Tensor = (parts @ weights.mT).sum(-3)  # (C, T, in / C), (C, out, in / C), or (S, C, ...)
+        return out if self.bias is None else out + self.bias
+
+
+_PARTS = 16
 
 
 @dataclass(eq=False, slots=True)
@@ -312,7 +323,7 @@ class MoaLayer:
 class MoaWeights:
     """One adapter ready to compute: `layers` has None where no expert stands.
 
-    To serve on a CPU, `joined` (stacked.py) are the same layers in fewer products; those of one `layout` are computed together.
+    To serve, `joined` (stacked.py) are the same layers in fewer products; those of one `layout` are computed together.
     """
 
     manifest: Manifest

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moa_serve.model.batch import RoutingTrace, Segment, SegmentTrace, TracedRouter
 from moa_serve.model.counters import Word
 from moa_serve.model.moa import JoinedLora, LoraExperts, MoaLayer, MoaWeights, Routed
+from moa_serve.model.ops import on_device
 
 JOINED = {"QKV": ("Q", "K", "V"), "GATE_UP": ("GATE", "UP")}  # base linears that are one product, in the order of their rows
 MOST_TOKENS = 16  # of a segment that is put beside others; a longer one's products are worth their calls
@@ -185,14 +187,15 @@ class Part:
         counters = [segment.counters for _, segment in self.segments]
         if not self.heard or not any(counters):
             return
-        words = tuple(word for word, _ in self.heard)
-        selected = torch.cat([routed.selected for _, routed in self.heard], dim=-1)  # (T, all routers' outputs), or (S, T, ...)
-        gates = torch.cat([routed.gates.detach() for _, routed in self.heard], dim=-1)
+        heard, self.heard = self.heard, []  # a recorded step's parts are computed more than once
+        words = tuple(word for word, _ in heard)
+        selected = torch.cat([routed.selected for _, routed in heard], dim=-1)  # (T, all routers' outputs), or (S, T, ...)
+        gates = torch.cat([routed.gates.detach() for _, routed in heard], dim=-1)
         gates = torch.where(gates.isfinite(), gates, 0.0)  # one row that overflows must not turn the totals into NaN for good
         thresholds = None
-        if any(routed.threshold is not None for _, routed in self.heard):
+        if any(routed.threshold is not None for _, routed in heard):
             none = gates.new_zeros(*gates.shape[:-1], 1)
-            limits = [none if routed.threshold is None else routed.threshold.detach() for _, routed in self.heard]
+            limits = [none if routed.threshold is None else routed.threshold.detach() for _, routed in heard]
             thresholds = torch.cat(limits, dim=-1)  # (T, routers), or (S, T, routers)
             thresholds = torch.where(thresholds.isfinite(), thresholds, 0.0)
         for index, (_, segment) in enumerate(self.segments):
@@ -216,9 +219,9 @@ def _served(adapter: MoaWeights) -> list[MoaLayer | None]:
     return adapter.layers if adapter.joined is None else adapter.joined
 
 
-def parts_of(segments: Sequence[Segment], stacks: Stacks | None) -> list[Part]:
+def parts_of(segments: Sequence[Segment], stacks: Stacks | None, device: torch.device) -> list[Part]:
     """How a step's adapters are applied: without a `stacks` each as it was built, every segment by itself; with one, joined, and
-    segments of few tokens, whose adapters are of one layout, together."""
+    segments of few tokens, whose adapters are of one layout, together. `device` is the batch's."""
     together: dict[str, tuple[list[tuple[int, Segment]], list[MoaWeights]]] = {}
     parts = []
     for number, segment in enumerate(segments):
@@ -231,10 +234,10 @@ def parts_of(segments: Sequence[Segment], stacks: Stacks | None) -> list[Part]:
             group, adapters = together.setdefault(adapter.layout, ([], []))
             group.append((number, segment))
             adapters.append(adapter)
-    return parts + [_together(group, adapters, stacks) for group, adapters in together.values()]
+    return parts + [_together(group, adapters, stacks, device) for group, adapters in together.values()]
 
 
-def _together(group: list[tuple[int, Segment]], adapters: list[MoaWeights], stacks: Stacks | None) -> Part:
+def _together(group: list[tuple[int, Segment]], adapters: list[MoaWeights], stacks: Stacks | None, device: torch.device) -> Part:
     if stacks is None or len(group) == 1:
         return Part(group, _served(adapters[0]), slice(group[0][1].start, group[0][1].end))
     layers = stacks.layers(adapters)
@@ -244,6 +247,9 @@ def _together(group: list[tuple[int, Segment]], adapters: list[MoaWeights], stac
         return Part(group, layers, rows)
     most = max(counts)
     tokens = [list(range(segment.start, segment.end)) for _, segment in group]
-    take = torch.tensor([own + own[:1] * (most - len(own)) for own in tokens])
     places = [index * most + place for index, count in enumerate(counts) for place in range(count)]
-    return Part(group, layers, rows, take, (torch.tensor(places), torch.tensor(list(itertools.chain.from_iterable(tokens)))))
+    take, put, flat = (
+        on_device(np.array(ids), device)
+        for ids in ([own + own[:1] * (most - len(own)) for own in tokens], places, list(itertools.chain.from_iterable(tokens)))
+    )
+    return Part(group, layers, rows, take, (put, flat))

@@ -22,6 +22,7 @@ from moa_serve.model.attention import Attention, KVCache
 from moa_serve.model.batch import Expert, ForwardBatch, PooledRows
 from moa_serve.model.build import build
 from moa_serve.model.clock import PartClock
+from moa_serve.model.graphs import DecodeGraphs
 from moa_serve.model.moa import Mixture, MoaLayer, MoaWeights, Routed, Router
 from moa_serve.model.ops import inverse_frequencies, linear, prepacked, rms_norm, rotate
 from moa_serve.model.stacked import Part, Stacks, join, parts_of
@@ -138,10 +139,15 @@ class Transformer:
         self.config, self.weights = config, weights
         self.layers_done = 0
         self._clock: PartClock | None = None  # while forwards are timed by part
-        self._stacks = Stacks() if weights.embed.device.type == "cpu" else None  # on CUDA untried
+        self._stacks = Stacks()
         self.inverse_frequencies = inverse_frequencies(config.rope, config.head_dim, weights.embed.device)
         self._warmed: OrderedDict[str, MoaWeights] = OrderedDict()  # by revision, until a slot takes them
         self._warming = threading.Lock()
+        self._graphs: DecodeGraphs | None = None
+        if self.device.type == "cuda":
+            self._graphs = DecodeGraphs()
+            # For every new shape cuDNN makes a plan first, which takes longer than many steps. A switch around each call would cost, too.
+            torch.backends.cuda.enable_cudnn_sdp(False)
 
     @classmethod
     def packed(cls, config: ModelConfig, weights: BaseWeights) -> Self:
@@ -189,18 +195,19 @@ class Transformer:
         return KVCache.bytes_per_block(self.config, block_size, self.dtype)
 
     def new_cache(self, num_blocks: int, block_size: int) -> KVCache:
+        self._forget_graphs()
         return KVCache(self.config, num_blocks, block_size, self.dtype, self.device)
 
     def prepare(self, adapter: Adapter) -> MoaWeights:
         """Stack the adapter's tensors on the base's device, where it was not done before."""
         with self._warming:
             warmed = self._warmed.pop(adapter.revision, None)
+        self._forget_graphs()  # it takes the slot of another, whose memory they may keep
         return warmed or self._prepare(adapter)
 
     def _prepare(self, adapter: Adapter) -> MoaWeights:
         weights = build(adapter.manifest, adapter.tensors, self.weights, self.config, self.adapter_dtype)
-        if self._stacks is not None:
-            join(weights)
+        join(weights)
         return weights
 
     def warm(self, adapter: Adapter) -> None:
@@ -224,11 +231,16 @@ class Transformer:
         """What was prepared goes with its slot, but for the stacks that it stood in, and what no slot has taken."""
         with self._warming:
             self._warmed.pop(revision, None)
-        if self._stacks is not None:
-            self._stacks = Stacks()
+        self._stacks = Stacks()
+        self._forget_graphs()
 
     def close(self) -> None:
-        """Nothing: tensors go with their objects."""
+        """Tensors go with their objects, but for those that recorded steps keep."""
+        self._forget_graphs()
+
+    def _forget_graphs(self) -> None:
+        if self._graphs is not None:
+            self._graphs.clear()
 
     timing_is_free = False
 
@@ -248,22 +260,32 @@ class Transformer:
 
         Routers' words on the tokens go to `batch.trace`, and instance-level weights to the segments' `pooled.gates`.
         """
+        if self._graphs is not None and self._clock is None:  # a recorded step has no parts that could be timed
+            return self._graphs.forward(batch, attention, self._parts, self._compute)
+        return self._compute(batch, self._parts(batch), attention)
+
+    def _compute(self, batch: ForwardBatch, parts: list[Part], attention: Attention) -> Tensor:
         with self._part("base"):
-            hidden = self.hidden(batch, attention)
+            hidden = self._hidden(batch, parts, attention)
         with self._part("head"):
             if batch.logit_rows is not None:
                 hidden = hidden[batch.logit_rows]
             return linear(rms_norm(hidden, self.weights.norm, self.config.rms_norm_eps), self.weights.head).float()
 
+    def _parts(self, batch: ForwardBatch) -> list[Part]:
+        # An observer wants to meet every segment by itself, and a gradient would have to find its way through the stack.
+        is_together = batch.observer is None and not torch.is_grad_enabled()
+        return parts_of(batch.segments, self._stacks if is_together else None, self.device)
+
     def hidden(self, batch: ForwardBatch, attention: Attention) -> Tensor:
         """(T, D): output of the last block, before the final norm."""
+        return self._hidden(batch, self._parts(batch), attention)
+
+    def _hidden(self, batch: ForwardBatch, parts: list[Part], attention: Attention) -> Tensor:
         x = F.embedding(batch.token_ids, self.weights.embed)
         angles = batch.positions.float()[:, None] * self.inverse_frequencies
         cos, sin = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)
         rope = (torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
-        # An observer wants to meet every segment by itself, and a gradient would have to find its way through the stack.
-        is_together = batch.observer is None and not torch.is_grad_enabled()
-        parts = parts_of(batch.segments, self._stacks if is_together else None)
         if self._clock is not None:
             attention = self._clock.timing("attention", attention)
         for index, weights in enumerate(self.weights.layers):

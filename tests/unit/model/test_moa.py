@@ -128,3 +128,14 @@ def test_bfloat16_base_still_routes_in_float32(tmp_path: Path) -> None:
     routed = trace.records[0][0]["layer"]
     assert routed.scores.dtype == torch.float32
     assert routed.gates.dtype == torch.float32
+
+
+@pytest.mark.parametrize("stacked", [(), (3,)], ids=["one", "stacked"])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_product_in_parts_is_the_product(stacked: tuple[int, ...], has_bias: bool) -> None:
+    """How a GPU computes routers; rows of a batch are a slice."""
+    torch.manual_seed(0)
+    bias = torch.randn(*stacked, 1, 7) if stacked else torch.randn(7)
+    affine = Affine(torch.randn(*stacked, 7, 64), bias if has_bias else None)
+    x = torch.randn(*stacked, 9, 64)[..., 2:7, :]
+    torch.testing.assert_close(affine._in_parts(x), affine(x), atol=2e-5, rtol=1e-5)

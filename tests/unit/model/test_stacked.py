@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from backends import ON_GPU, computing
 from families import FAMILIES, TINY, random_adapter, write_base
 from torch import Tensor
 
@@ -20,13 +21,13 @@ from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import load_base
 
 STACKED = [family for family in FAMILIES if not random_adapter(family)[0].is_pooled]
-CPU = torch.device("cpu")
 Rows = Sequence[tuple[MoaWeights | None, int]]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
-    base = load_base(write_base(tmp_path_factory.mktemp("base")), dtype=torch.float32)
+@pytest.fixture(scope="module", params=["torch", ON_GPU])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Transformer:
+    device = computing(request.param)["device"]
+    base = load_base(write_base(tmp_path_factory.mktemp("base")), device=device, dtype=torch.float32)
     return Transformer(base.config, base.weights)
 
 
@@ -41,13 +42,14 @@ def forward(model: Transformer, rows: Rows, trace: RoutingTrace | None = None) -
     spans = []
     for adapter, count in rows:
         if adapter is not None:
-            segments.append(Segment(start, start + count, adapter, None, RouterCounters(adapter.manifest, CPU)))
+            segments.append(Segment(start, start + count, adapter, None, RouterCounters(adapter.manifest, model.device)))
         spans.append((start, start + count))
         start += count
     ids = torch.cat([(torch.arange(count) * 7 + 11 * place + 3) % TINY["vocab_size"] for place, (_, count) in enumerate(rows)])
     positions = torch.cat([torch.arange(count) for _, count in rows])
     with torch.inference_mode():
-        return model.forward(ForwardBatch(ids, positions, tuple(segments), trace=trace), CausalAttention(spans)), segments
+        batch = ForwardBatch(ids.to(model.device), positions.to(model.device), tuple(segments), trace=trace)
+        return model.forward(batch, CausalAttention(spans)), segments
 
 
 def alone(model: Transformer, rows: Rows, place: int) -> tuple[Tensor, list[Segment], RoutingTrace]:
@@ -66,7 +68,7 @@ def test_side_by_side_equals_alone(model: Transformer, family: str, counts: tupl
     rows.insert(1, (None, 2))
     trace = RoutingTrace()
     logits, segments = forward(model, rows, trace)
-    assert len(parts_of(segments, model._stacks)) == 1, "this test is about stacked adapters"
+    assert len(parts_of(segments, model._stacks, model.device)) == 1, "this test is about stacked adapters"
     start = number = 0
     for place, (adapter, count) in enumerate(rows):
         if adapter is not None:
@@ -104,7 +106,7 @@ def test_only_what_fits_stands_side_by_side(model: Transformer) -> None:
     soft, sparse = [prepared(model, "soft", seed) for seed in (1, 2, 3)], prepared(model, "sparse_fn", 1)
     rows: list[tuple[MoaWeights | None, int]] = [(soft[0], 1), (sparse, 1), (soft[1], 2), (soft[2], MOST_TOKENS + 1)]
     logits, segments = forward(model, rows)
-    groups = sorted([number for number, _ in part.segments] for part in parts_of(segments, model._stacks))
+    groups = sorted([number for number, _ in part.segments] for part in parts_of(segments, model._stacks, model.device))
     assert groups == [[0, 2], [1], [3]]
     start = 0
     for place, (_, count) in enumerate(rows):
