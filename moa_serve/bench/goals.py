@@ -1,6 +1,6 @@
 """What good looks like, as numbers, and a figure beside its goal.
 
-All are ratios of one interleaved run; on one pinned thread, but for `http_to_engine`, whose server has what threads it likes.
+All are ratios of one interleaved run on a CPU; on one pinned thread, but for `http_to_engine`, whose server has what threads it likes.
 """
 
 from dataclasses import dataclass

@@ -26,7 +26,7 @@ from moa_serve.bench.goals import Judged
 from moa_serve.bench.step import num_threads
 from moa_serve.bench.synthetic import SPARE_TOKENS, made_up
 from moa_serve.bench.timing import Spread, interleaved, ratio, seconds
-from moa_serve.bench.workload import CONTEXT, Pages, Workload, selected_share, steps_for
+from moa_serve.bench.workload import CONTEXT, Pages, Workload, has_goals, selected_share, steps_for, wait_for
 from moa_serve.errors import InvalidRequest
 from moa_serve.model.backend import Backend
 from moa_serve.model.moa import Affine, LinearNet, SwigluNet
@@ -189,10 +189,10 @@ def _check(manifest: Manifest) -> None:
 class _Adaptation:
     """Puts an adapter's experts beside the modules of a model of transformers."""
 
-    def __init__(self, manifest: Manifest, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, manifest: Manifest, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
         _check(manifest)
         self.manifest = manifest
-        self.tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        self.tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
         self.is_sparse = manifest.variant == "sparse_moa"
 
     def _affine(self, prefix: str) -> Affine:
@@ -249,7 +249,7 @@ class AuthorsWay:
 
     Args:
         base_folder: config.json and safetensors of a LLaMA.
-        dtype: of base and adapter.
+        dtype, device: of base and adapter; None for the CPU.
         manifest, tensors: of a Soft or Sparse MoA, as in an `Adapter`; both None for the base alone.
     Raises:
         InvalidRequest: the adapter is of another family.
@@ -261,9 +261,12 @@ class AuthorsWay:
         dtype: torch.dtype,
         manifest: Manifest | None = None,
         tensors: Mapping[str, Tensor] | None = None,
+        *,
+        device: torch.device | None = None,
     ) -> None:
-        adaptation = None if manifest is None else _Adaptation(manifest, tensors or {}, dtype)
-        self._model: Any = LlamaForCausalLM.from_pretrained(base_folder, dtype=dtype, attn_implementation="sdpa")
+        where = device or torch.device("cpu")
+        adaptation = None if manifest is None else _Adaptation(manifest, tensors or {}, dtype, where)
+        self._model: Any = LlamaForCausalLM.from_pretrained(base_folder, dtype=dtype, attn_implementation="sdpa").to(where)
         self._cache: Any = None
         self._length = 0
         if adaptation is not None:
@@ -287,7 +290,9 @@ class AuthorsWay:
     def step(self, token_ids: Tensor) -> Tensor:
         """(B, 1) int64 behind what is cached, and into it; (B, V) logits. `rewind` before the next one, where that shall see the same."""
         assert self._cache is not None, "a step needs a prefill"
-        return self._last(token_ids)
+        logits = self._last(token_ids)
+        wait_for(logits)
+        return logits
 
     @torch.inference_mode()
     def rewind(self) -> None:
@@ -372,8 +377,8 @@ def compare(
     prepared = model.prepare(adapter)
     on_progress("loading transformers")
     theirs = {
-        "authors": AuthorsWay(base_folder, model.dtype, adapter.manifest, adapter.tensors),
-        "transformers": AuthorsWay(base_folder, model.dtype),
+        "authors": AuthorsWay(base_folder, model.dtype, adapter.manifest, adapter.tensors, device=model.device),
+        "transformers": AuthorsWay(base_folder, model.dtype, device=model.device),
     }
     sizes = []
     for count in rows:
@@ -396,12 +401,14 @@ def _compare(pages: Pages, ours: Mapping[str, Workload], theirs: Mapping[str, Au
         way.prefill(torch.stack(pages.token_ids[:rows]))
         cases[name] = partial(_their_seconds, way, next_ids, steps_for(partial(_their_seconds, way, next_ids, 1)))
     times = interleaved(cases, rounds)
-    backend = pages.model.name
+    backend, is_judged = pages.model.name, has_goals(pages.model)
     return Compared(
         rows,
         {name: Spread.of([1e3 * value for value in values]) for name, values in times.items()},
-        Judged(ratio(times["authors"], times["ours"]), goals.against_authors(backend, rows), is_floor=True),
-        Judged(ratio(times["transformers"], times["base"]), goals.against_transformers(backend, rows), is_floor=True),
+        Judged(ratio(times["authors"], times["ours"]), goals.against_authors(backend, rows) if is_judged else None, is_floor=True),
+        Judged(
+            ratio(times["transformers"], times["base"]), goals.against_transformers(backend, rows) if is_judged else None, is_floor=True
+        ),
         Judged(ratio(times["control"], times["base"])),
         selected_share(ours["ours"].trace()),
     )

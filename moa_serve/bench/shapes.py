@@ -41,14 +41,14 @@ def shapes_of(name: str) -> ModelConfig:
     return SHAPES[name]
 
 
-def made_up_base(name: str, config: ModelConfig, dtype: torch.dtype) -> Base:
+def made_up_base(name: str, config: ModelConfig, dtype: torch.dtype, device: torch.device | None = None) -> Base:
     """A base without a folder and a tokenizer: norms of 1, and for everything else the same normal numbers again and again.
 
     Drawing a billion of them would take longer than the measurement.
     """
     with torch.inference_mode(False):
-        weights = allocate(config, torch.device("cpu"), dtype)
-    numbers = _Numbers(dtype)
+        weights = allocate(config, device or torch.device("cpu"), dtype)
+    numbers = _Numbers(weights.embed)
     for key, tensor in named_tensors(config, weights):
         if key.endswith("norm.weight"):
             tensor.fill_(1)
@@ -60,8 +60,8 @@ def made_up_base(name: str, config: ModelConfig, dtype: torch.dtype) -> Base:
 class _Numbers:
     """Normal numbers, which begin again after a million."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._drawn = (torch.randn(_DRAWN, generator=torch.Generator().manual_seed(0)) * _SCALE).to(dtype)
+    def __init__(self, like: Tensor) -> None:
+        self._drawn = (torch.randn(_DRAWN, generator=torch.Generator().manual_seed(0)) * _SCALE).to(like)
         self._next = 0
 
     def fill(self, tensor: Tensor) -> None:

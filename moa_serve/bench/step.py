@@ -24,7 +24,7 @@ from moa_serve.bench import goals
 from moa_serve.bench.goals import Judged
 from moa_serve.bench.synthetic import FAMILIES, SPARE_TOKENS, made_up
 from moa_serve.bench.timing import Spread, interleaved, ratio, seconds
-from moa_serve.bench.workload import CONTEXT, PAGE, Pages, Workload, num_pages, selected_share, steps_for
+from moa_serve.bench.workload import CONTEXT, PAGE, Pages, Workload, has_goals, num_pages, selected_share, steps_for, wait_for
 from moa_serve.config import ModelConfig, linear_shape
 from moa_serve.errors import InvalidRequest
 from moa_serve.model.backend import Backend, PreparedAdapter
@@ -154,22 +154,31 @@ def num_threads(model: Backend) -> int:
 
 
 _PROBE_FLOATS = 2**26  # 256 MiB
+_PROBES = 16  # of a GPU, one behind the other: one alone would be as much the call as the reading
 
 
 @functools.cache
-def _much_memory() -> Tensor:
-    return torch.ones(_PROBE_FLOATS)  # ones, because untouched zeros would all be one page
+def _much_memory(device: torch.device) -> Tensor:
+    return torch.ones(_PROBE_FLOATS, device=device)  # ones, because untouched zeros would all be one page
 
 
-def read_bandwidth(threads: int = 1) -> float:
+def read_bandwidth(threads: int = 1, device: torch.device | None = None) -> float:
     """Bytes/s at which so many threads add up 256 MiB with the processor's widest loads; with numpy where there is no native library.
 
-    numpy's is a lower bound of what memory gives, so that shares of it come out too high.
+    numpy's is a lower bound of what memory gives, so that shares of it come out too high. On a GPU torch adds them up.
     """
-    parts = _much_memory().chunk(threads)
+    if device is not None and device.type == "cuda":
+        return _PROBES * _much_memory(device).nbytes / seconds(partial(_add_up, _much_memory(device)))
+    parts = _much_memory(torch.device("cpu")).chunk(threads)
     read = _reader()
     with ThreadPoolExecutor(threads) as pool:
         return sum(part.nbytes for part in parts) / seconds(lambda: list(pool.map(read, parts)))
+
+
+def _add_up(memory: Tensor) -> None:
+    for _ in range(_PROBES):
+        total = memory.sum()
+    wait_for(total)
 
 
 def _reader() -> Callable[[Tensor], object]:
@@ -199,7 +208,7 @@ def measure(
     """
     prefill = max((num_pages(tokens) * PAGE for tokens in plan.prefills), default=0)
     on_progress("filling the cache and making adapters")
-    probe = partial(read_bandwidth, num_threads(model)) if bandwidth is None else bandwidth
+    probe = partial(read_bandwidth, num_threads(model), model.device) if bandwidth is None else bandwidth
     pages = Pages(model, [plan.context] * max(plan.rows), spare=max(SPARE_TOKENS, prefill))
     beside = None if plain is None else Pages(plain, [plan.context] * max(plan.rows), spare=prefill)
     bank = _Bank(pages, plan)
@@ -299,7 +308,7 @@ def _measure_size(pages: Pages, beside: Pages | None, bank: _Bank, plan: Plan, r
     if rows == tokens == 1:
         cases[_READING] = lambda: step_weights(model.config) * weight_bytes(model) / bandwidth()
     times = interleaved(cases, plan.rounds, warmups=WARMUPS)
-    goal = goals.adapter_to_base(rows, tokens)
+    goal = goals.adapter_to_base(rows, tokens) if has_goals(model) else None
     timings = {
         name: clock.timing(name, times[name], times[_BASE], rows * tokens, shares[name], goal if name in ALWAYS else None) for name in work
     }
@@ -314,7 +323,7 @@ def _ratios(times: Mapping[str, Sequence[float]], ticks: Mapping[str, Sequence[f
         name: str, values: Mapping[str, Sequence[float]], of: str, to: str, goal: float | None = None, *, is_floor: bool = False
     ) -> None:
         if of in values and to in values:
-            found[name] = Judged(ratio(values[of], values[to]), goal, is_floor)
+            found[name] = Judged(ratio(values[of], values[to]), goal if has_goals(model) else None, is_floor)
 
     soft, sparse = ALWAYS
     compare("control", times, _CONTROL, _BASE)

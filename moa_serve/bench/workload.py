@@ -43,6 +43,16 @@ def steps_for(run: Callable[[], object]) -> int:
     return max(1, min(_MOST_STEPS, round(_MEASURED_SECONDS / seconds(run))))
 
 
+def has_goals(model: Backend) -> bool:
+    """Those of goals.py are a CPU's."""
+    return model.device.type == "cpu"
+
+
+def wait_for(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
 def random_ids(model: Backend, rows: int, tokens: int, seed: int) -> Tensor:
     """(rows, tokens) int64 on the model's device."""
     generator = torch.Generator().manual_seed(seed)
@@ -140,8 +150,10 @@ class Workload:
 
     @torch.inference_mode()
     def run(self) -> Tensor:
-        """(rows, V) float32, logits of each row's last token."""
-        return self.pages.model.forward(self.batch, self.pages.cache.attention(self.spans))
+        """(rows, V) float32, logits of each row's last token, when they are there: a GPU is waited for, as the sampler does."""
+        logits = self.pages.model.forward(self.batch, self.pages.cache.attention(self.spans))
+        wait_for(logits)
+        return logits
 
     @torch.inference_mode()
     def trace(self) -> RoutingTrace:

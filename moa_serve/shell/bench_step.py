@@ -18,6 +18,7 @@ from moa_serve.shell import terminal
 from moa_serve.shell.drawing import drawing_module, write_figure
 
 if TYPE_CHECKING:
+    from torch import device as Device
     from torch import dtype as Dtype
 
     from moa_serve.bench.goals import Judged
@@ -39,7 +40,8 @@ _Context = Annotated[int, typer.Option("--context", min=1, help="Tokens that sta
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 _Plot = Annotated[Path | None, typer.Option("--plot", dir_okay=False, help="Write a figure, as PNG.", metavar="PNG", show_default=False)]
 _BaseDtype = Annotated[str, typer.Option(help="auto (the base's weights are in --dtype) or int8 (native backend only).")]
-DtypeOption = Annotated[str, typer.Option(help="auto (bfloat16 of the native backend, else float32), bfloat16 or float32.")]
+_Device = Annotated[str, typer.Option("--device", help="cpu, cuda, or auto (CUDA where there is a device).")]
+DtypeOption = Annotated[str, typer.Option(help="auto (float32 for torch on a CPU, else bfloat16), bfloat16 or float32.")]
 BaseOption = Annotated[str | None, typer.Option("--model", envvar="MOA_MODEL", help="Base.", show_default="SmolLM2-135M-Instruct")]
 ShapesOption = Annotated[
     str | None,
@@ -50,6 +52,7 @@ ShapesOption = Annotated[
 def bench_step(
     command: typer.Context,
     backend: BackendOption = "auto",
+    device: _Device = "cpu",
     dtype: DtypeOption = "auto",
     base_dtype: _BaseDtype = "auto",
     threads: _Threads = 1,
@@ -86,14 +89,14 @@ def bench_step(
         rounds=rounds,
         context=context,
     )
-    with _opened(model, backend, dtype, threads, core, shapes, base_dtype) as (opened, base):
+    with _opened(model, backend, dtype, threads, core, shapes, base_dtype, device) as (opened, base):
         plain = None
         if opened.base_dtype == "int8":
             again = opened_base(model, shapes, opened.dtype)
             plain = NativeModel(again.config, again.weights, threads=threads)
         with nullcontext() if plain is None else closing(plain):
             report = step.measure(opened, plan, plain=plain, on_progress=terminal.note)
-    title = title_of(base.name, report)
+    title = title_of(_placed(base.name, opened), report)
     if as_json:
         typer.echo(json.dumps({"base": base.name} | report.to_json()))
     else:
@@ -143,7 +146,8 @@ def bench_growth(
 
 def bench_reference(
     backend: BackendOption = "auto",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32, or auto (bfloat16 of the native backend, else float32).")] = "bfloat16",
+    device: _Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32, or auto (float32 for torch on a CPU, else bfloat16).")] = "bfloat16",
     threads: _Threads = 1,
     core: CoreOption = None,
     rows: Annotated[str, typer.Option(help="Sequences that decode a token each, one batch size after the other.")] = "1,8,16",
@@ -165,13 +169,13 @@ def bench_reference(
         from moa_serve.bench import reference
     logging.disable_progress_bar()
     sizes = _numbers("rows", rows)
-    with _opened(model, backend, dtype, threads, core) as (opened, base):
+    with _opened(model, backend, dtype, threads, core, device=device) as (opened, base):
         if base.folder is None:
             raise InvalidRequest(f"{base.name} has no folder that transformers could load", param="model")
         report = reference.compare(
             opened, base.folder, family=family, rows=sizes, rounds=rounds, context=context, on_progress=terminal.note
         )
-    title = f"{title_of(base.name, report)}, {report.family}"
+    title = f"{title_of(_placed(base.name, opened), report)}, {report.family}"
     if as_json:
         typer.echo(json.dumps({"base": base.name} | report.to_json()))
     else:
@@ -213,9 +217,16 @@ def check_core(core: int | None) -> None:
 
 @contextmanager
 def _opened(
-    model: str | None, backend: str, dtype: str, threads: int, core: int | None, shapes: str | None = None, base_dtype: str = "auto"
+    model: str | None,
+    backend: str,
+    dtype: str,
+    threads: int,
+    core: int | None,
+    shapes: str | None = None,
+    base_dtype: str = "auto",
+    device: str = "cpu",
 ) -> "Iterator[tuple[Model, Base]]":
-    """The base under its backend on the CPU, with the process pinned and without the garbage collector."""
+    """The base under its backend, with the process pinned and without the garbage collector."""
     import torch
 
     from moa_serve.bench.timing import quiet
@@ -226,8 +237,8 @@ def _opened(
     if core is not None and threads > 1:
         raise InvalidRequest(f"core is {core}, but {threads} threads on one core would only wait for each other", param="core")
     check_core(core)
-    resolved, _, computed = resolve(backend, "cpu", dtype, base_dtype)
-    base = opened_base(model, shapes, computed)
+    resolved, where, computed = resolve(backend, device, dtype, base_dtype)
+    base = opened_base(model, shapes, computed, where)
     torch.set_num_threads(threads)
     # The native backend's threads stay where they are made, so it is made behind the pinning.
     with quiet(core):
@@ -240,16 +251,23 @@ def _opened(
             yield opened, base
 
 
-def opened_base(model: str | None, shapes: str | None, dtype: "Dtype") -> "Base":
-    """On the CPU, the one that --shapes or --model names."""
+def opened_base(model: str | None, shapes: str | None, dtype: "Dtype", device: "Device | None" = None) -> "Base":
+    """The one that --shapes or --model names; on the CPU where no device is."""
     from moa_serve.bench.shapes import made_up_base, shapes_of
     from moa_serve.model.weights import load_base
 
     if shapes is None:
-        return load_base(model, dtype=dtype)
+        return load_base(model, device=device or "cpu", dtype=dtype)
     config = shapes_of(shapes)
     terminal.note(f"making up weights for {shapes}")
-    return made_up_base(shapes, config, dtype)
+    return made_up_base(shapes, config, dtype, device)
+
+
+def _placed(base: str, model: "Model") -> str:
+    """The base's name, and which GPU has it where one has."""
+    import torch
+
+    return base if model.device.type == "cpu" else f"{base} on {torch.cuda.get_device_name(model.device)}"
 
 
 def title_of(base: str, report: "StepReport | GrowthReport | ReferenceReport | Computed") -> str:
