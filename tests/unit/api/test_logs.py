@@ -41,8 +41,8 @@ def read(stream: io.StringIO) -> list[dict[str, Any]]:
 def record(**more: Any) -> RequestRecord:
     fields: dict[str, Any] = {
         "model": "math", "adapter": "math", "revision": "ab" * 32, "request_id": "r1", "endpoint": "completions", "prompt_tokens": 7,
-        "completion_tokens": 5, "cached_tokens": 0, "finish_reason": "stop", "arrived": 1.0, "scheduled": 1.5, "first_token": 2.0,
-        "finished": 4.0, "n": 1, "max_tokens": 16, "status": 200,
+        "completion_tokens": 5, "longest_completion": 5, "cached_tokens": 0, "finish_reason": "stop", "arrived": 1.0, "scheduled": 1.5,
+        "first_token": 2.0, "finished": 4.0, "n": 1, "max_tokens": 16, "status": 200,
     }  # fmt: skip
     return RequestRecord(**fields | more)
 
@@ -174,7 +174,7 @@ def test_only_what_is_shown_to_people_reads_the_wall_clock() -> None:
         "moa_serve/api/folders.py": 1,  # likewise; two looks a second apart count as well
         "moa_serve/api/adapters.py": 1,  # when an adapter was last used
         "moa_serve/api/adapter_events.py": 1,  # when an event happened
-        "moa_serve/metrics/state.py": 1,  # the value of vLLM's gauge of running adapters
+        "moa_serve/metrics/vllm.py": 1,  # the value of vLLM's gauge of running adapters
     }
     layers = ("api", "engine", "metrics", "adapter", "shell/server.py")
     found: dict[str, int] = {}
