@@ -1,8 +1,8 @@
 """`moa-serve bench metrics`: what it costs a decode step that it is counted, and what a scrape a second adds.
 
-One engine in this process, without HTTP, whose rows decode with as many adapters. The cases take turns, each with the same rows from their
-prompts on: the engine as it is (none), with its metrics attached (attached), the same while a thread reads the whole page every second
-(scraped), and none again (control). What the two calls of a step take is timed by itself as well, for a step wavers by more than that.
+One engine in this process, without HTTP, whose rows decode with as many adapters. Step by step it runs as it is (none), with its metrics
+attached (attached), and as it is again (control), so that whatever slows the machine slows all three; then it runs attached while a thread
+reads the whole page every second (scraped). What a step calls is timed by itself as well, for a step wavers by more than that.
 """
 
 import sys
@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 from moa_serve.adapter.adapter import Adapter
@@ -20,7 +19,7 @@ from moa_serve.bench.engine_load import computed_by
 from moa_serve.bench.goals import Judged
 from moa_serve.bench.serve import Computed
 from moa_serve.bench.synthetic import synthetic
-from moa_serve.bench.timing import Spread, interleaved, ratio
+from moa_serve.bench.timing import Spread, ratio
 from moa_serve.bench.workload import PAGE, num_pages, random_ids, refuse_beyond
 from moa_serve.engine.async_engine import AsyncEngine
 from moa_serve.engine.engine import Engine, EngineOptions
@@ -31,6 +30,8 @@ from moa_serve.metrics import Metrics, RequestRecord
 from moa_serve.model.weights import Base
 
 NONE, ATTACHED, SCRAPED, CONTROL = "none", "attached", "scraped", "control"
+_BY_TURNS = (NONE, ATTACHED, CONTROL)
+_WARMUPS = 1
 SCRAPE_EVERY_SECONDS = 1.0
 _SWITCH_INTERVAL_SECONDS = 0.0005  # as a server has it
 _MEASURED_SECONDS = 1.0  # of one case in a round, about: a scrape falls into each
@@ -44,7 +45,7 @@ class Plan:
         rows: that decode, each with an adapter of its own.
         context: tokens of their prompts.
         rounds: in which every case has its turn.
-        inner_steps: steps of one measurement; None for about a second.
+        inner_steps: steps of each case in a round; None for about a second.
     """
 
     rows: int = 8
@@ -120,10 +121,13 @@ def measure(base: Base, backend: str, plan: Plan, *, on_progress: Callable[[str]
             lambda _: Engine(model, options, lease=lambda revision: nullcontext(by_revision[revision]), base_digest=base.digest)
         )
         watched = _Watched(loop_side, adapters, plan)
-        steps = plan.inner_steps or watched.steps_for(_MEASURED_SECONDS, room - plan.context - 2)
-        on_progress(f"{plan.rounds} rounds of 4 cases of {steps} steps, and one to warm up")
-        cases = {name: partial(watched.seconds, name, steps) for name in (NONE, ATTACHED, SCRAPED, CONTROL)}
-        times = interleaved(cases, plan.rounds)
+        steps = plan.inner_steps or watched.steps_for(_MEASURED_SECONDS, (room - plan.context - 2) // len(_BY_TURNS))
+        on_progress(f"{plan.rounds} rounds of {len(_BY_TURNS) + 1} cases of {steps} steps, and one to warm up")
+        times: dict[str, list[float]] = {name: [] for name in (NONE, ATTACHED, SCRAPED, CONTROL)}
+        for turn in range(-_WARMUPS, plan.rounds):
+            found = watched.by_turns(steps, turn) | {SCRAPED: watched.scraped(steps)}
+            for name, spent in found.items() if turn >= 0 else ():
+                times[name].append(spent)
         hooks = watched.hook_seconds(plan.rounds)
         scrapes, lines = watched.scrape_seconds(plan.rounds)
         computed = computed_by(base.name, model)
@@ -191,26 +195,33 @@ class _Watched:
 
     def steps_for(self, seconds: float, most: int) -> int:
         """So many steps take about so long."""
-        tried = min(8, most)
-        return max(1, min(most, round(seconds / max(self.seconds(NONE, tried), 1e-6))))
+        return max(1, min(most, round(seconds / max(self.by_turns(min(8, most), 0)[NONE], 1e-6))))
 
-    def seconds(self, case: str, steps: int) -> float:
-        """Of a decode step, over `steps` of them."""
-        is_attached = case in (ATTACHED, SCRAPED)
-        self._engine.times = self._times if is_attached else None
+    def by_turns(self, steps: int, turn: int) -> dict[str, float]:
+        """Seconds of a decode step by case, over `steps` of each; the order is another one every time."""
+        spent = dict.fromkeys(_BY_TURNS, 0.0)
+        self._spent = 0.0
+        with self._decoding():
+            for number in range(steps):
+                for place in range(len(_BY_TURNS)):
+                    case = _BY_TURNS[(turn + number + place) % len(_BY_TURNS)]
+                    spent[case] += self._step(is_attached=case == ATTACHED)
+        self._hooks.append(self._spent / steps)
+        return {case: total / steps for case, total in spent.items()}
+
+    def scraped(self, steps: int) -> float:
+        """Seconds of a decode step with metrics, over `steps`, while they are read."""
+        with self._decoding(), self._scraping():
+            return sum(self._step(is_attached=True) for _ in range(steps)) / steps
+
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        """All rows are behind their prompts; they end with it."""
         rows = [self._add(prompt, revision) for prompt, revision in zip(self._prompts, self._revisions, strict=True)]
         try:
             while not all(row.num_generated for row in rows):
-                self._step(is_attached)
-            with self._scraping() if case == SCRAPED else nullcontext():
-                start = time.perf_counter()
-                self._spent = 0.0
-                for _ in range(steps):
-                    self._step(is_attached)
-                spent = time.perf_counter() - start
-            if case == ATTACHED:
-                self._hooks.append(self._spent / steps)
-            return spent / steps
+                self._step(is_attached=False)
+            yield
         finally:
             for row in rows:
                 self._engine.end(row, "abort")
@@ -219,15 +230,20 @@ class _Watched:
         params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=None)
         return self._engine.add(Request(tuple(prompt), params, revision))
 
-    def _step(self, is_attached: bool) -> None:
+    def _step(self, *, is_attached: bool) -> float:
+        """Seconds that it took."""
+        self._engine.times = self._times if is_attached else None
+        start = time.perf_counter()
         events = self._engine.step()
         if is_attached:
-            start = time.perf_counter()
+            behind = time.perf_counter()
             self._metrics.on_step(self._engine, events)
-            self._spent += time.perf_counter() - start
+            self._spent += time.perf_counter() - behind
+        spent = time.perf_counter() - start
         for event in events:
             if event.error is not None:
                 raise event.error
+        return spent
 
     @contextmanager
     def _scraping(self) -> Iterator[None]:

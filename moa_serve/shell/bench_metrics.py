@@ -43,8 +43,8 @@ def bench_metrics(
     """What it costs a decode step that it is counted, and what a scrape a second adds.
 
     One engine in this process, without HTTP, with a made-up Soft MoA of the paper's sizes for each row, all of them in the grid. "none" has
-    no metrics, "attached" has, "scraped" is read by another thread every second as well, "control" is "none" again. "hooks" is what a
-    step calls, timed by itself, over the step. Nothing else should run.
+    no metrics, "attached" has, "control" is "none" again; they take turns step by step. "scraped" is read by another thread every second as
+    well. "hooks" is what a step calls, timed by itself, over the step. Nothing else should run.
     """
     with terminal.spinner("Loading torch"):
         import torch
