@@ -1,8 +1,9 @@
 """StepTimes: how long steps take, of how many rows and tokens, and for how long in which part of the model.
 
 The engine thread adds to plain numbers, about a microsecond a step; who shows them reads copies, at any time, and asks the engine nothing.
-Which part takes how long, the native library counts in every step. The torch backend times a step by part in some dozens: on a GPU such a
-step waits for the device at each part, and on a CPU it reads the clock a few hundred times.
+Which part takes how long, the native library counts in every step. The torch backend times a step by part in some dozens at most, and so
+seldom that it takes half a percent of the time: on a CPU such a step reads the clock a few hundred times, which is nothing, but on a GPU it
+is computed operation by operation in place of a recorded one, and waits for the device at each part.
 """
 
 import random
@@ -18,6 +19,7 @@ STEP_SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0
 STEP_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 TIME_EVERY = 48  # steps on the average, where timing by part is not free
+TIMING_SHARE = 0.005  # of the time of all steps, that timed ones may take more than others
 
 
 def _draw_wait() -> int:
@@ -37,6 +39,8 @@ class StepTimes:
         self._parts = dict.fromkeys(STEP_PARTS, 0.0)
         self._draw_wait = draw_wait
         self._wait = draw_wait()
+        self._owed = 0.0  # seconds that the last timed step took more than others, less what the steps since have paid of it
+        self._typical: dict[int, float] = {}  # seconds lately of steps that were not timed, by the bit length of their tokens
         self._is_timed = False
         self._started = self._sampling = 0.0
 
@@ -49,7 +53,7 @@ class StepTimes:
 
     def begin(self, model: Backend) -> None:
         """A step begins. One that has nothing to compute, or that fails, has no `end` and is not counted."""
-        self._is_timed = model.timing_is_free or self._wait <= 0
+        self._is_timed = model.timing_is_free or (self._wait <= 0 and self._owed <= 0)
         if self._is_timed:
             model.start_timing()
         self._sampling = 0.0
@@ -64,10 +68,14 @@ class StepTimes:
         self.seconds.add(seconds)
         self.rows.add(rows)
         self.tokens.add(tokens)
-        self._wait -= 1
+        size = tokens.bit_length()
+        typical = self._typical.get(size, seconds)
         if not self._is_timed:
+            self._typical[size] = typical + (seconds - typical) / 8
+            self._wait -= 1
+            self._owed -= TIMING_SHARE * seconds
             return
-        self._wait = self._draw_wait()
+        self._wait, self._owed = self._draw_wait(), seconds - typical
         known = self._sampling
         for part, spent in model.take_timing().items():
             self._parts[part] += spent

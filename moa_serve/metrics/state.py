@@ -217,7 +217,7 @@ STATE: tuple[Shown[Now], ...] = (
     one(
         "moa_steps_timed_total",
         "counter",
-        "Steps whose time was told by part: all of the native backend's, one in some dozens of the torch backend's.",
+        "Steps whose time was told by part: all of the native backend's; of the torch backend's one in some dozens, on a GPU fewer.",
         lambda now: now.times.num_timed,
     ),
     Shown(Family("moa_incidents_total", "counter", "What went wrong in the engine and was survived, by kind.", ("kind",)), _incidents),

@@ -1,6 +1,7 @@
 """What steps are counted as: every one once, with all of its time, and by part where that is timed."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -79,6 +80,31 @@ def test_the_torch_backend_times_a_step_in_some_dozens(base: Path, tmp_path: Pat
     times = StepTimes(draw_wait=lambda: 3)
     run(base, tmp_path, None, "torch", times)
     assert times.num_timed == TOKENS // 4
+
+
+class Dear:
+    """A backend whose timed steps take eleven times as long."""
+
+    timing_is_free = False
+    num_started = 0
+
+    def start_timing(self) -> None:
+        self.num_started += 1
+
+    def take_timing(self) -> dict[str, float]:
+        return {"base": 0.0}
+
+
+def test_where_timing_is_dear_it_is_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a timed step cannot be a recorded one, and takes many times as long."""
+    times, model, now = StepTimes(), Dear(), 0.0
+    monkeypatch.setattr("moa_serve.engine.steps.time.perf_counter", lambda: now)
+    for _ in range(20_000):
+        times.begin(cast(Any, model))
+        now += 0.011 if model.num_started > times.num_timed else 0.001
+        times.end(cast(Any, model), 1, 1)
+    assert times.num_timed == model.num_started
+    assert 5 <= times.num_timed <= 0.005 * now / 0.010 + 1, "half a percent of the time"
 
 
 def test_a_step_that_fails_is_not_counted_and_leaves_no_timer(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
