@@ -64,8 +64,9 @@ class MetricsReport:
     """
     Args:
         step_ms: by case.
-        ratios: of a case to `none`; and `hooks`, of a step's two calls alone to the step.
-        hooks_us: microseconds of these calls.
+        ratios: of a case to `none`, by the clock and, as `attached_cpu`, of the processor's time, of which others take nothing; and
+            `hooks`, of a step's calls alone to the step, both of the processor's time.
+        hooks_us: microseconds of these calls, of the processor's time.
         scrape_ms: milliseconds of the whole page, of `page_lines` lines.
     """
 
@@ -123,11 +124,11 @@ def measure(base: Base, backend: str, plan: Plan, *, on_progress: Callable[[str]
         watched = _Watched(loop_side, adapters, plan)
         steps = plan.inner_steps or watched.steps_for(_MEASURED_SECONDS, (room - plan.context - 2) // len(_BY_TURNS))
         on_progress(f"{plan.rounds} rounds of {len(_BY_TURNS) + 1} cases of {steps} steps, and one to warm up")
-        times: dict[str, list[float]] = {name: [] for name in (NONE, ATTACHED, SCRAPED, CONTROL)}
+        times: dict[str, list[float]] = {}
         for turn in range(-_WARMUPS, plan.rounds):
             found = watched.by_turns(steps, turn) | {SCRAPED: watched.scraped(steps)}
             for name, spent in found.items() if turn >= 0 else ():
-                times[name].append(spent)
+                times.setdefault(name, []).append(spent)
         hooks = watched.hook_seconds(plan.rounds)
         scrapes, lines = watched.scrape_seconds(plan.rounds)
         computed = computed_by(base.name, model)
@@ -135,18 +136,24 @@ def measure(base: Base, backend: str, plan: Plan, *, on_progress: Callable[[str]
         ATTACHED: Judged(ratio(times[ATTACHED], times[NONE]), goals.METRICS_TO_NONE),
         SCRAPED: Judged(ratio(times[SCRAPED], times[NONE])),
         CONTROL: Judged(ratio(times[CONTROL], times[NONE])),
-        "hooks": Judged(ratio(hooks, times[NONE]), goals.METRICS_TO_NONE - 1),
+        _cpu(ATTACHED): Judged(ratio(times[_cpu(ATTACHED)], times[_cpu(NONE)]), goals.METRICS_TO_NONE),
+        _cpu(CONTROL): Judged(ratio(times[_cpu(CONTROL)], times[_cpu(NONE)])),
+        "hooks": Judged(ratio(hooks, times[_cpu(NONE)]), goals.METRICS_TO_NONE - 1),
     }
     return MetricsReport(
         computed,
         plan,
         steps,
-        {name: Spread.of([1e3 * spent for spent in found]) for name, found in times.items()},
+        {name: Spread.of([1e3 * spent for spent in times[name]]) for name in (NONE, ATTACHED, SCRAPED, CONTROL)},
         ratios,
         Spread.of([1e6 * spent for spent in hooks]),
         Spread.of([1e3 * spent for spent in scrapes]),
         lines,
     )
+
+
+def _cpu(case: str) -> str:
+    return f"{case}_cpu"
 
 
 @contextmanager
@@ -198,14 +205,16 @@ class _Watched:
         return max(1, min(most, round(seconds / max(self.by_turns(min(8, most), 0)[NONE], 1e-6))))
 
     def by_turns(self, steps: int, turn: int) -> dict[str, float]:
-        """Seconds of a decode step by case, over `steps` of each; the order is another one every time."""
-        spent = dict.fromkeys(_BY_TURNS, 0.0)
+        """Seconds of a decode step by case, over `steps` of each, by the clock and of the processor; each turn has another order."""
+        spent = dict.fromkeys([*_BY_TURNS, *map(_cpu, _BY_TURNS)], 0.0)
         self._spent = 0.0
         with self._decoding():
             for number in range(steps):
                 for place in range(len(_BY_TURNS)):
                     case = _BY_TURNS[(turn + number + place) % len(_BY_TURNS)]
+                    cpu = time.process_time()
                     spent[case] += self._step(is_attached=case == ATTACHED)
+                    spent[_cpu(case)] += time.process_time() - cpu
         self._hooks.append(self._spent / steps)
         return {case: total / steps for case, total in spent.items()}
 
@@ -236,9 +245,9 @@ class _Watched:
         start = time.perf_counter()
         events = self._engine.step()
         if is_attached:
-            behind = time.perf_counter()
+            behind = time.thread_time()
             self._metrics.on_step(self._engine, events)
-            self._spent += time.perf_counter() - behind
+            self._spent += time.thread_time() - behind
         spent = time.perf_counter() - start
         for event in events:
             if event.error is not None:
@@ -269,12 +278,12 @@ class _Watched:
         assert self._times is not None, "metrics were attached"
         found = []
         for behind in self._hooks[-rounds:]:
-            start = time.perf_counter()
+            start = time.thread_time()
             for _ in range(_CALLS):
                 self._times.begin(self._engine.model)
                 self._times.sampled(0.0)
                 self._times.end(self._engine.model, self._plan.rows, self._plan.rows)
-            found.append((time.perf_counter() - start) / _CALLS + behind)
+            found.append((time.thread_time() - start) / _CALLS + behind)
         return found
 
     def scrape_seconds(self, rounds: int) -> tuple[list[float], int]:

@@ -68,12 +68,12 @@ def bench_metrics(
 
 def show(report: "MetricsReport") -> None:
     """A line for each case."""
-    table = new_table(title_of(report.computed.base, report.computed), ("case",), ("step ms", "to none", "goal"))
+    table = new_table(title_of(report.computed.base, report.computed), ("case",), ("step ms", "to none", "of CPU time", "goal"))
     for case, found in report.step_ms.items():
-        over = report.ratios.get(case)
-        table.add_row(case, spread(found, 3), judged(over) if over else "", goal_of(over) if over else "")
+        over, cpu = report.ratios.get(case), report.ratios.get(f"{case}_cpu")
+        table.add_row(case, spread(found, 3), judged(over) if over else "", judged(cpu) if cpu else "", goal_of(over) if over else "")
     hooks = report.ratios["hooks"]
-    table.add_row("hooks", spread(report.hooks_us, 1) + " us", judged(hooks), goal_of(hooks))
+    table.add_row("hooks", spread(report.hooks_us, 1) + " us", judged(hooks), "", goal_of(hooks))
     console = terminal.output()
     terminal.print_table(console, table)
     console.print(f"a scrape of {report.page_lines:,} lines takes {spread(report.scrape_ms, 1)} ms")
