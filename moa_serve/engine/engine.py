@@ -225,7 +225,7 @@ class Engine:
             self._dropped.discard(revision)
             self.model.forget(revision)
             self.block_pool.forget_owner(revision)
-            self._runner.counters.pop(revision, None)
+            self._runner.forget(revision)
             self._nonfinite.pop(revision, None)
             self._faulty.discard(revision)
 

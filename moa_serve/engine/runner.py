@@ -90,7 +90,12 @@ class ModelRunner:
     def __init__(self, model: Backend, cache: Cache, bank: AdapterBank) -> None:
         self.model, self.cache, self.bank = model, cache, bank
         self.counters: dict[str, RouterCounters] = {}  # by revision: they outlive the adapter's stay in a slot
-        self._columns: dict[int, tuple[PreparedAdapter, np.ndarray]] = {}  # by slot: `token_columns` of the adapter that stood there
+        self._columns: dict[str, np.ndarray] = {}  # by revision: `token_columns`
+
+    def forget(self, revision: str) -> None:
+        """The revision is gone for good."""
+        self.counters.pop(revision, None)
+        self._columns.pop(revision, None)
 
     @torch.inference_mode()
     def run(self, work: Work) -> StepOutput:
@@ -216,11 +221,11 @@ class ModelRunner:
 
     def _told(self, sequence: Sequence, trace: SegmentTrace) -> np.ndarray:
         """(n, `token_columns`) of a trace of the sequence's adapter."""
-        slot = sequence.slot
+        slot, revision = sequence.slot, sequence.request.adapter
         assert slot is not None
-        adapter = self.bank[slot]
-        known = self._columns.get(slot)
-        if known is None or known[0] is not adapter:
-            known = self._columns[slot] = adapter, token_columns(adapter.manifest, trace.routers)
-        told: np.ndarray = trace.words[:, known[1]].cpu().numpy()
+        assert revision is not None
+        columns = self._columns.get(revision)
+        if columns is None:
+            columns = self._columns[revision] = token_columns(self.bank[slot].manifest, trace.routers)
+        told: np.ndarray = trace.words[:, columns].cpu().numpy()
         return told
