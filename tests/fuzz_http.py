@@ -46,8 +46,13 @@ EVENTS = "GET /v1/adapters/events"
 KEYS: dict[str, str | None] = {"user": USER, "admin": ADMIN, "wrong": "wrong-key", "none": None}
 # Of bodies that are made up, hardly one has nothing that this base refuses: now and then a good one is sent.
 PLAIN: dict[str, dict[str, Any]] = {
-    "POST /v1/completions": {"model": "soft", "prompt": "hi", "max_tokens": 2},
-    "POST /v1/chat/completions": {"model": "soft", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+    "POST /v1/completions": {"model": "soft", "prompt": "hi", "max_tokens": 2, "moa": {"return_routing": True}},
+    "POST /v1/chat/completions": {
+        "model": "soft",
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 2,
+        "moa": {"return_routing": True},
+    },
     "POST /tokenize": {"prompt": "hi"},
     "POST /detokenize": {"tokens": [5, 6]},
 }
