@@ -378,6 +378,10 @@ def test_a_blocked_event_loop_is_counted_and_its_stack_logged(base: Path, caplog
         watchdog.stop()
         assert list(watchdog.num_stalls.values()) == [1, 1]
         assert 1 < watchdog.longest_stall_seconds < 3
+        lag = watchdog.lag.copy()
+        assert sum(lag.counts) >= 3, "beats that came in time count, too"
+        assert sum(lag.counts[lag.bounds.index(1) + 1 :]) == 1
+        assert 1 < lag.sum < 4
 
     with_engine(base, body)
     assert "the event loop is blocked" in caplog.text
