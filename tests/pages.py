@@ -211,8 +211,9 @@ def _metric(family: Family, *, is_read: bool) -> tuple[str, ...]:
 
 
 def _unit(name: str) -> str:
-    words = name.removesuffix("_total").rpartition("_")[2]
-    return {"seconds": "s", "bytes": "bytes", "tokens": "tokens", "ratio": "0 to 1", "perc": "0 to 1"}.get(words, "")
+    word = name.removesuffix("_total").rpartition("_")[2]
+    is_tokens = "tokens" in name or "prefix_cache" in name
+    return {"seconds": "s", "bytes": "bytes", "ratio": "0 to 1", "perc": "0 to 1"}.get(word, "tokens" if is_tokens else "")
 
 
 def settings_table() -> str:
