@@ -292,9 +292,9 @@ class Transformer:
             x = self.block(index, weights, x, rope, batch, parts, attention)
             self.layers_done += 1
         for part in parts:
-            part.count()
             if batch.trace is not None:
                 part.tell(batch.trace)
+            part.count()
         return x
 
     def block(
