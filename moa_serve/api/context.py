@@ -87,6 +87,14 @@ class Server:
         if self.memory.is_critical:
             raise NotReady("nearly all of the server's memory is in use; try again later")
 
+    def is_ready(self) -> bool:
+        """Whether new requests are taken."""
+        try:
+            self.check_ready()
+        except (Draining, NotReady):
+            return False
+        return True
+
     @property
     def max_rows(self) -> int:
         """That may run and wait."""

@@ -9,7 +9,7 @@ make a series.
 """
 
 import asyncio
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from prometheus_client import Metric, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -67,9 +67,9 @@ class Metrics:
         self._state.attach(engine, adapters, cache)
         engine.on_step = self.on_step
 
-    def watch(self, watchdog: Watchdog, memory: MemoryWatch) -> None:
-        """Show what these two see; where a server runs."""
-        self._state.watch(watchdog, memory)
+    def watch(self, watchdog: Watchdog, memory: MemoryWatch, is_ready: Callable[[], bool]) -> None:
+        """Show what these see; where a server runs."""
+        self._state.watch(watchdog, memory, is_ready)
 
     def on_step(self, engine: Engine, events: list[TokenEvent]) -> None:
         """In the engine thread."""

@@ -4,7 +4,7 @@ Belongs to the event loop, but for `publish`, which the engine thread calls.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Protocol
 
@@ -54,6 +54,7 @@ class State:
         self.times = StepTimes()
         self.watchdog: Watchdog | None = None
         self.memory: MemoryWatch | None = None
+        self.is_ready: Callable[[], bool] | None = None
         self.slots: tuple[tuple[str, bool], ...] = ()  # (revision, in use) of each filled slot after the last step
         self.num_kept = self.looked_for = self.hit = 0
 
@@ -61,8 +62,8 @@ class State:
         self.engine, self.adapters, self.cache = engine, adapters, cache
         self.times = engine.time_steps()
 
-    def watch(self, watchdog: Watchdog, memory: MemoryWatch) -> None:
-        self.watchdog, self.memory = watchdog, memory
+    def watch(self, watchdog: Watchdog, memory: MemoryWatch, is_ready: Callable[[], bool]) -> None:
+        self.watchdog, self.memory, self.is_ready = watchdog, memory, is_ready
 
     def publish(self, engine: Engine) -> None:
         table = engine.slot_table
@@ -81,7 +82,7 @@ class Now:
     def __init__(self, state: State, engine: AsyncEngine, adapters: Adapters) -> None:
         self.engine, self._adapters = engine, adapters
         self.base_name, self.times, self.cache = state.base_name, state.times, state.cache
-        self.watchdog, self.memory = state.watchdog, state.memory
+        self.watchdog, self.memory, self.is_ready = state.watchdog, state.memory, state.is_ready
         self.slots, self.looked_for, self.hit = state.slots, state.looked_for, state.hit
         self.load: Load = engine.load
         self.incidents: Mapping[str, int] = engine.incidents
@@ -116,7 +117,7 @@ class Now:
 
 
 def _base_info(now: Now) -> Iterator[Sample]:
-    yield (now.base_name, str(now.max_model_len)), 1
+    yield (now.base_name, now.engine.engine.backend, str(now.max_model_len)), 1
 
 
 def _incidents(now: Now) -> Iterator[Sample]:
@@ -180,6 +181,12 @@ STATE: tuple[Shown[Now], ...] = (
     one("moa_kv_usage_ratio", "gauge", "Share of the KV cache that is held, 0 to 1.", lambda now: now.load.kv_usage),
     one("moa_streams_open", "gauge", "Rows whose client is still there, answered or not.", lambda now: now.engine.num_open),
     one("moa_engine_steps_total", "counter", "Steps of the engine.", lambda now: now.load.steps),
+    one(
+        "moa_ready",
+        "gauge",
+        "1 while new requests are taken, as GET /health/ready says, else 0.",
+        lambda now: None if now.is_ready is None else int(now.is_ready()),
+    ),
     one("moa_engine_failed", "gauge", "1 once the engine thread has given up.", lambda now: int(now.engine.failure is not None)),
     one(
         "moa_preemptions_total",
@@ -200,7 +207,10 @@ STATE: tuple[Shown[Now], ...] = (
         lambda now: now.looked_for,
     ),
     one("moa_prefix_cache_hits_total", "counter", "Prompt tokens of rows that were found there, and not computed.", lambda now: now.hit),
-    Shown(Family("moa_base_info", "gauge", "1; the labels name the base that is served.", ("model", "max_model_len")), _base_info),
+    Shown(
+        Family("moa_base_info", "gauge", "1; the labels name the base, and what computes it.", ("model", "backend", "max_model_len")),
+        _base_info,
+    ),
     one("moa_step_seconds", "histogram", "Time of each step of the engine.", lambda now: now.times.seconds.copy(), STEP_SECONDS),
     one("moa_step_rows", "histogram", "Rows of each step.", lambda now: now.times.rows.copy(), STEP_ROWS),
     one("moa_step_tokens", "histogram", "Tokens of each step, of prompts and generated.", lambda now: now.times.tokens.copy(), STEP_TOKENS),

@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+from agreement import Scrape
 from certificates import write_certificate
 from hostile import bearer, wait_until
 from openai import OpenAI, RateLimitError
@@ -361,7 +362,7 @@ def test_fifty_streams_end_whole_while_nothing_new_is_taken(folder: Path) -> Non
         for path in ("/v1/completions", "/v1/chat/completions", "/v1/load_lora_adapter"):
             late = client.post(path, json={"model": "soft", "prompt": "a"})
             assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
-        assert client.get("/metrics").status_code == 200
+        assert Scrape(client.get("/metrics").text).by("moa_ready") == {(): 0}
         rest = [list(line) for line in lines]
         assert [line[-2] for line in rest] == ["data: [DONE]"] * 50 or [line[-1] for line in rest] == ["data: [DONE]"] * 50
         assert server.process.wait(40) == 0
