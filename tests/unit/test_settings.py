@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml  # type: ignore[import-untyped]
+import yaml
 from pydantic import SecretStr
 
 from moa_serve.errors import InvalidRequest
@@ -157,7 +157,7 @@ def test_the_compose_file_sets_what_there_is() -> None:
     compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())
     variables = compose["services"]["moa"]["environment"]
     assert {name.removeprefix("MOA_").lower() for name in variables} <= set(ServerSettings.model_fields)
-    (job,) = yaml.safe_load((DOCKER / "prometheus.yml").read_text())["scrape_configs"]
+    (job,) = yaml.safe_load((DOCKER / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
     (secret,) = compose["services"]["prometheus"]["secrets"]
     assert job["authorization"]["credentials_file"] == f"/run/secrets/{secret}"
     assert secret in compose["secrets"]
