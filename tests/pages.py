@@ -164,7 +164,7 @@ METRICS_HEAD = """\
 # Metrics
 
 Made from the code by `python -m tests.pages`; do not edit. `GET /metrics` is text format 0.0.4; `GET /metrics?name[]=moa_queue_seconds`
-(once or more often) gives those families only, and costs as much less. What alarms are made of: [operations.md](operations.md).
+(once or more often) gives those families only, and costs as much less. Dashboards and alarms: [observability.md](observability.md).
 
 **Labels.** `adapter` and `model_name` are the base, one of the first `--named-adapters` that were loaded, or `other`; in the families of
 routers, one of the `--grid-adapters` busiest, or `other`. No client can make a series: what is unknown is `other`, a path without a

@@ -135,7 +135,7 @@ def listing(
     panel = panel.with_target(_target(query, 0, is_table=True))
     panel = panel.with_transformation(_transformation("filterFieldsByName", include={"names": [*columns, "Value"]}))
     order = {name: index for index, name in enumerate([*columns, "Value"])}
-    panel = panel.with_transformation(_transformation("organize", indexByName=order, renameByName={"Value": value}))
+    panel = panel.with_transformation(_transformation("organize", excludeByName={}, indexByName=order, renameByName={"Value": value}))
     return panel.override_by_name(value, [_config("unit", unit)])
 
 
@@ -154,7 +154,9 @@ def matrix(title: str, text: str, expr: str, *, rows: str, columns: str, unit: s
         _transformation("convertFieldType", fields={}, conversions=[{"targetField": rows, "destinationType": "number"}]),
         _transformation("sortBy", fields={}, sort=[{"field": rows}]),
         _transformation("groupingToMatrix", rowField=rows, columnField=columns, valueField="Value", emptyValue="null"),
-        _transformation("organize", indexByName={name: index for index, name in enumerate((corner, *EXPERT_ORDER))}),
+        _transformation(
+            "organize", excludeByName={}, indexByName={name: index for index, name in enumerate((corner, *EXPERT_ORDER))}, renameByName={}
+        ),
     ):
         panel = panel.with_transformation(transformation)
     plain = [_config("custom.cellOptions", {"type": "auto"}), _config("unit", "none"), _config("decimals", 0), _config("displayName", rows)]

@@ -227,6 +227,12 @@ def test_a_panel_follows_the_adapter_and_the_layer(world: World, board: Board) -
             assert series.labels.get("adapter", SPARSE) in (SPARSE, "") or "$adapter" not in target.expr
 
 
+@pytest.mark.parametrize("title", ["Weight", "Selection", "Activation by kind", "Threshold by layer", "Experts per token"])
+def test_adapters_beyond_the_grid_are_shown_as_one(world: World, title: str) -> None:
+    target = next(target for file in BOARDS for target in Board(file).targets if (target.board, target.panel) == ("experts", title))
+    assert world.asked(target, world.values[0] | {"adapter": OTHER})
+
+
 def _is_total(board: Board, target: Target) -> bool:
     """Of all layers: what an adapter does as a whole."""
     return board.name == "experts" and target.panel == "Tokens routed"
