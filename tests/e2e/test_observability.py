@@ -5,12 +5,13 @@ again and another one is broken. The stories of docs/observability.md are test_s
 """
 
 import asyncio
+import json
 import re
 import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -23,7 +24,7 @@ from openai import OpenAI
 from profiles import write_profile
 from prometheus_server import JOB, Prometheus, Series, needs_prometheus, prometheus
 from servers import TALKING, Running, running, write_adapters, write_talking_base
-from traffic import WORDS, Client, Ledger, Mix, Outcome, canary
+from traffic import WORDS, Client, Job, Ledger, Mix, Outcome, bad_jobs, canary, last_leaver
 
 pytestmark = needs_prometheus
 
@@ -99,6 +100,8 @@ async def live(world: World) -> None:
         assert refused.status_code == 400
         world.models = [BASE, *FAMILIES, SWAPPED]
         await asyncio.gather(*(client.send(canary(BASE, None)) for _ in range(80)))  # more than it has places for
+        for job in what_panels_need():
+            await client.send(job)
         stop = asyncio.Event()
         deadline = asyncio.get_running_loop().time() + SECONDS
         async with asyncio.TaskGroup() as tasks:
@@ -111,6 +114,15 @@ async def live(world: World) -> None:
         while not Scrape((await operator.get("/metrics")).text).is_at_rest:
             assert asyncio.get_running_loop().time() < deadline
             await asyncio.sleep(0.05)
+
+
+def what_panels_need() -> Iterator[Job]:
+    """What random traffic may leave out on a slow machine: an adapter's errors, a client that leaves, and tokens enough to judge by."""
+    yield from bad_jobs(SPARSE, SPARSE)
+    yield replace(last_leaver(SPARSE), adapter=SPARSE)
+    for number in range(6):
+        body = {"model": SPARSE, "prompt": f"{number} " * 150, "max_tokens": 1}
+        yield replace(canary(SPARSE, SPARSE), content=json.dumps(body).encode(), max_tokens=1, max_prompt_tokens=308)
 
 
 async def work(client: Client, mix: Mix, deadline: float) -> None:
