@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moa_serve.api import dashboard
 from moa_serve.api.app import new_app
 from moa_serve.api.guard import ADMIN, PUBLIC
 from moa_serve.metrics import Metrics
@@ -38,8 +39,8 @@ server, and what to do about each error code: [operations.md](operations.md). Wh
 
 **Models.** `model` is the base's name, or an adapter's: each request chooses one, and all are mixed in one batch.
 
-**Keys.** `Authorization: Bearer KEY`. Where the server has API keys, every route needs one but health; routes that change adapters need
-the admin key. A server without keys takes any.
+**Keys.** `Authorization: Bearer KEY`. Where the server has API keys, every route needs one but health and the page `/dashboard`
+([dashboard.md](dashboard.md)); routes that change adapters need the admin key. A server without keys takes any.
 
 **Bodies** are JSON objects in UTF-8 with `Content-Type: application/json`. A null is an absent field. Nothing is accepted and ignored
 but what changes no answer (`user`, `store`, `metadata`, `service_tier`, `safety_identifier`, `prompt_cache_key`): unknown names are 400
@@ -82,7 +83,13 @@ def api_page() -> str:
 
 def _routes(operations: list[tuple[str, str, Any]], seen: list[str]) -> Iterator[tuple[str, ...]]:
     for method, path, operation in operations:
-        key = "none" if path in PUBLIC else "admin" if method != "get" and path.startswith(ADMIN) else "API"
+        key = (
+            "none"
+            if path in PUBLIC or path.startswith(dashboard.ROOT)
+            else "admin"
+            if method != "get" and path.startswith(ADMIN)
+            else "API"
+        )
         title = f"`{method.upper()} {path}`"
         route = f"[{title}](#{_anchor(f'{method} {path}')})" if "requestBody" in operation else title
         answer = _answer(operation)

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp
 
-from moa_serve.api import admin, openai
+from moa_serve.api import admin, dashboard, openai
 from moa_serve.api.context import Server, server_of
 from moa_serve.api.document import describe
 from moa_serve.api.errors import FAILED, JsonResponse, NotReady, error_response, response_of
@@ -60,7 +60,7 @@ def new_app(version: str) -> FastAPI:
 
 
 def _routers() -> tuple[APIRouter, ...]:
-    return router, openai.router, admin.router
+    return router, openai.router, admin.router, dashboard.router
 
 
 def handlers() -> Callable[[str], str]:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from moa_serve.api import dashboard
 from moa_serve.api.errors import RETRY_AFTER_SECONDS, dump_json, error_body
 from moa_serve.api.limits import Account, Accounts, RateLimited
 from moa_serve.api.logs import log_refused
@@ -27,7 +28,8 @@ from moa_serve.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 
-PUBLIC = frozenset({"/health", "/health/live", "/health/ready"})
+_PROBED = frozenset({"/health", "/health/live", "/health/ready"})
+PUBLIC = _PROBED | dashboard.PATHS
 # Changing these changes what others are served.
 ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/adapters", "/v1/aliases")
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -209,7 +211,7 @@ class Guard:
         hosts = headers.all("host")
         if not self._hosts or not hosts:
             return
-        if scope["path"] in PUBLIC and not self._settings.is_loopback:
+        if scope["path"] in _PROBED and not self._settings.is_loopback:
             return  # probes come by address
         match = _HOST.fullmatch(hosts[0])
         if len(hosts) > 1 or match is None or match[1].lower() not in self._hosts:
