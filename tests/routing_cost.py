@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -48,16 +49,18 @@ class Bench:
         asks, has_neighbours = KINDS[kind]
         turn = len(self.waves[kind])
         prompts = self.load.prompts(self.streams * (1 + has_neighbours), turn)
-        bodies = [self._bodies(own, asks=asks and stream < self.streams) for stream, own in enumerate(prompts)]
+        own = {"cache_salt": f"{kind} {turn}"}  # the same prompts, and nobody finds another wave's pages
+        asking = own | {"moa": {"return_routing": True}}
+        bodies = [self._bodies(mine, asking if asks and stream < self.streams else own) for stream, mine in enumerate(prompts)]
         with quiet():
             wave, size = self.runner.run(self._wave(bodies))
         self.waves[kind].append(wave)
         self.answer_bytes[kind].append(size)
         return wave.seconds
 
-    def _bodies(self, prompts: Sequence[str], *, asks: bool) -> list[bytes]:
+    def _bodies(self, prompts: Sequence[str], more: dict[str, Any]) -> list[bytes]:
         bodies = [json.loads(self.client.content(self.model, prompt, self.load.max_tokens)) for prompt in prompts]
-        return [json.dumps(body | ({"moa": {"return_routing": True}} if asks else {})).encode() for body in bodies]
+        return [json.dumps(body | more).encode() for body in bodies]
 
     async def _wave(self, bodies: Sequence[Sequence[bytes]]) -> tuple[Wave, int]:
         """Of the last `streams` streams: neighbours, where there are some; and the bytes of the first stream's first answer."""
@@ -88,7 +91,7 @@ def measure(server: Running, options: argparse.Namespace) -> Bench:
 
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--model", default="math-soft", help="an adapter with a router; all experts of a soft one are told and computed")
+    arguments.add_argument("--model", default="math-soft", help="an adapter with a router")
     arguments.add_argument("--streams", type=int, default=8)
     arguments.add_argument("--requests", type=int, default=2, help="of each stream in a wave, one after another")
     arguments.add_argument("--max-tokens", type=int, default=64)
