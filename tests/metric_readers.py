@@ -20,17 +20,18 @@ PERF_COUNTERS = (
     "vllm:prefix_cache_queries", "vllm:prompt_tokens_cached", "vllm:corrupted_requests",
 )  # fmt: skip
 PERF_GAUGES = ("vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc")
+PERF_OF_A_FULL_CACHE = ("vllm:kv_block_idle_before_evict_seconds", "vllm:kv_block_lifetime_seconds", "vllm:kv_block_reuse_gap_seconds")
 PERF_HISTOGRAMS = (
     "vllm:e2e_request_latency_seconds", "vllm:request_time_per_output_token_seconds", "vllm:time_to_first_token_seconds",
     "vllm:inter_token_latency_seconds", "vllm:request_queue_time_seconds", "vllm:request_inference_time_seconds",
     "vllm:request_prefill_time_seconds", "vllm:request_decode_time_seconds", "vllm:request_prompt_tokens",
     "vllm:request_generation_tokens", "vllm:request_max_num_generation_tokens", "vllm:request_params_n",
     "vllm:request_params_max_tokens", "vllm:iteration_tokens_total", "vllm:request_prefill_kv_computed_tokens",
+    *PERF_OF_A_FULL_CACHE,
 )  # fmt: skip
 # It asks for these too, and does without them where a server has none, as vLLM itself by default.
 PERF_LEFT_OUT = (
     "vllm:external_prefix_cache_hits", "vllm:external_prefix_cache_queries", "vllm:mm_cache_hits", "vllm:mm_cache_queries",
-    "vllm:kv_block_idle_before_evict_seconds", "vllm:kv_block_lifetime_seconds", "vllm:kv_block_reuse_gap_seconds",
 )  # fmt: skip
 
 

@@ -180,8 +180,7 @@ route `none`. An unloaded adapter's series go with it.
 **Counters** end in `_total`, histograms are `NAME_bucket`, `NAME_sum` and `NAME_count`, summaries `NAME_sum` and `NAME_count`.
 
 **Left out** of vLLM's names, for they would say nothing here: `mm_cache_*` (no images), `external_prefix_cache_*` (no cache outside the
-process), `estimated_*` (of a GPU's roofline), `num_requests_waiting_by_reason`, and `kv_block_*`, which vLLM too has only with
-`--kv-cache-metrics`: a step would pay for the clock of every page. `--no-vllm-metrics` leaves out all of `vllm:*`.
+process), `estimated_*` (of a GPU's roofline) and `num_requests_waiting_by_reason`. `--no-vllm-metrics` leaves out all of `vllm:*`.
 """
 
 

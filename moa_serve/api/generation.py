@@ -32,7 +32,7 @@ from moa_serve.api.errors import (
     response_of,
     status_of,
 )
-from moa_serve.api.guard import CHARGE, CLIENT_CLOSED_REQUEST, KEY_ID, ClientGone
+from moa_serve.api.guard import CHARGE, CLIENT_CLOSED_REQUEST, KEY_ID, OUTCOME, ClientGone
 from moa_serve.api.logs import log_request
 from moa_serve.api.routing import MAX_BYTES, RoutingText
 from moa_serve.api.schemas import GenerationRequest, named, read_json
@@ -389,7 +389,10 @@ class Generation(Response):
         async with aclosing(self._news()) as news:
             async for choices in news:
                 is_last = all(choice.is_finished for choice in self._progress.choices)
-                chunks = [chunk for choice in choices for chunk in self._chunks(choice)]
+                chunks = []
+                for choice in choices:
+                    # What waited for its end comes at once, and may be megabytes.
+                    chunks += await asyncio.to_thread(self._chunks, choice) if choice.waits_for_end else self._chunks(choice)
                 events = []
                 for position, chunk in enumerate(chunks, start=1):
                     event = dict(head)
@@ -434,6 +437,7 @@ class Generation(Response):
         if not progress.is_started:
             await response_of(progress.error)(scope, receive, send)
             return
+        scope.setdefault("state", {})[OUTCOME] = progress.status
         content = error_body(progress.status, progress.error.code, str(progress.error), progress.error.param)
         with suppress(OSError):  # the client may be gone as well
             await send({"type": "http.response.body", "body": b"data: " + dump_json(content) + b"\n\n", "more_body": False})

@@ -43,6 +43,7 @@ REQUEST_ID = "request_id"
 KEY_ID = "key_id"  # who asks: 16 hex digits of the key's SHA-256, the same after a restart; absent where no key was asked for
 CLIENT_CLOSED_REQUEST = 499  # for records only: nobody is there to read it
 NO_ROUTE = "none"
+OUTCOME = "moa.outcome"  # the status that an answer would have had, whose stream failed after its first byte
 CHARGE = "moa.charge"  # a function to be told of every token that a request has used; absent where tokens are not limited
 
 
@@ -151,7 +152,8 @@ class Guard:
         finally:
             if self._metrics is not None:
                 handler, seconds = self._handler_of(scope["path"]), time.monotonic() - started
-                self._metrics.observe_http(handler, scope["method"], reply.status, seconds, num_read, reply.num_bytes)
+                status = state.get(OUTCOME, reply.status)
+                self._metrics.observe_http(handler, scope["method"], status, seconds, num_read, reply.num_bytes)
 
     def _extra_headers(self, request_id: str, headers: "_Headers") -> list[tuple[bytes, bytes]]:
         extra = [(b"x-request-id", request_id.encode("ascii"))]

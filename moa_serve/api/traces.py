@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")  # the standard's variables, which the exporter reads
+_PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+_HTTP = "http/protobuf"
 _OPERATIONS = {"/v1/completions": "text_completion", "/v1/chat/completions": "chat"}
 
 
@@ -41,7 +43,7 @@ class Traces:
             raise InvalidRequest(
                 f"traces need {error.name}, which is not installed; pip install 'moa_serve[otel]', or leave --otlp-endpoint out",
                 param="otlp_endpoint",
-            ) from None
+            ) from error
         exporter = OTLPSpanExporter(None if endpoint is None else f"{endpoint.rstrip('/')}/v1/traces")
         resource = Resource.create({"service.version": version})
         if str(resource.attributes.get("service.name", "")).startswith("unknown_service"):  # the standard's variables name no other
@@ -109,7 +111,22 @@ def open_traces(endpoint: str | None, version: str) -> Traces | None:
     """
     if endpoint is None and not any(os.environ.get(name) for name in ENDPOINTS):
         return None
-    return None if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" else Traces(endpoint, version)
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get("OTEL_TRACES_EXPORTER", "otlp") == "none":
+        return None
+    protocol = next((value for name in _PROTOCOLS if (value := os.environ.get(name))), _HTTP)
+    if endpoint is None and protocol != _HTTP:
+        raise InvalidRequest(
+            f"the environment wants traces by {protocol[:32]!r}, but only {_HTTP} is spoken here; set {_PROTOCOLS[0]}={_HTTP} and an "
+            f"endpoint that takes it, or OTEL_TRACES_EXPORTER=none",
+            param="otlp_endpoint",
+        )
+    try:
+        return Traces(endpoint, version)
+    except InvalidRequest as error:
+        if endpoint is not None or not isinstance(error.__cause__, ImportError):
+            raise
+        logger.warning("the environment names a collector of traces, but none are made: %s", error)  # it may be that of a whole cluster
+        return None
 
 
 def _describe(span: "Span", record: RequestRecord, operation: str, served: str | None, response_id: str) -> None:

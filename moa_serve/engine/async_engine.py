@@ -393,6 +393,7 @@ class AsyncEngine:
             self._engine.end(sequence, "abort")
             self._engine.collected.pop(request_id, None)
             self._forget(request_id)
+            self._observe([TokenEvent(sequence, None, finish_reason="abort")])  # its last tokens are in no step's events
 
     def _forget(self, request_id: str) -> None:
         sequence = self._sequences.pop(request_id)

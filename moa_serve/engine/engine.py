@@ -194,6 +194,7 @@ class Engine:
         for revision in self.slot_table.evict_idle():
             self.model.forget(revision)
         self._sweep()
+        self.model.trim()
         release_memory(self.model.device)
 
     def rebuilt(self) -> "Engine":
@@ -212,6 +213,7 @@ class Engine:
         release_memory(self.model.device)
         engine = Engine(self.model, options, lease=self._lease, base_digest=self._base_digest)
         engine._runner.counters, engine.slot_table.counts = counters, self.slot_table.counts
+        engine.block_pool.times = self.block_pool.times.renewed()
         engine._nonfinite, engine._faulty, engine._dropped = self._nonfinite, self._faulty, dropped
         engine.incidents, engine.num_preemptions, engine.times = self.incidents, self.num_preemptions, self.times
         engine._sweep()

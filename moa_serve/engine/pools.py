@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from moa_serve.adapter.counts import EvictionReason, TierCounts
+from moa_serve.engine.page_times import PageTimes
 from moa_serve.errors import EngineError
 
 SLOT_BYTES = 256  # of the table for each slot, about
@@ -27,17 +28,19 @@ class BlockPool:
     grows only to the most that was ever held at once, and `max_kept` more. First in, first out would touch every page in the end.
     """
 
-    def __init__(self, num_blocks: int, block_size: int = 16, *, max_kept: int = 0) -> None:
+    def __init__(self, num_blocks: int, block_size: int = 16, *, max_kept: int = 0, times: PageTimes | None = None) -> None:
         """
         Args:
             num_blocks: block 0 included, as the cache counts.
             block_size: in tokens.
             max_kept: free blocks that stay findable; with 0 nothing is ever kept, nor shared.
+            times: told of what becomes of blocks.
         """
         if num_blocks < 2 or block_size < 1:
             raise EngineError(f"a KV pool of {num_blocks} blocks of {block_size} tokens holds no sequence; give it more memory")
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.times = times or PageTimes()
         self._max_kept = max_kept
         self._free = list(range(num_blocks - 1, 0, -1))
         self._num_holders = [0] * num_blocks
@@ -82,9 +85,11 @@ class BlockPool:
         for block in shared:
             self._kept.pop(block, None)
             self._hold(block)
+            self.times.reuse(block)
         taken = [self._free.pop() if self._free else self._evict() for _ in range(count)]
         for block in taken:
             self._hold(block)
+            self.times.begin(block)
         self._check()
         return taken
 
@@ -98,6 +103,7 @@ class BlockPool:
             self._num_held -= 1
             if block in self._names:
                 self._kept[block] = None
+                self.times.leave(block)
             else:
                 self._free.append(block)
         while len(self._kept) > self._max_kept:
@@ -141,6 +147,7 @@ class BlockPool:
     def _evict(self) -> int:
         block, _ = self._kept.popitem(last=False)
         self._unname(block)
+        self.times.evict(block)
         return block
 
     def _unname(self, block: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moa_serve.adapter.manifest import KINDS, OUTPUT_FACTORS, ExpertSpec, Manifest
+from moa_serve.model import counters
 from moa_serve.model.batch import TracedRouter
 from moa_serve.model.counters import counted_outputs
 from moa_serve.model.moa import Routed
@@ -54,7 +55,8 @@ class TokenRouting:
 
 
 def expert_names(manifest: Manifest) -> list[list[str]]:
-    return [[expert.name for expert in manifest.layer(layer).experts] for layer in range(manifest.base.num_layers)]
+    """Those of `counters.expert_names`, in the form of JSON."""
+    return [list(names) for names in counters.expert_names(manifest)]
 
 
 def has_thresholds(manifest: Manifest) -> bool:

@@ -99,14 +99,16 @@ class Recent:
             sums: (cells,) of them, as `Profile.aligned`: those that kept each expert, or its weights.
             seconds: the time, by a clock that does not jump.
         """
-        weight = math.exp2((self._since - seconds) / HALF_LIFE_SECONDS)
+        weight = self._fading(seconds)
         self.sums, self.tokens = self.sums * weight + sums, self.tokens * weight + tokens
         self._since = seconds
 
-    @property
-    def shares(self) -> Shares | None:
-        """(cells,); None where there were too few tokens."""
-        return np.clip(self.sums / self.tokens, 0.0, 1.0) if self.tokens >= MIN_TOKENS else None
+    def shares(self, seconds: float) -> Shares | None:
+        """(cells,) at this time; None where there were too few tokens lately."""
+        return np.clip(self.sums / self.tokens, 0.0, 1.0) if self.tokens * self._fading(seconds) >= MIN_TOKENS else None
+
+    def _fading(self, seconds: float) -> float:
+        return math.exp2((self._since - seconds) / HALF_LIFE_SECONDS)
 
 
 def divergence(p: Shares, q: Shares) -> float:

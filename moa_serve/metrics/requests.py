@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
+from moa_serve.engine.steps import STEP_SECONDS
 from moa_serve.metrics.record import RequestRecord
 from moa_serve.metrics.registered import Registered
 
 # From a 135M model on a CPU (milliseconds) to an 8B one on a busy GPU.
 LATENCY = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600)
-GAP = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 10)
 LOAD = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 REGISTRY_TROUBLE = ("state_not_understood", "write_failed")
 
@@ -16,7 +16,7 @@ class RequestMetrics:
     def __init__(self, registered: Registered) -> None:
         counter, histogram, whose = registered.counter, registered.histogram, "adapter"
         self._ttft = histogram("moa_time_to_first_token_seconds", "Arrival of a request to its first token.", LATENCY, whose)
-        self._gap = histogram("moa_inter_token_seconds", "One token of a stream to the next.", GAP, whose)
+        self._gap = histogram("moa_inter_token_seconds", "One token of a stream to the next.", STEP_SECONDS, whose)
         self._e2e = histogram("moa_request_seconds", "Arrival of a request to its end.", LATENCY, whose)
         self._queue = histogram("moa_queue_seconds", "Arrival of a request to the step in which its first row began.", LATENCY, whose)
         self._prompt = counter("moa_prompt_tokens", "Prompt tokens of requests that ran.", whose)

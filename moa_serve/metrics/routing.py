@@ -105,13 +105,14 @@ class _Adapter:
     profile: Profile | None = None  # what its routers did in training
     experts: Experts = ()  # that its routers weigh, as far as its manifest says
     recent: Recent = field(default_factory=Recent)
+    clock: Callable[[], float] = time.monotonic
 
     @property
     def drift(self) -> float | None:
         """None where there is nothing to compare, or too little."""
         if self.seen is None or self.profile is None:
             return None
-        trained, lately = self.profile.aligned(self.seen.experts), self.recent.shares
+        trained, lately = self.profile.aligned(self.seen.experts), self.recent.shares(self.clock())
         return None if trained is None or lately is None else divergence(trained, lately)
 
     @property
@@ -172,7 +173,7 @@ class RoutingMetrics:
             self.unloaded(name)
         if all(other.revision != revision for other in self._adapters.values()):
             self._totals.pop(revision, None)  # of its self-test, which is no traffic
-        self._adapters[name] = _Adapter(revision, profile=profile, experts=experts)
+        self._adapters[name] = _Adapter(revision, profile=profile, experts=experts, clock=self._clock)
         if len(self._grid) < self._grid_adapters:
             self._grid.add(name)
 
@@ -183,9 +184,12 @@ class RoutingMetrics:
         gone = self._adapters.pop(name)
         self._grid.discard(name)
         self._leaving.discard(name)
-        if all(other.revision != gone.revision for other in self._adapters.values()):
+        heir = next((other for other in self._adapters.values() if other.revision == gone.revision), None)
+        if heir is None:
             self._totals.pop(gone.revision, None)
             self._published.pop(gone.revision, None)
+        elif heir.seen is None:  # another name of the revision, for which its totals count from now on: not all that is in them
+            heir.seen, heir.recent, heir.activity = gone.seen, gone.recent, gone.activity
 
     def _settle(self) -> None:
         """Give what was added since the last time to the series that it belongs to."""

@@ -88,7 +88,7 @@ class Now:
         self.incidents: Mapping[str, int] = engine.incidents
         pool, options = engine.engine.block_pool, engine.engine.options
         self.num_blocks = pool.num_blocks - 1  # one is padding
-        self.has_prefix_cache = pool.is_keeping
+        self.has_prefix_cache, self.pages = pool.is_keeping, pool.times
         self.kept_ratio = state.num_kept / self.num_blocks
         self.block_size, self.num_slots, self.max_model_len = options.block_size, options.num_slots, engine.engine.max_model_len
 
@@ -102,12 +102,12 @@ class Now:
 
     @cached_property
     def in_slots(self) -> set[str]:
-        """Revisions."""
-        return {revision for revision, _ in self.slots}
+        """Revisions, those that were replaced and still run among them."""
+        return {revision for revision in self.load.resident if revision is not None}
 
     @property
     def num_filled_slots(self) -> int:
-        return sum(item.revision in self.in_slots for item in self.loaded)
+        return len(self.in_slots)
 
     @property
     def tiers(self) -> Iterator[tuple[str, TierCounts]]:
@@ -156,7 +156,7 @@ def _info(now: Now) -> Iterator[Sample]:
 def _resident(now: Now) -> Iterator[Sample]:
     for item in now.loaded:
         yield (item.name, "host"), item.bytes
-        if item.revision in now.in_slots:
+        if item.revision in now.in_slots and item.bytes:  # how large one is that has left host memory, nobody knows
             yield (item.name, "slot"), item.bytes
 
 

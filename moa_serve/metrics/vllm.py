@@ -2,8 +2,8 @@
 
 Names, types, labels and buckets are vLLM's (vllm/v1/metrics/loggers.py), with `model_name` the served name, the adapter's where there is
 one. Its latency buckets begin at 0.3 s, too coarse for a small model; `moa_*` has finer ones. Left out is what has no meaning here:
-`mm_cache_*` (there are no images), `external_*` (no cache outside the process), `kv_block_*` (vLLM too has them only with
-`--kv-cache-metrics`; here a step would pay for each page), `estimated_*` (of a GPU's roofline), `num_requests_waiting_by_reason`.
+`mm_cache_*` (there are no images), `external_*` (no cache outside the process), `estimated_*` (of a GPU's roofline),
+`num_requests_waiting_by_reason`.
 """
 
 import math
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from prometheus_client import Counter, Histogram
 
 from moa_serve.engine.buckets import Distribution
+from moa_serve.engine.page_times import PAGE_SECONDS, SAMPLED
 from moa_serve.engine.steps import STEP_TOKENS
 from moa_serve.metrics.family import Family, Sample, Shown
 from moa_serve.metrics.record import RequestRecord
@@ -100,8 +101,8 @@ class VllmRequests:
             self._ttft.labels(*series).observe(record.first_token - record.arrived)
             self._prefill.labels(*series).observe(record.first_token - record.scheduled)
             self._decode.labels(*series).observe(decode)
-            if record.completion_tokens > 1:
-                self._tpot.labels(*series).observe(decode / (record.completion_tokens - 1))
+            if record.longest_completion > 1:
+                self._tpot.labels(*series).observe(decode / (record.longest_completion - 1))
 
     def observe_gaps(self, label: str, gaps_seconds: Sequence[float]) -> None:
         series = self._gap.labels(label, ENGINE)
@@ -182,6 +183,27 @@ VLLM_STATE: tuple[Shown[Now], ...] = (
         lambda now: sum(now.incidents.get(kind, 0) for kind in ("adapter_nonfinite", "base_nonfinite")),
     ),
     _scheduler("iteration_tokens_total", "histogram", "Tokens of each step.", lambda now: now.times.tokens.copy(), STEP_TOKENS),
+    _scheduler(
+        "kv_block_lifetime_seconds",
+        "histogram",
+        f"From handing out a KV page to giving up what it holds for another's room; of one page in {SAMPLED}.",
+        lambda now: now.pages.lifetime.copy(),
+        PAGE_SECONDS,
+    ),
+    _scheduler(
+        "kv_block_idle_before_evict_seconds",
+        "histogram",
+        f"How long nobody had held such a page by then; of one page in {SAMPLED}.",
+        lambda now: now.pages.idle.copy(),
+        PAGE_SECONDS,
+    ),
+    _scheduler(
+        "kv_block_reuse_gap_seconds",
+        "histogram",
+        f"From a row that began to hold a page to the next that found it in the prefix cache; of one page in {SAMPLED}.",
+        lambda now: now.pages.reuse_gap.copy(),
+        PAGE_SECONDS,
+    ),
     Shown(Family("vllm:engine_sleep_state", "gauge", "1 for awake, which the engine always is.", (*_WHOSE, "sleep_state")), _sleep_states),
     Shown(
         Family(

@@ -84,6 +84,10 @@ class Backend(Protocol):
         """The revision is gone for good: free what `prepare` may have kept of it."""
         ...
 
+    def trim(self) -> None:
+        """Memory is short: let go of what is only kept so that steps are quicker."""
+        ...
+
     def forward(self, batch: ForwardBatch, attention: Any) -> Tensor:
         """(N, V) float32: logits of `batch.logit_rows`, or of all T tokens.
 

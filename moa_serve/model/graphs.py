@@ -21,7 +21,7 @@ from moa_serve.model.stacked import Part
 logger = logging.getLogger(__name__)
 
 RECORDED_AT = 4  # sightings of a layout: recording takes as long as a few steps
-_MOST = 16  # recorded layouts; each holds the logits and the inputs of a step, and the rest shares its memory
+_MOST = 16  # recorded layouts; each holds the inputs and logits of a step and its adapters' stacks; the rest shares its memory
 _MOST_SEEN = 256
 
 Parts = Callable[[ForwardBatch], list[Part]]
@@ -87,7 +87,8 @@ class DecodeGraphs:
                 return compute(batch, parts(batch), attention)
             self._steps[key] = step
             while len(self._steps) > _MOST:
-                self._steps.popitem(last=False)
+                left, _ = self._steps.popitem(last=False)
+                self._seen.pop(left, None)  # else it would be recorded anew at its next sighting, and another one lost
         self._steps.move_to_end(key)
         for own, given in zip(step.inputs, inputs, strict=True):
             own.copy_(given)
@@ -101,12 +102,20 @@ class DecodeGraphs:
         fixed_parts = parts(fixed_batch)
         try:
             replay = self._recorder.record(lambda: compute(fixed_batch, fixed_parts, fixed_attention))
-        except RuntimeError:
+        except RuntimeError as error:
+            if _is_out_of_memory(error):  # the step itself may still fit, once what was recorded has gone
+                self.clear()
+                return None
             logger.warning("a decode step cannot be recorded as a CUDA graph; steps are computed one operation at a time", exc_info=True)
             self._is_broken = True
             self.clear()
             return None
         return _Step(own, replay, (fixed_batch, fixed_attention, fixed_parts))
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Also where ending the capture failed because of it."""
+    return error is not None and (isinstance(error, torch.OutOfMemoryError) or _is_out_of_memory(error.__context__))
 
 
 def _is_decode(batch: ForwardBatch, attention: Any) -> bool:

@@ -231,6 +231,9 @@ class Transformer:
         """What was prepared goes with its slot, but for the stacks that it stood in, and what no slot has taken."""
         with self._warming:
             self._warmed.pop(revision, None)
+        self.trim()
+
+    def trim(self) -> None:
         self._stacks = Stacks()
         self._forget_graphs()
 

@@ -268,6 +268,9 @@ class NativeModel:
     def forget(self, revision: str) -> None:
         self._packed.forget(revision)
 
+    def trim(self) -> None:
+        """Nothing: what steps use is planned for."""
+
     @property
     def layers_done(self) -> int:
         with self._closing:

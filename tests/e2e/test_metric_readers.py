@@ -15,6 +15,7 @@ from metric_readers import (
     PERF_GAUGES,
     PERF_HISTOGRAMS,
     PERF_LEFT_OUT,
+    PERF_OF_A_FULL_CACHE,
 )
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
@@ -82,7 +83,8 @@ def test_inference_perf_finds_every_metric_of_the_model_it_filters_by(page: dict
     assert {sample.name.removeprefix(name) for sample in own} == suffixes
     if kind == "histogram":
         assert "+Inf" in {sample.labels.get("le") for sample in own}
-        assert sum(sample.value for sample in own if sample.name.endswith("_count")) > 0
+        count = sum(sample.value for sample in own if sample.name.endswith("_count"))
+        assert count > 0 or name in PERF_OF_A_FULL_CACHE
 
 
 @pytest.mark.parametrize("name", [name for name in (*PERF_COUNTERS, *PERF_HISTOGRAMS) if "request" in name or "tokens" in name])

@@ -32,16 +32,24 @@ def test_divergence(p: list[float], q: list[float], bits: float) -> None:
 def test_a_token_counts_for_half_after_the_half_life() -> None:
     recent = Recent()
     recent.add(1000, np.array([1000.0, 0.0, 500.0]), 50.0)
-    assert listed(recent.shares) == pytest.approx([1.0, 0.0, 0.5])
+    assert listed(recent.shares(50.0)) == pytest.approx([1.0, 0.0, 0.5])
     recent.add(500, np.array([0.0, 500.0, 0.0]), 50.0 + HALF_LIFE_SECONDS)
     assert recent.tokens == 1000
-    assert listed(recent.shares) == pytest.approx([0.5, 0.5, 0.25])
+    assert listed(recent.shares(50.0 + HALF_LIFE_SECONDS)) == pytest.approx([0.5, 0.5, 0.25])
 
 
 def test_few_tokens_say_nothing() -> None:
     recent = Recent()
     recent.add(int(MIN_TOKENS) - 1, np.zeros(3), 0.0)
-    assert recent.shares is None
+    assert recent.shares(0.0) is None
+
+
+def test_what_is_long_ago_says_nothing() -> None:
+    """Without traffic there is no drift: its alert would fire for ever."""
+    recent = Recent()
+    recent.add(2 * int(MIN_TOKENS), np.zeros(3), 0.0)
+    assert recent.shares(0.9 * HALF_LIFE_SECONDS) is not None
+    assert recent.shares(1.1 * HALF_LIFE_SECONDS) is None
 
 
 def manifest(profile: Any, family: str = "sparse_fn") -> Manifest:

@@ -87,7 +87,7 @@ class TestRequests:
         assert value(samples, "vllm:request_success_total", finished_reason="stop", **theirs) == 1
         assert value(samples, "vllm:time_to_first_token_seconds_bucket", le="0.75", **theirs) == 0
         assert value(samples, "vllm:time_to_first_token_seconds_bucket", le="1.0", **theirs) == 1
-        assert value(samples, "vllm:request_time_per_output_token_seconds_sum", **theirs) == 0.5
+        assert value(samples, "vllm:request_time_per_output_token_seconds_sum", **theirs) == pytest.approx(2 / 3)
         assert value(samples, "vllm:request_prefill_time_seconds_sum", **theirs) == 0.5
         assert value(samples, "vllm:request_decode_time_seconds_sum", **theirs) == 2.0
         assert value(samples, "vllm:request_inference_time_seconds_sum", **theirs) == 2.5
@@ -360,6 +360,18 @@ def test_a_self_test_and_a_second_name_count_nothing_twice() -> None:
     assert (grid.tokens("a"), grid.tokens("copy")) == (5, None)
 
 
+def test_a_second_name_goes_on_where_the_first_was() -> None:
+    """Beyond the grid, all that the first had counted would be added to `other` once more."""
+    grid = Grid(0)
+    for name in ("a", "copy"):
+        grid.metrics.loaded(name, "revision of a")
+    grid.run("a", 10)
+    assert grid.tokens("other") == 10
+    grid.metrics.unloaded("a")
+    grid.run("a", 5)
+    assert grid.tokens("other") == 15
+
+
 def test_a_new_revision_begins_anew() -> None:
     grid = Grid(1)
     grid.metrics.loaded("a", "revision of a")
@@ -486,6 +498,39 @@ class Registry:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("base"))
+
+
+def test_what_a_cancelled_request_computed_is_counted(base: Path, tmp_path: Path) -> None:
+    """A stop string, or a client that leaves, ends a request between two snapshots and without an event of a step."""
+    found = load_base(base, dtype=torch.float32)
+    adapter = read_adapter(AdapterSource(write_family(tmp_path / "a", "sparse_fn")), found.config)
+
+    async def main() -> tuple[float | None, float]:
+        options = EngineOptions(kv_cache_bytes=2**21, num_slots=3)
+        engine = AsyncEngine(lambda lease: Engine(Transformer(found.config, found.weights), options, lease=lease, base_digest="d"))
+        metrics = Metrics("base", max_model_len=engine.engine.max_model_len)
+        metrics.attach(engine, Registry(Item("math", "loaded", adapter.revision)))
+        metrics.adapter_loaded("math", adapter.revision, 0.1, "lazy", "ok")
+        metrics._routing._clock = lambda: 0.0  # no snapshot is due after the first one
+        engine.start()
+        try:
+            request = Request((5, 17, 80), SamplingParams(temperature=0, max_tokens=400, ignore_eos=True), adapter.revision)
+            async with engine.open(request, adapter) as stream:
+                num_events = 0
+                async for events in stream:
+                    if (num_events := num_events + len(events)) >= 20:
+                        break
+            while engine.load.running:
+                await asyncio.sleep(0.01)
+            totals = engine.engine.routing_totals(adapter.revision)
+            assert totals is not None
+            return value(scrape(metrics), "moa_router_tokens_total", adapter="math", layer="0"), totals.tokens
+        finally:
+            await engine.stop()
+
+    counted, computed = asyncio.run(main())
+    assert computed >= 22
+    assert counted == computed
 
 
 def test_a_running_engine_is_seen(base: Path, tmp_path: Path) -> None:

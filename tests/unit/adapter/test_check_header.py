@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,10 +129,10 @@ def test_a_header_lets_other_threads_on(tmp_path: Path) -> None:
     thread.start()
     try:
         for read in (read_safetensors, read_safetensors_header):
-            before, started = num_turns, time.monotonic()
+            before = num_turns
             with pytest.raises(AdapterCorrupt):
                 read(file, max_bytes=2**30)
-            assert num_turns - before > 0.1 * (time.monotonic() - started) / 0.005, "as often as Python lets it"
+            assert num_turns - before >= 5, "some dozens, also where other processes want the cores; in one go there is none"
     finally:
         is_done.set()
         thread.join()

@@ -4,13 +4,19 @@ import sys
 
 import pytest
 
-from moa_serve.api.traces import open_traces
+from moa_serve.api.traces import _PROTOCOLS, open_traces
 from moa_serve.errors import InvalidRequest
 
 
 @pytest.fixture(autouse=True)
 def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_SDK_DISABLED"):
+    for name in (
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+        "OTEL_SDK_DISABLED",
+        "OTEL_TRACES_EXPORTER",
+        *_PROTOCOLS,
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -18,15 +24,30 @@ def test_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_traces(None, "1") is None
     monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
     assert open_traces("http://127.0.0.1:4318", "1") is None
+    monkeypatch.delenv("OTEL_SDK_DISABLED")
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
+    assert open_traces(None, "1") is None
 
 
-def test_without_the_extra_the_server_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_protocol_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HTTP sent to the port of gRPC: every span is lost, and only the collector knows."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4317")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    with pytest.raises(InvalidRequest, match="'grpc'"):
+        open_traces(None, "1")
+
+
+def test_without_the_extra_the_server_says_what_to_install(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     for name in [name for name in sys.modules if name.startswith("opentelemetry")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with pytest.raises(InvalidRequest, match=r"pip install 'moa_serve\[otel\]'") as told:
         open_traces("http://127.0.0.1:4318", "1")
     assert told.value.param == "otlp_endpoint"
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")  # of a whole cluster, say
+    assert open_traces(None, "1") is None
+    assert "pip install 'moa_serve[otel]'" in caplog.text
 
 
 def test_variables_that_cannot_be_are_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

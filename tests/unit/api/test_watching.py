@@ -148,3 +148,13 @@ def test_experts_need_a_key_where_one_is_set(start: Callable[..., Serving]) -> N
 @pytest.mark.parametrize("is_on", [True, False])
 def test_vllms_names_are_a_setting(start: Callable[..., Serving], is_on: bool) -> None:
     assert ("vllm:num_requests_running" in samples(start(vllm_metrics=is_on))) is is_on
+
+
+def test_a_stream_that_fails_after_its_first_byte_is_counted_as_the_error_that_it_is(start: Callable[..., Serving]) -> None:
+    """Its status was sent as 200: an alert on the share of errors would never see a server whose every answer breaks off."""
+    serving = start(request_timeout_seconds=0.5)
+    long = {"model": "tiny", "prompt": [5], "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    response = serving.post(COMPLETIONS, **long)
+    assert (response.status_code, "request_timeout" in response.text) == (200, True)
+    counts = [total(serving, "http_requests_total", handler=COMPLETIONS, status=status) for status in ("2xx", "5xx")]
+    assert counts == [0, 1]

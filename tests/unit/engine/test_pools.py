@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from moa_serve.engine.page_times import PageTimes
 from moa_serve.engine.pools import BlockPool, SlotTable
 from moa_serve.errors import EngineError
 
@@ -111,6 +112,41 @@ def test_no_more_is_kept_than_the_pool_was_told_to() -> None:
     [block] = taken(nothing, 1)
     nothing.keep(block, b"1")
     assert nothing.find(b"1") is None
+
+
+def test_how_long_pages_live_and_lie_idle_is_timed() -> None:
+    now = 0.0
+    times = PageTimes(lambda: now)
+    pool = BlockPool(40, max_kept=4, times=times)
+    [page] = taken(pool, 1)
+    pool.keep(page, b"1")
+    now = 3.0
+    assert pool.allocate(0, shared=[page]) == []  # found three seconds after the first row began to hold it
+    now = 4.0
+    pool.free([page])
+    now = 10.0
+    pool.free([page])
+    others = taken(pool, 4)  # none of them is a page that is timed
+    for number, other in enumerate(others):
+        pool.keep(other, bytes([number + 2]))
+    now = 50.0
+    pool.free(others)  # five are too many to be kept
+    assert pool.find(b"1") is None
+    lifetime, idle, gap = times.lifetime.copy(), times.idle.copy(), times.reuse_gap.copy()
+    assert (lifetime.sum, sum(lifetime.counts)) == (50.0, 1)
+    assert (idle.sum, sum(idle.counts)) == (40.0, 1)
+    assert (gap.sum, sum(gap.counts)) == (3.0, 1)
+
+    renewed = BlockPool(40, max_kept=4, times=times.renewed())
+    [page] = taken(renewed, 1)
+    renewed.keep(page, b"1")
+    now = 51.0
+    renewed.free([page, *taken(renewed, 0)])
+    for number in range(4):
+        [other] = taken(renewed, 1)
+        renewed.keep(other, bytes([number + 2]))
+        renewed.free([other])
+    assert (times.lifetime.copy().sum, sum(times.lifetime.copy().counts)) == (51.0, 2), "it goes on counting, for pages of its own"
 
 
 def test_a_content_that_is_known_is_not_kept_twice() -> None:

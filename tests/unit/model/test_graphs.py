@@ -21,13 +21,19 @@ PROMPTS = [[5, 17, 80], [3], [44, 44, *range(9, 40)], [7, 8]]
 class Again:
     """Computes again, on the same inputs; refuses where it is to be `broken`."""
 
-    def __init__(self, *, broken: bool = False) -> None:
+    def __init__(self, *, broken: bool = False, is_full: bool = False) -> None:
+        self.is_full = is_full
         self.broken, self.num_recorded, self.num_replays = broken, 0, 0
 
     def renew(self) -> None:
         pass
 
     def record(self, compute: Replay) -> Replay:
+        if self.is_full:
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            finally:
+                raise RuntimeError("operation failed due to a previous error during capture")
         if self.broken:
             raise RuntimeError("operation not permitted when stream is capturing")
         self.num_recorded += 1
@@ -122,6 +128,31 @@ def test_what_cannot_be_recorded_is_computed(llm: LLM, caplog: pytest.LogCapture
     assert [line.message for line in caplog.records if "cannot be recorded" in line.message] == [
         "a decode step cannot be recorded as a CUDA graph; steps are computed one operation at a time"
     ]
+
+
+def test_short_memory_ends_no_recording_for_good(llm: LLM) -> None:
+    expected = run(llm, ["soft"])
+    again = record(llm)
+    again.is_full = True
+    assert run(llm, ["soft"]) == expected
+    assert again.num_recorded == 0
+    again.is_full = False
+    assert run(llm, ["soft"]) == expected
+    assert again.num_recorded == 1
+    graphs = model_of(llm)._graphs
+    assert graphs is not None
+    llm._engine.trim()
+    assert graphs.num_recorded == 0, "what they keep is given back first where memory is short"
+
+
+def test_more_layouts_than_are_kept_are_not_recorded_at_each_sighting(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recording takes as long as some steps: in turns of one layout too many, decoding would be slower than without."""
+    monkeypatch.setattr("moa_serve.model.graphs._MOST", 2)
+    again = record(llm)
+    for _ in range(6):
+        for names in (["soft"], ["sparse_fn"], ["molora"]):
+            llm.generate([[5, 17]], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True), adapter=names[0])
+    assert again.num_recorded <= 3 * 2 * 6 / RECORDED_AT
 
 
 @pytest.mark.gpu

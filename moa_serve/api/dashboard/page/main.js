@@ -20,11 +20,14 @@ const live = new LivePanel(byId("tiles"));
 const adapters = new AdaptersPanel();
 const experts = new ExpertsView(client);
 const playground = new Playground(client);
-const events = new EventsPanel(client, () => void refresh());
+const events = new EventsPanel(client, () => {
+  if (performance.now() - refreshedAt > EVERY_SECONDS * 1000) void refresh(); // else the timer soon does: adapters may come and go all the time
+});
 const keyDialog = setUpKeyDialog(client, () => void refresh());
 
 let base = null; // of /version, which does not change
 let [isBusy, isWanted] = [false, false];
+let refreshedAt = 0;
 
 const view = () => {
   const [name] = location.hash.slice(1).split("/");
@@ -38,6 +41,7 @@ async function refresh() {
     return;
   }
   isBusy = true;
+  refreshedAt = performance.now();
   try {
     showHealth(await client.health());
     if (!keyDialog.isOpen) await refreshData();
@@ -93,8 +97,16 @@ function showView() {
     else link.removeAttribute("aria-current");
   }
   const [, encoded] = location.hash.split("/");
-  if (shown === "experts" && encoded) experts.choose(decodeURIComponent(encoded));
+  if (shown === "experts" && encoded) experts.choose(decoded(encoded));
   void refresh();
+}
+
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text; // an address that somebody typed
+  }
 }
 
 function setUpTheme() {

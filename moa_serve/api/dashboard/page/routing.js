@@ -1,7 +1,7 @@
 // What routers did, as grids of experts by layers. Pure. A grid is {experts, layers, cells}, cells[expert][layer] null where a layer has not
 // that expert, else {value, isOff, isDead, text, about}.
 
-import { percent, weight } from "./format.js";
+import { DASH, percent, weight } from "./format.js";
 
 const ORDER = ["Q", "K", "V", "PROMPT", "O", "UP", "GATE", "DOWN", "P_ADAPTER"];
 
@@ -63,7 +63,7 @@ export function gridOfToken(experts, token) {
     const threshold = token.threshold?.[layer] ?? null;
     const cells = names.map((name, column) => {
       const [value, isKept] = [token.weights[layer][column], Boolean(token.selected[layer][column])];
-      const about = [`weight ${value.toFixed(4)}`, threshold === null ? null : `threshold ${threshold.toFixed(4)}`, isKept ? "kept" : "left out"];
+      const about = [`weight ${value === null ? DASH : value.toFixed(4)}`, threshold === null ? null : `threshold ${threshold.toFixed(4)}`, isKept ? "kept" : "left out"];
       return [name, { value, isOff: !isKept, isDead: false, text: weight(value), about: about.filter(Boolean).join(" · ") }];
     });
     return [layer, new Map(cells)];
@@ -100,7 +100,8 @@ export function weightOf(experts, token, expert, layer) {
       kept.push(token.selected[index][column]);
     });
   });
-  return weights.length ? { value: meanOf(weights), isKept: kept.some(Boolean) } : null;
+  const value = meanOf(weights); // null too where a router overflowed everywhere
+  return value === null ? null : { value, isKept: kept.some(Boolean) };
 }
 
 /** How many of a token's experts were kept, of how many. */

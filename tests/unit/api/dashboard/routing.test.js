@@ -58,6 +58,12 @@ test("a token's value is an expert's weight in a layer, or its mean over those t
   assert.equal(valueOf(EXPERTS, TOKEN, { isShare: true, expert: null, layer: 1 }), null);
 });
 
+test("a router that overflowed leaves a gap, and not the page without colours", () => {
+  const token = { ...TOKEN, weights: TOKEN.weights.map((row) => row.map(() => null)) };
+  assert.equal(weightOf(EXPERTS, token, null, null), null);
+  assert.match(gridOfToken(EXPERTS, token).cells[0][0].about, /^weight –/);
+});
+
 test("a token's grid has every expert of every layer", () => {
   const grid = gridOfToken(EXPERTS, TOKEN);
   assert.deepEqual([grid.experts, grid.layers], [["Q", "DOWN"], [0, 1, 2]]);
