@@ -293,7 +293,8 @@ def test_an_adapter_cannot_be_called_like_the_rest_in_metrics(server: Running, f
 def test_sighup_finds_new_adapters(server: Running, folder: Path) -> None:
     write_family(folder / "adapters" / "fresh", "lora", 4, TALKING)
     server.process.send_signal(signal.SIGHUP)
-    deadline = time.monotonic() + 10
+    # It is taken for half a copy at first; the watch looks again after two seconds, or twenty times as long as its last look took.
+    deadline = time.monotonic() + 60
     while "fresh" not in httpx.get(f"{server.url}/v1/models").text and time.monotonic() < deadline:
         time.sleep(0.02)
     assert "fresh" in httpx.get(f"{server.url}/v1/models").text
