@@ -140,6 +140,8 @@ def main() -> int:
             num_bytes = write_all(folder / "adapters", load_base(None, dtype=torch.bfloat16).config, options.adapters)
         command = [sys.executable, "-m", "moa_serve", "serve", "--port", "0", "--adapters-dir", str(folder / "adapters")]
         command += ["--num-slots", str(options.room), "--adapter-cache-bytes", str(int((options.room + 0.5) * num_bytes))]
+        # A quarter of the memory for the KV cache, the default, fills with kept prompts for many rounds, and would hide what grows besides.
+        command += ["--kv-cache-bytes", str(128 * 2**20)]
         with running_command(command, folder) as server:
             waves, memory = measure(server, options, console)
             listed = httpx.get(f"{server.url}/v1/adapters").json()["data"]
