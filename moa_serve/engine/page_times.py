@@ -23,35 +23,33 @@ class PageTimes:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.lifetime, self.idle, self.reuse_gap = (Buckets(PAGE_SECONDS) for _ in range(3))
         self._clock = clock
-        self._began: dict[int, float] = {}  # when the page was handed out for what it contains
+        self._began: dict[int, float] = {}  # when a sampled page was handed out for what it contains
         self._used: dict[int, float] = {}  # when a sequence last began to hold it
         self._left: dict[int, float] = {}  # when its last holder went
 
     def begin(self, page: int) -> None:
         """It is handed out, to be filled."""
         if page % SAMPLED == 1:
-            self._left.pop(page, None)
             self._began[page] = self._used[page] = self._clock()
 
     def reuse(self, page: int) -> None:
         """Another sequence begins to hold what it contains."""
-        if page % SAMPLED == 1:
+        if page in self._used:
             now = self._clock()
-            self.reuse_gap.add(now - self._used.get(page, now))
+            self.reuse_gap.add(now - self._used[page])
             self._used[page] = now
-            self._left.pop(page, None)
 
     def leave(self, page: int) -> None:
         """Nobody holds it any more; it may be found again."""
-        if page % SAMPLED == 1:
+        if page in self._used:
             self._left[page] = self._clock()
 
     def evict(self, page: int) -> None:
-        """Its content goes, for another's room."""
-        if page % SAMPLED == 1:
+        """Its content goes, for another's room; nobody has held it since it was left."""
+        if page in self._left:
             now = self._clock()
-            self.lifetime.add(now - self._began.get(page, now))
-            self.idle.add(now - self._left.get(page, now))
+            self.lifetime.add(now - self._began[page])
+            self.idle.add(now - self._left[page])
 
     def renewed(self) -> "PageTimes":
         """Goes on counting, for other pages."""

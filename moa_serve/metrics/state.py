@@ -55,7 +55,7 @@ class State:
         self.watchdog: Watchdog | None = None
         self.memory: MemoryWatch | None = None
         self.is_ready: Callable[[], bool] | None = None
-        self.slots: tuple[tuple[str, bool], ...] = ()  # (revision, in use) of each filled slot after the last step
+        self.in_use: frozenset[str | None] = frozenset()  # revisions in slots that rows used after the last step
         self.num_kept = self.looked_for = self.hit = 0
 
     def attach(self, engine: AsyncEngine, adapters: Adapters, cache: AdapterCache | None) -> None:
@@ -67,7 +67,7 @@ class State:
 
     def publish(self, engine: Engine) -> None:
         table = engine.slot_table
-        self.slots = tuple((revision, table.num_users(index) > 0) for index, revision in enumerate(table.revisions) if revision)
+        self.in_use = frozenset(revision for index, revision in enumerate(table.revisions) if table.num_users(index))
         self.num_kept = engine.block_pool.num_kept
         self.looked_for, self.hit = engine.scheduler.num_queried_tokens, engine.scheduler.num_hit_tokens
 
@@ -83,7 +83,7 @@ class Now:
         self.engine, self._adapters = engine, adapters
         self.base_name, self.times, self.cache = state.base_name, state.times, state.cache
         self.watchdog, self.memory, self.is_ready = state.watchdog, state.memory, state.is_ready
-        self.slots, self.looked_for, self.hit = state.slots, state.looked_for, state.hit
+        self.in_use, self.looked_for, self.hit = state.in_use, state.looked_for, state.hit
         self.load: Load = engine.load
         self.incidents: Mapping[str, int] = engine.incidents
         pool, options = engine.engine.block_pool, engine.engine.options

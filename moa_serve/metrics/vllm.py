@@ -137,8 +137,7 @@ def _cache_config(now: Now) -> Iterator[Sample]:
 
 
 def _lora_requests(now: Now) -> Iterator[Sample]:
-    in_use = {revision for revision, is_used in now.slots if is_used}
-    leased = sorted((item.name, item.revision in in_use) for item in now.loaded if item.leases)
+    leased = sorted((item.name, item.revision in now.in_use) for item in now.loaded if item.leases)
     running, waiting = (",".join(name for name, is_running in leased if is_running is wanted) for wanted in (True, False))
     # The series with the greatest value counts as the latest, hence the time; the one before is gone, so it cannot be taken for it.
     yield (str(now.num_slots), waiting, running), time.time()
