@@ -265,7 +265,7 @@ def own_server(log_file: Path, flags: Sequence[str], env: Mapping[str, str] | No
 
 # -- under faults
 
-STORM_SECONDS, INTERVAL_SECONDS = 465.0, 1.9  # with restarts and what abuse leaves, ten minutes in all
+STORM_SECONDS, INTERVAL_SECONDS = 465.0, 1.5  # with restarts and what abuse leaves, ten minutes in all
 JUDGED_STORM_SECONDS = 420.0  # of a run that is judged by how much it did, too
 _QUIET = {"OMP_NUM_THREADS": "1"}  # the client has the other core
 
