@@ -23,6 +23,7 @@ from torch import Tensor
 
 from moa_serve.adapter.adapter import Adapter, AdapterSource
 from moa_serve.adapter.manifest import Manifest
+from moa_serve.adapter.rules import RoutingOptions, RoutingRules, rules_for
 from moa_serve.adapter.store import AdapterStore
 from moa_serve.engine.engine import Collected, Engine, EngineOptions, TokenEvent
 from moa_serve.engine.guide import GrammarCompiler
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int]
 Source = str | os.PathLike[str] | AdapterSource
+RoutingAsked = Mapping[str, Any]  # fields of RoutingOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,6 +351,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: str | Sequence[str | None] | None = None,
+        moa: RoutingAsked | Sequence[RoutingAsked | None] | None = None,
         on_finished: Callable[[int], None] | None = None,
     ) -> list[Completion]:
         """Complete every prompt, all of them in one mixed batch.
@@ -357,6 +360,8 @@ class LLM:
             prompts: strings, which the tokenizer's defaults encode, or token ids, which are taken as they are; no chat template.
             params: one for all prompts, or one for each; None is temperature 1 and 16 tokens.
             adapter: a name, None for the base, or a list with one of these for each prompt.
+            moa: routing options, the fields of `RoutingOptions` by name, None for the adapter's own way, or a list with one of these for
+                each prompt.
             on_finished: called as each prompt ends, with how many have ended; it cannot call this LLM.
         Returns:
             One completion for each prompt, in their order.
@@ -367,10 +372,11 @@ class LLM:
         _check_prompts(prompts)
         chosen = _spread("params", SamplingParams() if params is None else params, SamplingParams, len(prompts))
         names = _spread("adapter", adapter, str, len(prompts), optional=True)
+        asked = _spread("moa", moa, Mapping, len(prompts), optional=True)
         jobs = []
-        for index, (prompt, one, name) in enumerate(zip(prompts, chosen, names, strict=True)):
+        for index, (prompt, one, name, options) in enumerate(zip(prompts, chosen, names, asked, strict=True)):
             with _placed(index, len(prompts)):
-                jobs.append(self._generation(prompt, one, name))
+                jobs.append(self._generation(prompt, one, name, options))
                 self._engine.check(jobs[-1].request)
         self._run(jobs, on_finished)
         return [job.completion() for job in jobs]
@@ -381,6 +387,7 @@ class LLM:
         choices: Sequence[Sequence[Prompt]],
         *,
         adapter: str | Sequence[str | None] | None = None,
+        moa: RoutingAsked | Sequence[RoutingAsked | None] | None = None,
         on_finished: Callable[[int], None] | None = None,
         on_error: Callable[[int, MoaError], None] | None = None,
     ) -> list[list[ChoiceScore]]:
@@ -395,6 +402,7 @@ class LLM:
                 tokenizer's own tokens around it, and its ids are put behind the prompt's: as in training, no token spans both. So a space
                 between the two belongs to one of the strings, and an end of text is scored where it is written.
             adapter: a name, None for the base, or a list with one of these for each prompt.
+            moa: routing options, as in `generate`.
             on_finished: called as each prompt ends, with how many have ended; it cannot call this LLM.
             on_error: called with the index of a prompt that ended with an error, and the error; the prompt then has no scores, and the
                 others go on. Without it the error is raised.
@@ -409,30 +417,26 @@ class LLM:
         names = _spread("adapter", adapter, str, len(prompts), optional=True)
         if not isinstance(choices, list | tuple) or len(choices) != len(prompts):
             raise InvalidRequest(f"choices must be a list with the choices of each of the {len(prompts)} prompts", param="choices")
+        asked = _spread("moa", moa, Mapping, len(prompts), optional=True)
         jobs = []
-        for index, (prompt, ends, name) in enumerate(zip(prompts, choices, names, strict=True)):
+        for index, (prompt, ends, name, options) in enumerate(zip(prompts, choices, names, asked, strict=True)):
             with _placed(index, len(prompts)):
-                request = self._scoring_request(prompt, ends, name)
+                request = self._scoring_request(prompt, ends, name, options)
                 self._engine.check(request)
                 jobs.append(_Scoring(request, _place(index, len(prompts)), None if on_error is None else partial(on_error, index)))
         self._run(jobs, on_finished)
         return [job.scores for job in jobs]
 
-    def logits(self, token_ids: Sequence[int], *, adapter: str | None = None, moa: Mapping[str, Any] | None = None) -> Tensor:
-        """(T, V) float32 on the CPU: what the model expects after each token.
-
-        Args:
-            moa: per-request routing options; this version has none, so anything but an empty mapping is refused.
-        """
+    def logits(self, token_ids: Sequence[int], *, adapter: str | None = None, moa: RoutingAsked | None = None) -> Tensor:
+        """(T, V) float32 on the CPU: what the model expects after each token. `moa`: routing options, as in `generate`."""
         self._check_open()
-        if moa:
-            raise InvalidRequest(f"moa: routing options are not supported by this version: {shown(moa)}", param="moa")
-        logits, _ = self._score(token_ids, *self._resolve(adapter), routing=False)
+        revision, manifest = self._resolve(adapter)
+        logits, _ = self._score(token_ids, revision, manifest, rules=_rules(moa, manifest), routing=False)
         assert logits is not None
         return logits
 
-    def route(self, token_ids: Sequence[int], *, adapter: str) -> Routing:
-        """What the adapter's routers say of each token.
+    def route(self, token_ids: Sequence[int], *, adapter: str, moa: RoutingAsked | None = None) -> Routing:
+        """What the adapter's routers say of each token. `moa`: routing options, as in `generate`.
 
         Raises:
             InvalidRequest: the adapter has no router.
@@ -441,7 +445,7 @@ class LLM:
         revision, manifest = self._resolve(adapter)
         if manifest is None or manifest.router.site == "none":
             raise InvalidRequest(f"adapter {adapter!r} has no router that weighs its experts: all of them always count", param="adapter")
-        _, routing = self._score(token_ids, revision, manifest, logits=False)
+        _, routing = self._score(token_ids, revision, manifest, rules=_rules(moa, manifest), logits=False)
         assert routing is not None
         return routing
 
@@ -466,10 +470,17 @@ class LLM:
             return expert_similarity(model, weights, [request.prompt_ids for request in requests])
 
     def _score(
-        self, token_ids: Sequence[int], revision: str | None, manifest: Manifest | None, *, logits: bool = True, routing: bool = True
+        self,
+        token_ids: Sequence[int],
+        revision: str | None,
+        manifest: Manifest | None,
+        *,
+        rules: RoutingRules | None = None,
+        logits: bool = True,
+        routing: bool = True,
     ) -> tuple[Tensor | None, Routing | None]:
         """What was asked for of every token, through the same step that serves."""
-        request = score_request(_token_ids(token_ids), revision, manifest, logits=logits, routing=routing)
+        request = score_request(_token_ids(token_ids), revision, manifest, rules=rules, logits=logits, routing=routing)
         with self._exclusive():
             sequence = self._engine.add(request)
             try:
@@ -493,7 +504,7 @@ class LLM:
             raise AdapterNotFound(f"adapter {shown(adapter)} is not loaded; loaded are: {loaded}", param="adapter")
         return self._store.get(adapter).revision, self._manifests[adapter]
 
-    def _generation(self, prompt: Prompt, params: SamplingParams, adapter: str | None) -> _Generation:
+    def _generation(self, prompt: Prompt, params: SamplingParams, adapter: str | None, moa: RoutingAsked | None) -> _Generation:
         if params.stop and self.tokenizer is None:
             raise InvalidRequest("stop: the base has no tokenizer, so there is no text to stop at; use stop_token_ids", param="stop")
         revision, manifest = self._resolve(adapter)
@@ -502,11 +513,12 @@ class LLM:
             params,
             revision,
             is_pooled=manifest is not None and manifest.is_pooled,
+            rules=_rules(moa, manifest),
             grammar=None if params.guide is None else self._grammars.compile(params.guide),
         )
         return _Generation(request, adapter, self.tokenizer)
 
-    def _scoring_request(self, prompt: Prompt, choices: Any, adapter: str | None) -> Request:
+    def _scoring_request(self, prompt: Prompt, choices: Any, adapter: str | None, moa: RoutingAsked | None = None) -> Request:
         if not isinstance(choices, list | tuple) or not choices:
             raise InvalidRequest(f"choices must be a list of at least one for each prompt, not {shown(choices)}", param="choices")
         revision, manifest = self._resolve(adapter)
@@ -515,6 +527,7 @@ class LLM:
             SamplingParams(max_tokens=0),
             revision,
             is_pooled=manifest is not None and manifest.is_pooled,
+            rules=_rules(moa, manifest),
             branches=tuple(self._choice_ids(choice) for choice in choices),
         )
 
@@ -553,6 +566,10 @@ class LLM:
                 for sequence, job in running.items():
                     self._engine.end(sequence, "abort")
                     self._engine.collected.pop(job.request.request_id, None)
+
+
+def _rules(moa: RoutingAsked | None, manifest: Manifest | None) -> RoutingRules | None:
+    return rules_for(RoutingOptions.of(moa), manifest)
 
 
 def _place(index: int, count: int) -> str:

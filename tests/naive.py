@@ -18,12 +18,18 @@ class NaiveModel:
     """LLaMA with one adapter. `base` are tensors by their Hugging Face names, `config` the raw config.json."""
 
     def __init__(
-        self, config: dict[str, Any], base: dict[str, Tensor], manifest: dict[str, Any] | None, tensors: dict[str, Tensor]
+        self,
+        config: dict[str, Any],
+        base: dict[str, Tensor],
+        manifest: dict[str, Any] | None,
+        tensors: dict[str, Tensor],
+        options: dict[str, Any] | None = None,
     ) -> None:
         self.c = config
         self.base = {name: tensor.double() for name, tensor in base.items()}
         self.m = manifest
         self.t = {name: tensor.double() for name, tensor in tensors.items()}
+        self.options = options or {}  # as a request has them, but `disable` and `force` are sets of (layer, expert)
         self.gates: dict[tuple[int, int], dict[str, float]] = {}  # (layer, token) -> site or expert -> weight that counts
 
     # -- small pieces
@@ -68,6 +74,44 @@ class NaiveModel:
         total = sum(excess) or 1.0
         return [e / total for e in excess]
 
+    def select_as_asked(self, scores: list[float], threshold: float | None, layer: int, names: list[list[str]]) -> list[float]:
+        """The same under the options of a request; `names` are the experts that each output weighs."""
+        assert self.m is not None
+        kind, count = self.m["router"].get("select", {"kind": "all"}), len(scores)
+        own = {"constant": kind.get("threshold"), "threshold_fn": (threshold or 0.0) * kind.get("max_threshold", 0.0)}.get(kind["kind"])
+        limit = (threshold or 0.0) / count if kind["kind"] == "adamole" else own
+        most = kind.get("k", count)
+        if self.options.get("mode") == "soft":
+            limit, most = None, count
+        asked = self.options.get("threshold")
+        if isinstance(asked, dict) and "scale" in asked:
+            assert limit is not None
+            limit *= asked["scale"]
+        elif asked is not None:
+            limit = asked["constant"] if isinstance(asked, dict) else asked
+        most = self.options.get("top_k", most)
+        is_subtracted = kind["kind"] == "adamole" and limit is not None
+        values = [score - limit if is_subtracted else score for score in scores]
+        forced = [any((layer, name) in self.options.get("force", ()) for name in own) for own in names]
+        able = [bool(own) and not any((layer, name) in self.options.get("disable", ()) for name in own) for own in names]
+        reached = [limit is None or (value > 0 if is_subtracted else score >= limit) for score, value in zip(scores, values, strict=True)]
+        candidates = [e for e in range(count) if able[e] and (forced[e] or reached[e])]
+        kept = sorted(candidates, key=lambda e: (not forced[e], -values[e] if not forced[e] else 0, e))[:most]
+        gates = [values[e] if e in kept else 0.0 for e in range(count)]
+        total = sum(gates) if kind["kind"] in ("top_k", "adamole") else 1.0
+        return [gate / (total or 1.0) for gate in gates]
+
+    def weighed(self, layer: int, site: str, count: int) -> list[list[str]]:
+        """The names of the experts that each output of a router weighs."""
+        here: list[list[str]] = [[] for _ in range(count)]
+        for index, expert in enumerate(self.experts(layer)):
+            target, _, number = expert["name"].partition("/")
+            if site == "layer":
+                here[expert.get("column", index)].append(expert["name"])
+            elif target == site:
+                here[int(number)].append(expert["name"])
+        return here
+
     def route(self, prefix: str, x: Tensor) -> list[float]:
         assert self.m is not None
         spec = self.m["router"]
@@ -83,7 +127,11 @@ class NaiveModel:
         threshold = None
         if f"{prefix}.threshold.weight" in self.t:
             threshold = 1 / (1 + math.exp(-float(self.affine(f"{prefix}.threshold", x)[0])))
-        return self.select(scores, threshold)
+        if not self.options:
+            return self.select(scores, threshold)
+        _, number, place, *_ = prefix.split(".")
+        site = "layer" if place == "router" else place
+        return self.select_as_asked(scores, threshold, int(number), self.weighed(int(number), site, len(scores)))
 
     def experts(self, layer: int) -> list[dict[str, Any]]:
         if self.m is None:

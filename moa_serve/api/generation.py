@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from moa_serve.adapter.adapter import Adapter
 from moa_serve.adapter.manifest import RequestDefaults
+from moa_serve.adapter.rules import RoutingRules, echo, rules_for
 from moa_serve.api.choice import Choice, Delta, Prompt
 from moa_serve.api.context import Server
 from moa_serve.api.errors import (
@@ -87,6 +88,8 @@ class _Progress:
     body: GenerationRequest | None = None
     adapter_name: str | None = None
     adapter: Adapter | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # of routing, as they were resolved
+    rules: RoutingRules | None = None
     defaults: dict[str, Any] = field(default_factory=dict)  # fields that the adapter gave, and not the client
     prompts: list[Prompt] = field(default_factory=list)
     max_tokens: int | None = None
@@ -199,6 +202,7 @@ class Generation(Response):
                     f"revision {body.moa.revision[:12]} is not the base's, {server.base_digest[:12]}", param="moa.revision"
                 )
             self._check_routed(body)
+            self._resolve_routing(body)
             return await asyncio.to_thread(self._encode, body)
 
     def _check_routed(self, body: GenerationRequest) -> None:
@@ -210,6 +214,14 @@ class Generation(Response):
                 f"moa.return_routing needs an adapter with a router, but {body.model!a} {which}; leave it out or choose another model",
                 param="moa.return_routing",
             )
+
+    def _resolve_routing(self, body: GenerationRequest) -> None:
+        """Raises InvalidRequest: an option is not for this adapter."""
+        manifest = None if self._progress.adapter is None else self._progress.adapter.manifest
+        options = body.moa.options()
+        self._progress.rules = rules_for(options, manifest)
+        if options is not None and manifest is not None:
+            self._progress.options = echo(options, manifest)
 
     def _defaults(self, body: GenerationRequest, defaults: RequestDefaults) -> dict[str, Any]:
         """What the request gets of its adapter's defaults."""
@@ -249,6 +261,7 @@ class Generation(Response):
                     seeded,
                     adapter.revision if adapter else None,
                     is_pooled=adapter is not None and adapter.manifest.is_pooled,
+                    rules=self._progress.rules,
                     grammar=grammar,
                     prompt_logprobs=self._dialect.prompt_logprobs(body),
                     return_routing=body.moa.return_routing,
@@ -482,6 +495,7 @@ class Generation(Response):
             "adapter": self._progress.adapter_name,
             "variant": adapter.manifest.variant if adapter else None,
             "timings": timings(self._record()),
+            **({"options": self._progress.options} if self._progress.options else {}),
             **({"defaults": self._progress.defaults} if self._progress.defaults else {}),
         }
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 from pydantic_core import ErrorDetails, PydanticCustomError
 from starlette.requests import Request
 
+from moa_serve.adapter.rules import MAX_NAMED, MAX_THRESHOLD_SCALE, RoutingOptions
 from moa_serve.api.errors import InvalidJson, UnknownParameter, UnsupportedMediaType, UnsupportedParameter
 from moa_serve.engine.guide import MAX_CHOICES, MAX_SOURCE_BYTES, Guide
 from moa_serve.engine.request import MAX_TOKEN_LIST, SamplingParams
@@ -89,7 +90,44 @@ class StreamOptions(Schema):
     include_obfuscation: Literal[False] = Field(False, description="Chunks are not padded.")
 
 
-class Moa(Schema):
+class Threshold(Schema):
+    """Exactly one of the two."""
+
+    scale: float | None = Field(None, ge=0, le=MAX_THRESHOLD_SCALE, description="A weight must reach this much of the adapter's threshold.")
+    constant: float | None = Field(None, ge=0, le=1, description="A weight must reach this, whatever the token.")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if (self.scale is None) == (self.constant is None):
+            _refuse("threshold", "must have exactly one of 'scale' and 'constant'")
+        return self
+
+
+Experts = Annotated[list[Annotated[str, StringConstraints(min_length=1, max_length=64)]], Field(max_length=MAX_NAMED, fail_fast=True)]
+
+
+class RoutingChoice(Schema):
+    """How an adapter's routers choose for this request. Left out, the adapter's own way."""
+
+    mode: Literal["soft", "sparse"] | None = Field(
+        None, description="`soft` keeps every expert, `sparse` those that a threshold or `top_k` lets through."
+    )
+    threshold: Annotated[float, Field(ge=0, le=1)] | Threshold | None = Field(
+        None, description='What a weight must reach: a number, or `{"scale": f}` times the adapter\'s own threshold.'
+    )
+    top_k: int | None = Field(None, ge=1, le=MAX_COUNT, description="Of what is kept, the k experts with the largest weights.")
+    disable: Experts = Field([], description="Experts that are not computed: `PROMPT`, `Q@3-9` (layers), `*@20`, `Q/0@5`.")
+    force: Experts = Field([], description="Experts that are kept whatever they score, with their own weights.")
+
+    def options(self) -> RoutingOptions | None:
+        """Raises InvalidRequest: what the schema cannot tell."""
+        threshold = self.threshold.model_dump(exclude_none=True) if isinstance(self.threshold, Threshold) else self.threshold
+        return RoutingOptions.of(
+            {"mode": self.mode, "threshold": threshold, "top_k": self.top_k, "disable": self.disable, "force": self.force}
+        )
+
+
+class Moa(RoutingChoice):
     """Our extension."""
 
     revision: Annotated[str, StringConstraints(pattern="^[0-9a-f]{8,64}$")] | None = Field(
@@ -466,6 +504,9 @@ class TokenizeRequest(Schema):
             _refuse("moa.revision", "is not for this route: all adapters have the base's tokenizer")
         if self.moa.return_routing:
             _refuse("moa.return_routing", "is not for this route: nothing is computed here")
+        for name in RoutingChoice.model_fields:
+            if getattr(self.moa, name) not in (None, []):
+                _refuse(f"moa.{name}", "is not for this route: nothing is computed here")
         return self
 
 

@@ -169,13 +169,20 @@ class Engine:
         self.times: StepTimes | None = None  # told of every step, where somebody wants to know
 
     def routing_totals(self, revision: str) -> RoutingTotals | None:
-        """What the routers of an adapter decided since it was loaded; None before its first token."""
+        """What the routers of an adapter decided since it was loaded; None before its first token. Left out is what requests with
+        routing options had them do, which says nothing of the adapter: `altered_totals`."""
         counters = self._runner.counters.get(revision)
+        return None if counters is None else counters.snapshot()
+
+    def altered_totals(self, revision: str) -> RoutingTotals | None:
+        """The same of requests with routing options that made a difference."""
+        counters = self._runner.altered.get(revision)
         return None if counters is None else counters.snapshot()
 
     def forget_routing(self, revision: str) -> None:
         """Count an adapter's routing from 0 again: what came before was its self-test, which is no traffic."""
         self._runner.counters.pop(revision, None)
+        self._runner.altered.pop(revision, None)
 
     def drop(self, revision: str, reason: EvictionReason = "unloaded") -> None:
         """Free what a revision that is gone for good holds here, now or when its last row has ended."""
@@ -207,12 +214,12 @@ class Engine:
         """
         kv_cache_bytes = (self.block_pool.num_blocks - 1) * self.model.bytes_per_block(self.options.block_size)
         options = replace(self.options, kv_cache_bytes=kv_cache_bytes, max_model_len=self.max_model_len)
-        counters, dropped = self._runner.counters, self._dropped
+        counters, altered, dropped = self._runner.counters, self._runner.altered, self._dropped
         self.slot_table.evict_idle("failed")
         self.close()
         release_memory(self.model.device)
         engine = Engine(self.model, options, lease=self._lease, base_digest=self._base_digest)
-        engine._runner.counters, engine.slot_table.counts = counters, self.slot_table.counts
+        engine._runner.counters, engine._runner.altered, engine.slot_table.counts = counters, altered, self.slot_table.counts
         engine.block_pool.times = self.block_pool.times.renewed()
         engine._nonfinite, engine._faulty, engine._dropped = self._nonfinite, self._faulty, dropped
         engine.incidents, engine.num_preemptions, engine.times = self.incidents, self.num_preemptions, self.times
@@ -289,7 +296,8 @@ class Engine:
     def add(self, request: Request) -> Sequence:
         """Queue a request. Raises as `check`."""
         self.check(request)
-        root = kv_root(self._base_digest, self.model.base_dtype, self.backend, request.adapter, {}, request.salt)
+        options = {} if request.rules is None else {"rules": request.rules.key.hex()}
+        root = kv_root(self._base_digest, self.model.base_dtype, self.backend, request.adapter, options, request.salt)
         sequence = Sequence(request, request.given_ids, root, self._eos_token_ids)
         if request.is_collected:
             self.collected[request.request_id] = Collected()

@@ -15,6 +15,7 @@ from enum import Enum
 from itertools import chain
 from typing import Any
 
+from moa_serve.adapter.rules import RoutingRules
 from moa_serve.engine.guide import Grammar, Guide, Matcher
 from moa_serve.errors import InvalidRequest
 
@@ -119,6 +120,7 @@ class Request:
         collect_routing: keep the router's weights of every position.
         return_routing: with every token goes what the routers said of the one behind which it was drawn. Needs an adapter with routers.
         grammar: `params.guide`, compiled.
+        rules: what of the adapter's routers is otherwise than the adapter has it; None is nothing.
         prompt_logprobs: 0 to 20: log-probabilities of the prompt's tokens and of this many best ones at each place; None is none.
         branches: continuations of the prompt to score, each of at least one token. Each stands behind the prompt and sees nothing of the
             others; the prompt is computed once. Only with max_tokens 0 and without the three fields above. Its public name is `choices`.
@@ -135,6 +137,7 @@ class Request:
     adapter: str | None = None
     is_pooled: bool = False
     grammar: Grammar | None = None
+    rules: RoutingRules | None = None
     collect_logits: bool = False
     collect_routing: bool = False
     return_routing: bool = False
@@ -146,7 +149,7 @@ class Request:
     arrival: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        assert self.adapter is not None or not (self.is_pooled or self.return_routing), "only an adapter pools, and only one has routers"
+        assert self.adapter is not None or not (self.is_pooled or self.return_routing or self.rules), "only an adapter has routers"
         assert (self.grammar is None) == (self.params.guide is None), "a guide is compiled before the request is made"
         if not self.prompt_ids:
             raise InvalidRequest("the prompt is empty; give at least one token", param="prompt")
@@ -240,6 +243,12 @@ class Sequence:
         self.token_ids.append(token_id)
         if self.matcher is not None:
             self.matcher.take(token_id)
+
+    @property
+    def kind(self) -> tuple[int, bytes]:
+        """Equal for running sequences whose tokens are computed alike: of one slot, and one way in which its routers choose."""
+        rules = self.request.rules
+        return -1 if self.slot is None else self.slot, b"" if rules is None else rules.key
 
     @property
     def shares_pages(self) -> bool:

@@ -42,10 +42,10 @@ class _Layout:
     starts: list[int]
 
     def runs(self) -> Iterator[tuple[int, int]]:
-        """[first, last) of `work` for each run of sequences with one adapter."""
+        """[first, last) of `work` for each run of sequences with one adapter and one way in which its routers choose."""
         first = 0
         for index in range(1, len(self.work) + 1):
-            if index == len(self.work) or self.work[index][0].slot != self.work[first][0].slot:
+            if index == len(self.work) or self.work[index][0].kind != self.work[first][0].kind:
                 if self.work[first][0].slot is not None:
                     yield first, index
                 first = index
@@ -89,12 +89,15 @@ def _branch_spans(sequence: Sequence) -> Iterator[tuple[int, int]]:
 class ModelRunner:
     def __init__(self, model: Backend, cache: Cache, bank: AdapterBank) -> None:
         self.model, self.cache, self.bank = model, cache, bank
-        self.counters: dict[str, RouterCounters] = {}  # by revision: they outlive the adapter's stay in a slot
+        # By revision: they outlive the adapter's stay in a slot. Apart, those of requests that had its routers choose otherwise.
+        self.counters: dict[str, RouterCounters] = {}
+        self.altered: dict[str, RouterCounters] = {}
         self._columns: dict[str, np.ndarray] = {}  # by revision: `token_columns`
 
     def forget(self, revision: str) -> None:
         """The revision is gone for good."""
         self.counters.pop(revision, None)
+        self.altered.pop(revision, None)
         self._columns.pop(revision, None)
 
     @torch.inference_mode()
@@ -146,10 +149,11 @@ class ModelRunner:
         adapter = self.bank[slot]
         start, end = layout.starts[first], layout.starts[last]
         pooled = self._pooled(layout, first, last, adapter) if adapter.manifest.is_pooled else None
-        revision = layout.work[first][0].request.adapter
-        assert revision is not None
-        counters = self.counters.get(revision) or self.counters.setdefault(revision, RouterCounters(adapter.manifest, self.model.device))
-        return Segment(start, end, adapter, pooled, counters)
+        request = layout.work[first][0].request
+        assert request.adapter is not None
+        kept = self.counters if request.rules is None else self.altered
+        counters = kept.get(request.adapter) or kept.setdefault(request.adapter, RouterCounters(adapter.manifest, self.model.device))
+        return Segment(start, end, adapter, pooled, counters, request.rules)
 
     def _pooled(self, layout: _Layout, first: int, last: int, adapter: PreparedAdapter) -> PooledRows:
         group, origin = layout.work[first:last], layout.starts[first]

@@ -43,8 +43,8 @@ class SchedulerOutput:
     """One step.
 
     Args:
-        chunks: (sequence, tokens of it to compute), at least one token each. Sorted by slot, the base first, so that all
-            tokens of one adapter are one run; within a slot decode rows before prefill.
+        chunks: (sequence, tokens of it to compute), at least one token each. Sorted by `Sequence.kind`, the base first, so that all
+            tokens that are computed alike are one run; in a run decode rows before prefill.
         new_blocks: blocks handed out since the last step that went through. They must be zeroed before use: they hold
             what their last owner left, and a NaN there would reach the new one even where attention masks it (0 * NaN is NaN).
         uploads: (slot, revision) whose weights must be put in place before the forward.
@@ -193,7 +193,7 @@ class Scheduler:
                 self._schedule_prefill(step, sequence)
         self._admit(step)
         self._was_alone = any(sequence.is_whole and not step.decode for sequence, _ in step.prefill)
-        chunks = sorted(step.decode + step.prefill, key=lambda chunk: -1 if chunk[0].slot is None else chunk[0].slot)
+        chunks = sorted(step.decode + step.prefill, key=lambda chunk: chunk[0].kind)
         assert chunks or self._is_held_up(), "there is work, but nothing to run"
         return SchedulerOutput(chunks, list(self._new_blocks), self._uploads(chunks), step.preempted)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moa_serve.adapter.adapter import Adapter
 from moa_serve.adapter.manifest import Manifest
+from moa_serve.adapter.rules import RoutingRules
 from moa_serve.engine.engine import Collected
 from moa_serve.engine.request import Request, SamplingParams
 from moa_serve.engine.routing import Routing, assemble, unchanged_reason
@@ -26,7 +27,13 @@ def trial_prompt(vocab_size: int, max_model_len: int) -> tuple[int, ...]:
 
 
 def score_request(
-    token_ids: Sequence[int], revision: str | None, manifest: Manifest | None, *, logits: bool = True, routing: bool = True
+    token_ids: Sequence[int],
+    revision: str | None,
+    manifest: Manifest | None,
+    *,
+    rules: RoutingRules | None = None,
+    logits: bool = True,
+    routing: bool = True,
 ) -> Request:
     """A request that scores its prompt: the logits of every token (V numbers each) and, where there is a router, what it says of them."""
     return Request(
@@ -34,6 +41,7 @@ def score_request(
         SamplingParams(max_tokens=0),
         revision,
         is_pooled=manifest is not None and manifest.is_pooled,
+        rules=rules,
         collect_logits=logits,
         collect_routing=routing and manifest is not None and manifest.router.site != "none",
     )

@@ -101,6 +101,7 @@ class _Adapter:
     revision: str
     own: _Sums | None = None  # what it counted while in the grid
     seen: RoutingTotals | None = None  # given to a series already
+    seen_altered: RoutingTotals | None = None  # likewise, of requests with routing options
     activity: float = 0.0  # tokens lately
     profile: Profile | None = None  # what its routers did in training
     experts: Experts = ()  # that its routers weigh, as far as its manifest says
@@ -138,7 +139,10 @@ class RoutingMetrics:
 
     def __init__(self, grid_adapters: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._grid_adapters, self._clock = grid_adapters, clock
-        self._totals: dict[str, RoutingTotals] = {}  # by revision; the engine thread puts whole values in, the loop takes them out
+        # By revision; the engine thread puts whole values in, the loop takes them out. Drift and dead experts are of the adapter's own way
+        # alone: requests whose options have its routers choose otherwise are counted apart.
+        self._totals: dict[str, RoutingTotals] = {}
+        self._altered: dict[str, RoutingTotals] = {}
         self._published: dict[str, float] = {}  # the engine thread's
         self._adapters: dict[str, _Adapter] = {}  # by name, in the order of loading
         self._grid: set[str] = set()
@@ -161,6 +165,9 @@ class RoutingMetrics:
             totals = engine.routing_totals(revision)
             if totals is not None:
                 self._totals[revision] = totals
+            altered = engine.altered_totals(revision)
+            if altered is not None:
+                self._altered[revision] = altered
             self._published[revision] = now
 
     # -- the loop's side
@@ -172,7 +179,7 @@ class RoutingMetrics:
         if known is not None:
             self.unloaded(name)
         if all(other.revision != revision for other in self._adapters.values()):
-            self._totals.pop(revision, None)  # of its self-test, which is no traffic
+            self._drop(revision)  # of its self-test, which is no traffic
         self._adapters[name] = _Adapter(revision, profile=profile, experts=experts, clock=self._clock)
         if len(self._grid) < self._grid_adapters:
             self._grid.add(name)
@@ -186,34 +193,41 @@ class RoutingMetrics:
         self._leaving.discard(name)
         heir = next((other for other in self._adapters.values() if other.revision == gone.revision), None)
         if heir is None:
-            self._totals.pop(gone.revision, None)
+            self._drop(gone.revision)
             self._published.pop(gone.revision, None)
         elif heir.seen is None:  # another name of the revision, for which its totals count from now on: not all that is in them
             heir.seen, heir.recent, heir.activity = gone.seen, gone.recent, gone.activity
+            heir.seen_altered = gone.seen_altered
+
+    def _drop(self, revision: str) -> None:
+        self._totals.pop(revision, None)
+        self._altered.pop(revision, None)
 
     def _settle(self) -> None:
         """Give what was added since the last time to the series that it belongs to."""
-        for revision in set(self._totals) - {adapter.revision for adapter in self._adapters.values()}:
-            self._totals.pop(revision, None)  # of a self-test, or of what was replaced
+        for revision in {*self._totals, *self._altered} - {adapter.revision for adapter in self._adapters.values()}:
+            self._drop(revision)  # of a self-test, or of what was replaced
             self._published.pop(revision, None)
         owners: dict[str, str] = {}
         for name, adapter in self._adapters.items():
             # Two names of one revision share its totals; they count for the one that was loaded first.
             if owners.setdefault(adapter.revision, name) != name:
                 continue
-            totals, before = self._totals.get(adapter.revision), adapter.seen
-            if totals is None or totals is before:
-                continue
-            if before is not None and totals.tokens < before.tokens:
-                before = None  # the engine dropped the revision and began anew
-            more = totals if before is None else totals.since(before)
-            adapter.activity += more.tokens
-            adapter.note(more, self._clock())
-            adapter.seen = totals
-            if totals.experts:
-                self._series(name, adapter, totals.experts).add(more)
-            else:
-                self._grid.discard(name)  # without a router there is nothing to show: its place is another's
+            totals, altered = self._totals.get(adapter.revision), self._altered.get(adapter.revision)
+            if (more := _more(totals, adapter.seen)) is not None:
+                adapter.note(more, self._clock())
+                adapter.seen = totals
+                self._add(name, adapter, more)
+            if (more := _more(altered, adapter.seen_altered)) is not None:
+                adapter.seen_altered = altered
+                self._add(name, adapter, more)
+
+    def _add(self, name: str, adapter: _Adapter, more: RoutingTotals) -> None:
+        adapter.activity += more.tokens
+        if more.experts:
+            self._series(name, adapter, more.experts).add(more)
+        else:
+            self._grid.discard(name)  # without a router there is nothing to show: its place is another's
 
     def _series(self, name: str, adapter: _Adapter, experts: Experts) -> _Sums:
         if name not in self._grid:
@@ -285,6 +299,14 @@ class RoutingMetrics:
                     yield name, adapter.own
         if self._other:
             yield OTHER, _Sums.join(list(self._other.values()))
+
+
+def _more(totals: RoutingTotals | None, before: RoutingTotals | None) -> RoutingTotals | None:
+    """What was added; None where nothing was."""
+    if totals is None or totals is before:
+        return None
+    # With fewer tokens than before the engine dropped the revision and began anew.
+    return totals if before is None or totals.tokens < before.tokens else totals.since(before)
 
 
 def _cells(values: Callable[[_Sums], Counts]) -> Callable[[str, str, _Sums], list[str]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moa_serve.adapter.manifest import Manifest
+from moa_serve.adapter.rules import RoutingRules
 from moa_serve.model.counters import RouterCounters
 from moa_serve.model.moa import Routed
 
@@ -58,13 +59,14 @@ class PooledRows:
 
 @dataclass(eq=False, slots=True)
 class Segment:
-    """The tokens [start, end) of a batch that share one adapter; its routers' words are added to `counters` where given."""
+    """The tokens [start, end) of a batch that share one adapter and its `rules`; its routers' words are added to `counters` where given."""
 
     start: int
     end: int
     adapter: PreparedAdapter
     pooled: PooledRows | None = None
     counters: RouterCounters | None = None
+    rules: RoutingRules | None = None
 
 
 @dataclass(frozen=True, slots=True)

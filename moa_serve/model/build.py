@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from moa_serve.adapter.manifest import ExpertSpec, Manifest, SelectConstant, SelectThresholdFn, SelectTopK
+from moa_serve.adapter.manifest import ExpertSpec, Manifest
+from moa_serve.adapter.rules import RouterRule
 from moa_serve.config import ModelConfig
 from moa_serve.model.moa import (
     Affine,
@@ -61,25 +62,18 @@ class _Builder:
 
     def _router(self, prefix: str) -> Router:
         """The router that the manifest describes, at a layer or at a linear."""
-        spec, select = self.manifest.router, self.manifest.router.select
+        spec = self.manifest.router
         net: LinearNet | SwigluNet
         if spec.net == "swiglu":
             net = SwigluNet(*(self._affine(f"{prefix}.{part}", torch.float32) for part in ("w1", "w2", "w3")))
         else:
             net = LinearNet(self._affine(prefix, torch.float32))
-        router = Router(net, spec.activation == "softmax", select.kind)
-        if spec.has_threshold_fn:
-            router.threshold_fn = self._affine(f"{prefix}.threshold", torch.float32)
-        if isinstance(select, SelectConstant):
-            router.max_threshold = select.threshold
-        elif isinstance(select, SelectThresholdFn):
-            router.max_threshold = select.max_threshold
-        elif isinstance(select, SelectTopK):
-            router.top_k = select.k
-        return router
+        final = net.w2 if isinstance(net, SwigluNet) else net.out
+        function = self._affine(f"{prefix}.threshold", torch.float32) if spec.has_threshold_fn else None
+        return Router(net, spec.activation == "softmax", RouterRule.of(spec.select, len(final.weight)), function)
 
     def _inner_router(self, prefix: str) -> Router:
-        return Router(LinearNet(self._affine(f"{prefix}.router", torch.float32)), softmax=True, select="all")
+        return Router(LinearNet(self._affine(f"{prefix}.router", torch.float32)), softmax=True, rule=RouterRule())
 
     def _index(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)

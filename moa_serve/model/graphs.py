@@ -161,7 +161,7 @@ def _with_inputs(batch: ForwardBatch, attention: PagedAttention, inputs: Iterato
 
 def _layout(batch: ForwardBatch, inputs: list[Tensor]) -> Any:
     """Equal for steps that are the same operations on the same memory. A recorded step keeps its objects: their ids are nobody else's."""
-    segments = tuple((segment.start, segment.end, id(segment.adapter), id(segment.counters)) for segment in batch.segments)
+    segments = tuple((segment.start, segment.end, id(segment.adapter), id(segment.counters), segment.rules) for segment in batch.segments)
     return tuple(tensor.shape for tensor in inputs), segments
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moa_serve.adapter.manifest import Manifest
+from moa_serve.adapter.rules import RouterRule
 from moa_serve.config import ModelConfig
 from moa_serve.model.ops import plain, rms_norm
 from moa_serve.model.weights import LayerWeights
@@ -93,39 +94,29 @@ class SwigluNet:
 
 @dataclass(eq=False, slots=True)
 class Router:
-    """Weights of E experts for each token; float32 whatever the base computes in.
-
-    `select` and what follows from it (s the activated scores, E the number of experts):
-        all            keep every expert, g = s                                        (Soft MoA, MoLoRA, HydraLoRA)
-        constant       keep s >= t, t given                                            (Sparse MoA)
-        threshold_fn   keep s >= t, t = t_max * sigmoid(v.x + c); g = s unchanged       (Sparse MoA, threshold function)
-        top_k          keep the k largest, g = s / their sum; of equals the first       (MoLA)
-        adamole        d = s - sigmoid(v.x + c) / E; keep d > 0, g = d / their sum       (AdaMoLE)
-    """
+    """Weights of E experts for each token; float32 whatever the base computes in. `rule` has the formulas; of equal scores that top-k
+    chooses from the first is kept."""
 
     net: LinearNet | SwigluNet
     softmax: bool
-    select: str
+    rule: RouterRule
     threshold_fn: Affine | None = None
-    max_threshold: float = 1.0
-    top_k: int = 0
     straight_through: float | None = None  # tau; set by the trainer, see `_hard_gates`
 
-    def __call__(self, x: Tensor) -> Routed:
+    def __call__(self, x: Tensor, rule: RouterRule | None = None) -> Routed:
+        """`rule`: instead of the router's own."""
+        rule = rule or self.rule
         x = x.float()
         logits = self.net(x)
         scores = logits.softmax(-1) if self.softmax else logits.sigmoid()
-        if self.select == "all":
-            return Routed(scores, None, torch.ones_like(scores, dtype=torch.bool), scores)
-        if self.select == "top_k":
-            return self._keep_largest(scores)
-        threshold = self._threshold(x, scores)
-        if self.select == "adamole":
-            excess = scores - threshold
-            selected = excess > 0
-            return Routed(scores, threshold, selected, _normalised(torch.where(selected, excess, 0.0)))
-        selected = scores >= threshold
-        return Routed(scores, threshold, selected, self._hard_gates(scores, threshold, selected))
+        threshold = self._threshold(x, scores, rule)
+        values = scores if threshold is None or not rule.subtracts else scores - threshold
+        selected = _selected(scores, values, threshold, rule)
+        if threshold is not None and not rule.subtracts:
+            gates = self._hard_gates(scores, threshold, selected)
+        else:
+            gates = values if _keeps_all(rule) else torch.where(selected, values, 0.0)
+        return Routed(scores, threshold, selected, _normalised(gates) if rule.renormalises else gates)
 
     def _hard_gates(self, scores: Tensor, threshold: Tensor, selected: Tensor) -> Tensor:
         """g = s * [s >= t]. The step has no slope, so t would never learn, and neither would an expert that is not selected.
@@ -140,17 +131,45 @@ class Router:
         soft = scores.detach() * ((scores - threshold) / self.straight_through).sigmoid()
         return hard + (soft - soft.detach())
 
-    def _threshold(self, x: Tensor, scores: Tensor) -> Tensor:
-        if self.threshold_fn is None:
-            return scores.new_full((*scores.shape[:-1], 1), self.max_threshold)
-        limit = 1.0 / scores.shape[-1] if self.select == "adamole" else self.max_threshold
-        return limit * self.threshold_fn(x).sigmoid()
+    def _threshold(self, x: Tensor, scores: Tensor, rule: RouterRule) -> Tensor | None:
+        if rule.threshold is None:
+            return None
+        if not rule.is_function:
+            return scores.new_full((*scores.shape[:-1], 1), rule.threshold)
+        assert self.threshold_fn is not None, "only a router with a threshold function has such a rule"
+        return rule.threshold * self.threshold_fn(x).sigmoid()
 
-    def _keep_largest(self, scores: Tensor) -> Routed:
-        # A stable sort, because topk may keep any of several equal scores and the answer must not depend on the batch.
-        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.top_k]
-        selected = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, True)
-        return Routed(scores, None, selected, _normalised(torch.where(selected, scores, 0.0)))
+
+def _keeps_all(rule: RouterRule) -> bool:
+    return rule.threshold is None and not rule.top_k and not rule.disabled
+
+
+def _selected(scores: Tensor, values: Tensor, threshold: Tensor | None, rule: RouterRule) -> Tensor:
+    """(T, E) bool: which experts are kept."""
+    if threshold is None:
+        kept = torch.ones_like(scores, dtype=torch.bool)
+    elif rule.subtracts:
+        kept = values > 0
+    else:
+        kept = scores >= threshold
+    forced = _outputs(rule.forced, scores) if rule.forced else None
+    if forced is not None:
+        kept = kept | forced
+    if rule.disabled:
+        kept = kept & ~_outputs(rule.disabled, scores)
+    if not rule.top_k:
+        return kept
+    ranked = torch.where(kept, values if forced is None else values.masked_fill(forced, math.inf), -math.inf)
+    # A stable sort, because topk may keep any of several equal scores and the answer must not depend on the batch.
+    order = ranked.sort(dim=-1, descending=True, stable=True).indices[..., : rule.top_k]
+    return kept & torch.zeros_like(kept).scatter(-1, order, True)
+
+
+def _outputs(bits: int, scores: Tensor) -> Tensor:
+    """(E,) bool: which outputs have their bit set. On the device, where it may be part of a recorded step."""
+    places = torch.arange(scores.shape[-1], device=scores.device)
+    signed = bits - (1 << 64) if bits >> 63 else bits
+    return (torch.full_like(places, signed) >> places) & 1 != 0
 
 
 def _normalised(gates: Tensor) -> Tensor:
@@ -187,8 +206,9 @@ class Mixture:
     router: Router | None = None
     inner: Tensor | None = None
 
-    def route(self, x: Tensor) -> Routed | None:
-        return self.router(x) if self.router else None
+    def route(self, x: Tensor, rule: RouterRule | None) -> Routed | None:
+        """`rule`: instead of the own router's."""
+        return self.router(x, rule) if self.router else None
 
     def expert_weights(self, gates: Tensor | None, routed: Routed | None) -> Tensor | None:
         """(T, 1), or (T, E) where there are inner experts; float32; None where everything counts fully."""

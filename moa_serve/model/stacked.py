@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moa_serve.adapter.rules import RoutingRules
 from moa_serve.model.batch import RoutingTrace, Segment, SegmentTrace, TracedRouter
 from moa_serve.model.counters import Word
 from moa_serve.model.moa import JoinedLora, LoraExperts, MoaLayer, MoaWeights, Routed
@@ -128,6 +129,11 @@ class Part:
     heard: list[tuple[Word, Routed]] | None = field(default_factory=list)
 
     @property
+    def rules(self) -> RoutingRules | None:
+        """Of its one segment; those of segments side by side have none."""
+        return self.segments[0][1].rules
+
+    @property
     def num_stacked(self) -> int:
         """S; 0 where nothing is stacked."""
         return len(self.segments) if len(self.segments) > 1 else 0
@@ -215,6 +221,11 @@ def _traced(words: tuple[tuple[int, str, int, bool], ...]) -> tuple[TracedRouter
     )
 
 
+def _is_like_others(segment: Segment) -> bool:
+    """Whether it may stand beside others: it is short, and its routers follow their adapter's own rules, token by token."""
+    return segment.pooled is None and segment.rules is None and segment.end - segment.start <= MOST_TOKENS
+
+
 def _served(adapter: MoaWeights) -> list[MoaLayer | None]:
     return adapter.layers if adapter.joined is None else adapter.joined
 
@@ -227,7 +238,7 @@ def parts_of(segments: Sequence[Segment], stacks: Stacks | None, device: torch.d
     for number, segment in enumerate(segments):
         adapter = segment.adapter
         assert isinstance(adapter, MoaWeights), "the torch backend computes what it prepared"
-        if stacks is None or adapter.layout is None or segment.pooled is not None or segment.end - segment.start > MOST_TOKENS:
+        if stacks is None or adapter.layout is None or not _is_like_others(segment):
             layers = adapter.layers if stacks is None else _served(adapter)
             parts.append(Part([(number, segment)], layers, slice(segment.start, segment.end)))
         else:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moa_serve.adapter.adapter import Adapter
+from moa_serve.adapter.rules import RouterRule
 from moa_serve.config import ModelConfig
 from moa_serve.model.attention import Attention, KVCache
 from moa_serve.model.batch import Expert, ForwardBatch, PooledRows
@@ -53,35 +54,42 @@ class ActiveLayer:
         if router is None:
             return None
         pooled = self.part.segments[0][1].pooled
-        routed = router(self._of(x if self.weights.reads_residual else n)) if pooled is None else self._pooled(router, pooled, x)
+        rule = self._rule("layer")
+        own = x if self.weights.reads_residual else n
+        routed = router(self._of(own), rule) if pooled is None else self._pooled(router, pooled, rule, x)
         self._hear("layer", routed)
         return routed.gates
 
-    def _pooled(self, router: Router, pooled: PooledRows, x: Tensor) -> Routed:
+    def _rule(self, site: str) -> RouterRule | None:
+        """What the part has instead of the router's own rule."""
+        rules = self.part.rules
+        return None if rules is None else rules.get(self.index, site)
+
+    def _pooled(self, router: Router, pooled: PooledRows, rule: RouterRule | None, x: Tensor) -> Routed:
         """Instance level: a sequence's weights come from the mean of its whole prompt, once, and are kept in `pooled.gates`."""
         tokens = x[self.part.rows]
         for row, span in enumerate(pooled.spans):
             if span is not None:
-                fresh = router(tokens[span[0] : span[1]].float().mean(0, keepdim=True)).gates[0]
+                fresh = router(tokens[span[0] : span[1]].float().mean(0, keepdim=True), rule).gates[0]
                 pooled.gates[row, self.index, : len(fresh)] = fresh
         outputs = self.part.segments[0][1].adapter.manifest.layer(self.index).num_outputs
         gates = pooled.gates[:, self.index, :outputs][pooled.row_of_token]
-        return Routed(gates, None, torch.ones_like(gates, dtype=torch.bool), gates)
+        return Routed(gates, None, gates != 0, gates)
 
     def _hear(self, site: str, routed: Routed | None) -> None:
         if routed is not None:
             self.part.hear(self.index, site, routed)
 
     def _add(self, site: str, mixture: Mixture, expert: Expert, source: Tensor, reads: Tensor, out: Tensor) -> Tensor:
-        routed = self._route(mixture, reads) if mixture.router else None
+        routed = self._route(site, mixture, reads) if mixture.router else None
         self._hear(site, routed)
         own = self._of(source)
         if self.batch.observer is not None:
             self.batch.observer(self.index, site, expert, own, routed)
         return self.part.add(expert(own, self.gates, routed), out)
 
-    def _route(self, mixture: Mixture, reads: Tensor) -> Routed | None:
-        return mixture.route(self._of(reads))
+    def _route(self, site: str, mixture: Mixture, reads: Tensor) -> Routed | None:
+        return mixture.route(self._of(reads), self._rule(site))
 
     def add_lora(self, target: str, u: Tensor, out: Tensor) -> Tensor:
         """out (T, out) and on top the LoRA experts at `target` on the linear's input u (T, in). May write into `out`, as all three."""
@@ -115,9 +123,9 @@ class TimedLayer(ActiveLayer):
         with self._clock.part("router"):
             return super()._layer_gates(x, n)
 
-    def _route(self, mixture: Mixture, reads: Tensor) -> Routed | None:
+    def _route(self, site: str, mixture: Mixture, reads: Tensor) -> Routed | None:
         with self._clock.part("router"):
-            return super()._route(mixture, reads)
+            return super()._route(site, mixture, reads)
 
     def add_lora(self, target: str, u: Tensor, out: Tensor) -> Tensor:
         with self._clock.part("experts"):

@@ -15,7 +15,6 @@ BASE_PLAIN, BASE_INT8 = 0, 1
 STAGE_ATTENTION, STAGE_OUTPUT, STAGE_FFN, STAGE_DOWN, NUM_STAGES = range(5)
 READS_STAGE, READS_RESIDUAL, READS_POOLED = range(3)
 ROWS_BFLOAT16, ROWS_FLOAT32, ROWS_TILES = range(3)
-SELECTS = {"all": 0, "constant": 1, "threshold_fn": 1, "top_k": 2, "adamole": 3}
 SHRINK_LINEAR, SHRINK_LINEAR_SHARED, SHRINK_SILU, SHRINK_SILU_SHARED = range(4)
 TARGETS = {"Q": 0, "K": 1, "V": 2, "O": 3, "GATE": 4, "UP": 5, "DOWN": 6}
 PARTS = ("base", "router", "experts", "attention", "head")
@@ -25,16 +24,23 @@ class NativeUnavailable(MoaError):
     """The native backend cannot run here, and why."""
 
 
+class RuleStruct(Structure):
+    _fields_ = [
+        *((name, c_uint64) for name in ("disabled", "forced")),
+        *((name, c_int32) for name in ("has_threshold", "is_function", "subtracts", "top_k", "renormalises")),
+        ("threshold", c_float),
+    ]
+
+
 class RouterStruct(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("rows_at", "row_bias_at", "w2_at", "w2_bias_at")),
-        *((name, c_int32) for name in ("row_format", "num_rows", "hidden", "outputs", "source", "is_softmax", "select", "top_k")),
-        ("has_threshold_rows", c_int32),
-        ("max_threshold", c_float),
+        *((name, c_int32) for name in ("row_format", "num_rows", "hidden", "outputs", "source", "is_softmax", "number")),
         *((name, c_int32) for name in ("first_gate", "trace_at", "first_counter", "num_counters")),
         ("counters_at", c_int64),
         ("threshold_share", c_float),
         ("unused", c_int32),
+        ("rule", RuleStruct),
     ]
 
 
@@ -105,7 +111,7 @@ class SpanStruct(Structure):
 
 class SegmentStruct(Structure):
     _fields_ = [
-        ("adapter", c_void_p),
+        *((name, c_void_p) for name in ("adapter", "rules")),
         *((name, c_int32) for name in ("start", "end")),
         *((name, c_void_p) for name in ("pooled_row", "pooled_spans", "pooled_gates")),
         *((name, c_int32) for name in ("num_pooled", "pooled_width")),
@@ -122,7 +128,7 @@ class BatchStruct(Structure):
 
 
 _STRUCTS = (
-    RouterStruct, ExpertStruct, GroupStruct, PromptStruct, LayerPlanStruct, AdapterStruct,
+    RuleStruct, RouterStruct, ExpertStruct, GroupStruct, PromptStruct, LayerPlanStruct, AdapterStruct,
     LayerStruct, ModelStruct, SpanStruct, SegmentStruct, BatchStruct,
 )  # fmt: skip
 
@@ -142,7 +148,7 @@ _FUNCTIONS = {  # name -> (result, arguments)
     "moa_op_product": (c_int32, (c_char_p, c_int32, c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int64, c_void_p)),
     "moa_op_int8_product": (c_int32, (c_char_p, c_void_p, c_int32, c_int64, c_void_p, c_void_p, c_int64, c_void_p)),
     "moa_op_norm": (c_int32, (c_char_p, c_int32, c_void_p, c_void_p, c_int32, c_int64, c_float, c_void_p)),
-    "moa_op_route": (c_int32, (c_char_p, c_void_p, c_int64, c_void_p, c_int32, c_int64, c_void_p, c_void_p)),
+    "moa_op_route": (c_int32, (c_char_p, c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_int64, c_void_p, c_void_p)),
     "moa_op_expert": (c_int32, (c_char_p, c_int32, c_void_p, c_int64, c_void_p, c_int32, c_int64, c_void_p, c_int64, c_void_p)),
 }
 

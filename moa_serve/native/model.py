@@ -368,6 +368,9 @@ class _SegmentView:
         adapter, pooled, counters = segment.adapter, segment.pooled, segment.counters
         assert isinstance(adapter, NativeAdapter), "the native backend computes what it prepared"
         self.struct = lib.SegmentStruct(adapter=adapter.blob.data_ptr(), start=segment.start, end=segment.end)
+        if segment.rules is not None:
+            self._rules = adapter.rules(segment.rules)  # kept: the adapter may let go of it
+            self.struct.rules = ctypes.addressof(self._rules)
         self.trace = None if traced is None else self._traced(segment, adapter, traced)
         if counters is not None:
             self.struct.selected, self.struct.gate_sum = counters.selected.data_ptr(), counters.gate_sum.data_ptr()

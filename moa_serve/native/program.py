@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moa_serve.adapter.manifest import Manifest
+from moa_serve.adapter.rules import RouterRule, RoutingRules
 from moa_serve.model.batch import TracedRouter
 from moa_serve.model.counters import counted_outputs
 from moa_serve.model.moa import LoraExperts, Mixture, MoaLayer, MoaWeights, ParallelAdapter, PromptExpert, Router, SwigluNet
@@ -21,6 +22,7 @@ from moa_serve.native import packing
 
 _ALIGNMENT = 64
 _STAGE_OF = {"Q": 0, "K": 0, "V": 0, "PROMPT": 0, "O": 1, "UP": 2, "GATE": 2, "P_ADAPTER": 2, "DOWN": 3}
+_MOST_TABLES = 64  # rules that an adapter keeps for steps to come
 _CONSTANT = 0  # the gate column that is 1
 
 
@@ -32,6 +34,22 @@ class NativeAdapter:
     blob: Tensor  # (bytes,) uint8
     traced: tuple[TracedRouter, ...]
     trace_width: int
+    tables: dict[RoutingRules, ctypes.Array[lib.RuleStruct]] = field(default_factory=dict)
+
+    def rules(self, rules: RoutingRules) -> ctypes.Array[lib.RuleStruct]:
+        """What a segment with these rules has for the library: one for each of the adapter's routers."""
+        table = self.tables.get(rules)
+        if table is None:
+            own = self.manifest.router
+            table = (lib.RuleStruct * len(self.traced))()
+            for number, router in enumerate(self.traced):
+                is_inner = own.site == "layer" and router.site != "layer"
+                plain = RouterRule() if is_inner else RouterRule.of(own.select, router.outputs)
+                table[number] = rule_struct(rules.get(router.layer, router.site) or plain)
+            while len(self.tables) >= _MOST_TABLES:
+                self.tables.pop(next(iter(self.tables)), None)
+            self.tables[rules] = table
+        return table
 
     @property
     def num_layers(self) -> int:
@@ -151,8 +169,7 @@ class _Compiler:
         else:
             row_format = lib.ROWS_BFLOAT16 if is_exact else lib.ROWS_FLOAT32
             place = packing.pad_columns(rows.bfloat16() if is_exact else rows)
-        has_threshold = router.select in ("constant", "threshold_fn", "adamole")
-        limit = 1.0 / outputs if router.select == "adamole" else router.max_threshold
+        has_threshold = router.rule.threshold is not None
         struct = lib.RouterStruct(
             rows_at=self.blob.add(place),
             row_bias_at=self.blob.add(bias),
@@ -162,10 +179,8 @@ class _Compiler:
             outputs=outputs,
             source=source,
             is_softmax=router.softmax,
-            select=lib.SELECTS[router.select],
-            top_k=router.top_k,
-            has_threshold_rows=router.threshold_fn is not None,
-            max_threshold=limit if has_threshold else 0.0,
+            number=len(self.traced),
+            rule=rule_struct(router.rule),
             first_gate=out.num_gates,
             trace_at=self.trace_width,
         )
@@ -263,6 +278,19 @@ class _Compiler:
             count,
             self._outer(prompt.mixture),
         )
+
+
+def rule_struct(rule: RouterRule) -> lib.RuleStruct:
+    return lib.RuleStruct(
+        disabled=rule.disabled,
+        forced=rule.forced,
+        has_threshold=rule.threshold is not None,
+        is_function=rule.is_function,
+        subtracts=rule.subtracts,
+        top_k=rule.top_k,
+        renormalises=rule.renormalises,
+        threshold=rule.threshold or 0.0,
+    )
 
 
 def _lora_parts(experts: LoraExperts) -> list[tuple[slice, slice, float]]:

@@ -212,9 +212,13 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.totals: dict[str, RoutingTotals] = {}
+        self.altered: dict[str, RoutingTotals] = {}
 
     def routing_totals(self, revision: str) -> RoutingTotals | None:
         return self.totals.get(revision)
+
+    def altered_totals(self, revision: str) -> RoutingTotals | None:
+        return self.altered.get(revision)
 
 
 @dataclass
@@ -229,14 +233,17 @@ class Grid:
         self.metrics = RoutingMetrics(self.size, lambda: self.now)
         self.last: dict[tuple[str, Labels], float] = {}
 
-    def run(self, name: str, tokens: int, *, experts: tuple[tuple[str, ...], ...] = EXPERTS, keeps: float = 1.0) -> None:
-        """Tokens with one adapter, each of which keeps every expert with weight 0.5, or so much of one."""
+    def run(
+        self, name: str, tokens: int, *, experts: tuple[tuple[str, ...], ...] = EXPERTS, keeps: float = 1.0, is_altered: bool = False
+    ) -> None:
+        """Tokens with one adapter, each of which keeps every expert with weight 0.5, or so much of one, as the adapter or a client wants."""
         revision = f"revision of {name}"
-        before = self.engine.totals.get(revision)
+        kept = self.engine.altered if is_altered else self.engine.totals
+        before = kept.get(revision)
         total = tokens + (before.tokens if before else 0)
         met = np.full((len(experts), max(map(len, experts))), float(total))
         cells = met * keeps
-        self.engine.totals[revision] = RoutingTotals(total, cells, cells / 2, met, np.full(len(experts), 0.25 * total), experts)
+        kept[revision] = RoutingTotals(total, cells, cells / 2, met, np.full(len(experts), 0.25 * total), experts)
         sequence = SimpleNamespace(request=SimpleNamespace(adapter=revision))
         event = cast(Any, SimpleNamespace(sequence=sequence, finish_reason="stop"))
         self.metrics.publish(cast(Engine, self.engine), [event])
@@ -290,6 +297,22 @@ def test_drift_and_dead_experts_are_told_once_there_is_enough_to_tell() -> None:
     assert value(samples, "moa_router_drift", adapter="unlike") == 1
     assert value(samples, "moa_router_drift", adapter="without") is None
     assert [value(samples, "moa_dead_experts", adapter=name) for name in ("as-trained", "without", "dead")] == [0, 0, 3]
+
+
+def test_what_clients_had_routers_do_is_counted_but_says_nothing_of_the_adapter() -> None:
+    """A client who switches experts off must not make them look dead, nor one who keeps all of them make a dead one look alive."""
+    grid = Grid(1)
+    grid.metrics.loaded("a", "revision of a", Profile(EXPERTS, np.full(3, 0.0), np.full(3, np.nan), is_of_weights=False))
+    grid.run("a", 1000, keeps=0.0)
+    grid.run("a", 5000, is_altered=True)
+    samples = grid.scrape()
+    assert value(samples, "moa_router_tokens_total", adapter="a", layer="0") == 6000
+    assert value(samples, "moa_expert_selected_total", adapter="a", layer="0", expert="Q") == 5000
+    assert value(samples, "moa_dead_experts", adapter="a") == 3
+    assert value(samples, "moa_router_drift", adapter="a") == 0
+    found = grid.metrics.experts("a")
+    assert found is not None
+    assert found.tokens == 1000
 
 
 def test_no_token_is_lost_or_counted_twice_when_adapters_move() -> None:

@@ -28,14 +28,6 @@ enum MoaSource : int32_t {
   MOA_READS_POOLED = 2,    // the mean of the residual over a sequence's whole prompt
 };
 
-enum MoaSelect : int32_t {
-  MOA_SELECT_ALL = 0,
-  MOA_SELECT_THRESHOLD = 1,  // keep s >= t, t constant or a threshold function
-  MOA_SELECT_TOP_K = 2,
-  MOA_SELECT_ADAMOLE = 3,
-  MOA_NUM_SELECTS = 4,
-};
-
 enum MoaShrink : int32_t {
   MOA_SHRINK_LINEAR = 0,         // c_e = w_e * scale * A_e u
   MOA_SHRINK_LINEAR_SHARED = 1,  // one A for all experts of the group (HydraLoRA)
@@ -62,6 +54,17 @@ enum MoaRowFormat : int32_t {
   MOA_ROWS_TILES = 2,  // bfloat16 for AMX: sixteen rows (the last ones fewer) after the other, each [padded in / 2][rows][2]
 };
 
+// How a router's scores become weights; moa_serve/adapter/rules.py has the formulas. Outputs are bits.
+struct MoaRule {
+  uint64_t disabled, forced;
+  int32_t has_threshold;
+  int32_t is_function;  // the threshold is `threshold` times the sigmoid of the router's last row
+  int32_t subtracts;
+  int32_t top_k;  // 0: no limit
+  int32_t renormalises;
+  float threshold;
+};
+
 // A router: float32 arithmetic whatever the model computes in. Its rows are [w1: hidden | w3: hidden | threshold] for a SwiGLU net and
 // [logits: outputs | threshold] for a linear one.
 struct MoaRouter {
@@ -75,16 +78,14 @@ struct MoaRouter {
   int32_t outputs;
   int32_t source;
   int32_t is_softmax;
-  int32_t select;
-  int32_t top_k;
-  int32_t has_threshold_rows;  // the last row is a threshold function
-  float max_threshold;
+  int32_t number;  // of the adapter's routers: its place among a segment's rules
   int32_t first_gate;  // column of the token's row of gates, and behind them the threshold; column 0 is the constant 1
   int32_t trace_at;    // floats before it in a token's trace: scores, threshold, selected, gates
   int32_t first_counter, num_counters;  // cells of the layer's row of counters
   int64_t counters_at;  // (num_counters,) int32: the output that each of them counts; 0: none does
   float threshold_share;  // of the layer's mean threshold: one over its counted routers that have one, else 0
   int32_t unused;
+  MoaRule rule;  // the adapter's own
 };
 
 struct MoaExpert {
@@ -166,6 +167,7 @@ struct MoaSpan {
 
 struct MoaSegment {
   const uint8_t* adapter;  // blob
+  const MoaRule* rules;    // of each of the adapter's routers, instead of its own; or NULL
   int32_t start, end;
   // instance level: a gate row for each sequence, computed here where `pooled_spans` has one; NULL for token-level adapters
   const int32_t* pooled_row;    // (end - start,)
@@ -228,9 +230,9 @@ MOA_API int32_t moa_op_int8_product(const char* instruction_set, const void* x, 
                                     const float* bias, int64_t out, float* y);
 MOA_API int32_t moa_op_norm(const char* instruction_set, int32_t dtype, const float* x, const float* weight, int32_t rows, int64_t size,
                             float eps, void* y);
-// Routes `rows` tokens of x (rows, padded size) float32 with the router at `router_at` of a blob; trace (rows, 3 * outputs + 1).
-MOA_API int32_t moa_op_route(const char* instruction_set, const uint8_t* blob, int64_t router_at, const float* x, int32_t rows, int64_t size,
-                             float* gates, float* trace);
+// Routes `rows` tokens of x (rows, padded size) float32 with the router at `router_at` of a blob, by its own rule where `rules` is NULL; trace (rows, 3 * outputs + 1).
+MOA_API int32_t moa_op_route(const char* instruction_set, const uint8_t* blob, int64_t router_at, const MoaRule* rules, const float* x,
+                             int32_t rows, int64_t size, float* gates, float* trace);
 // y (rows, padded out) += B (weights * scale * (A x)) for one expert.
 MOA_API int32_t moa_op_expert(const char* instruction_set, int32_t dtype, const uint8_t* blob, int64_t expert_at, const void* x, int32_t rows,
                               int64_t size, const float* weights, int64_t out, float* y);

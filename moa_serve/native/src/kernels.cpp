@@ -45,7 +45,7 @@ void norm(const float* x, const float* weight, int32_t rows, int64_t size, float
 
 constexpr int kMostTestRank = 256;
 
-void route(const uint8_t* blob, int64_t router_at, const float* x, int32_t rows, int64_t size, float* gates, float* trace) {
+void route(const uint8_t* blob, int64_t router_at, const MoaRule* rules, const float* x, int32_t rows, int64_t size, float* gates, float* trace) {
   const MoaRouter& router = *(const MoaRouter*)(blob + router_at);
   const int64_t room = padded(router.num_rows, kLanes) + kLanes;
   static thread_local float products[kTogether * (kMostTestRank + 2 * kLanes)], rest[2 * kMostTestRank];
@@ -60,7 +60,7 @@ void route(const uint8_t* blob, int64_t router_at, const float* x, int32_t rows,
       dots<Widened>(count, inputs, (const uint16_t*)(blob + router.rows_at), size, router.num_rows, out);
     for (int member = 0; member < count; member++) {
       float threshold;
-      finish_route(router, blob, out[member], rest, gates + (int64_t)(row + member) * router.outputs, threshold,
+      finish_route(router, rule_of(router, rules), blob, out[member], rest, gates + (int64_t)(row + member) * router.outputs, threshold,
                    trace + (int64_t)(row + member) * (3 * router.outputs + 1) - router.trace_at);
     }
   }

@@ -11,7 +11,7 @@ struct MoaKernels {
   void (*product[2])(const void* x, int32_t rows, int64_t size, const void* weights, const float* bias, int64_t out, float* y);
   void (*int8_product)(const void* x, int32_t rows, int64_t size, const void* weights, const float* bias, int64_t out, float* y);
   void (*norm[2])(const float* x, const float* weight, int32_t rows, int64_t size, float eps, void* y);
-  void (*route)(const uint8_t* blob, int64_t router_at, const float* x, int32_t rows, int64_t size, float* gates, float* trace);
+  void (*route)(const uint8_t* blob, int64_t router_at, const MoaRule* rules, const float* x, int32_t rows, int64_t size, float* gates, float* trace);
   void (*expert[2])(const uint8_t* blob, int64_t expert_at, const void* x, int32_t rows, int64_t size, const float* weights, int64_t out,
                     float* y);
 };

@@ -216,7 +216,7 @@ const char* moa_instruction_sets() {
 const char* moa_stamp() { return MOA_STAMP; }
 
 int32_t moa_struct_sizes(int64_t* sizes, int32_t capacity) {
-  const int64_t all[] = {sizeof(MoaRouter), sizeof(MoaExpert), sizeof(MoaGroup), sizeof(MoaPrompt),  sizeof(MoaAdapterLayer), sizeof(MoaAdapter),
+  const int64_t all[] = {sizeof(MoaRule),   sizeof(MoaRouter), sizeof(MoaExpert), sizeof(MoaGroup), sizeof(MoaPrompt),  sizeof(MoaAdapterLayer), sizeof(MoaAdapter),
                          sizeof(MoaLayer),  sizeof(MoaModel),  sizeof(MoaSpan),  sizeof(MoaSegment), sizeof(MoaBatch)};
   const int32_t count = (int32_t)(sizeof(all) / sizeof(all[0]));
   for (int32_t i = 0; i < std::min(count, capacity); i++) sizes[i] = all[i];
@@ -307,11 +307,11 @@ int32_t moa_op_norm(const char* instruction_set, int32_t dtype, const float* x, 
   return 0;
 }
 
-int32_t moa_op_route(const char* instruction_set, const uint8_t* blob, int64_t router_at, const float* x, int32_t rows, int64_t size,
-                     float* gates, float* trace) {
+int32_t moa_op_route(const char* instruction_set, const uint8_t* blob, int64_t router_at, const MoaRule* rules, const float* x, int32_t rows,
+                     int64_t size, float* gates, float* trace) {
   const MoaKernels* kernels = kernels_of(instruction_set);
   if (kernels == nullptr) return -1;
-  kernels->route(blob, router_at, x, rows, size, gates, trace);
+  kernels->route(blob, router_at, rules, x, rows, size, gates, trace);
   return 0;
 }
 

@@ -8,9 +8,6 @@
 
 namespace {
 
-// scores -> gates of `outputs` experts. `threshold` is what a score had to reach.
-using Select = void (*)(const MoaRouter& router, const float* scores, float threshold, float* gates);
-
 inline void normalise(float* gates, int outputs) {
   float total = 0;
   for (int e = 0; e < outputs; e++) total += gates[e];
@@ -18,33 +15,46 @@ inline void normalise(float* gates, int outputs) {
   for (int e = 0; e < outputs; e++) gates[e] /= total;
 }
 
-inline void keep_all(const MoaRouter& router, const float* scores, float, float* gates) {
-  memcpy(gates, scores, (size_t)router.outputs * sizeof(float));
-}
+inline uint64_t first_outputs(int outputs) { return outputs < 64 ? (uint64_t{1} << outputs) - 1 : ~uint64_t{0}; }
 
-inline void keep_reached(const MoaRouter& router, const float* scores, float threshold, float* gates) {
-  for (int e = 0; e < router.outputs; e++) gates[e] = scores[e] >= threshold ? scores[e] : 0.0f;
-}
-
-inline void keep_largest(const MoaRouter& router, const float* scores, float, float* gates) {  // of equals the first
-  uint64_t kept = 0;  // a router has at most 64 outputs
-  for (int e = 0; e < router.outputs; e++) gates[e] = 0;
-  for (int k = 0; k < router.top_k && k < router.outputs; k++) {
+// Of the kept experts the forced ones and then those with the largest values, `top_k` together; of equals the first.
+inline uint64_t keep_largest(const MoaRule& rule, const float* values, uint64_t kept, int outputs) {
+  uint64_t chosen = 0;
+  for (int k = 0; k < rule.top_k; k++) {
     int best = -1;
-    for (int e = 0; e < router.outputs; e++)
-      if (!(kept >> e & 1) && (best < 0 || scores[e] > scores[best])) best = e;
-    kept |= uint64_t{1} << best;
-    gates[best] = scores[best];
+    bool is_best_forced = false;
+    for (int e = 0; e < outputs; e++) {
+      if (!((kept & ~chosen) >> e & 1)) continue;
+      const bool is_forced = rule.forced >> e & 1;
+      if (best >= 0 && (is_best_forced || !(is_forced || values[e] > values[best]))) continue;
+      best = e;
+      is_best_forced = is_forced;
+    }
+    if (best < 0) break;
+    chosen |= uint64_t{1} << best;
   }
-  normalise(gates, router.outputs);
+  return chosen;
 }
 
-inline void keep_excess(const MoaRouter& router, const float* scores, float threshold, float* gates) {
-  for (int e = 0; e < router.outputs; e++) gates[e] = scores[e] - threshold > 0 ? scores[e] - threshold : 0.0f;
-  normalise(gates, router.outputs);
+// scores -> gates of `outputs` experts, at most 64; which were kept. `threshold` is what a score had to reach.
+inline uint64_t apply(const MoaRule& rule, const float* scores, float threshold, int outputs, float* gates) {
+  const float subtracted = rule.subtracts ? threshold : 0.0f;
+  uint64_t kept = first_outputs(outputs);
+  for (int e = 0; e < outputs; e++) gates[e] = scores[e] - subtracted;
+  if (rule.has_threshold) {
+    kept = 0;
+    for (int e = 0; e < outputs; e++) kept |= uint64_t{rule.subtracts ? gates[e] > 0 : scores[e] >= threshold} << e;
+    kept |= rule.forced & first_outputs(outputs);
+  }
+  kept &= ~rule.disabled;
+  if (rule.top_k > 0) kept = keep_largest(rule, gates, kept, outputs);
+  for (int e = 0; e < outputs; e++)
+    if (!(kept >> e & 1)) gates[e] = 0;
+  if (rule.renormalises) normalise(gates, outputs);
+  return kept;
 }
 
-constexpr Select kSelects[MOA_NUM_SELECTS] = {keep_all, keep_reached, keep_largest, keep_excess};
+inline const MoaRule& rule_of(const MoaRouter& router, const MoaRule* rules) { return rules == nullptr ? router.rule : rules[router.number]; }
 
 inline void activate(float* logits, int outputs, bool is_softmax) {
   const int end = (int)padded(outputs, kLanes);
@@ -66,8 +76,8 @@ inline void activate(float* logits, int outputs, bool is_softmax) {
 
 // `rows` holds one token's products with the router's rows and has room for 16 more; out go gates (outputs), the threshold, and, where
 // wanted, the trace [scores | threshold | selected | gates]. `scratch` has room for the outputs and the hidden units, each rounded up to 16.
-inline void finish_route(const MoaRouter& router, const uint8_t* blob, float* rows, float* scratch, float* gates, float& threshold,
-                         float* trace) {
+inline void finish_route(const MoaRouter& router, const MoaRule& rule, const uint8_t* blob, float* rows, float* scratch, float* gates,
+                         float& threshold, float* trace) {
   const float* bias = (const float*)(blob + router.row_bias_at);
   for (int row = 0; row < router.num_rows; row++) rows[row] += bias[row];
   float* scores = scratch;
@@ -89,18 +99,18 @@ inline void finish_route(const MoaRouter& router, const uint8_t* blob, float* ro
     memcpy(scores, rows, (size_t)router.outputs * sizeof(float));
   }
   activate(scores, router.outputs, router.is_softmax != 0);
-  threshold = router.max_threshold;
-  if (router.has_threshold_rows) {
+  threshold = rule.has_threshold ? rule.threshold : 0.0f;
+  if (rule.has_threshold && rule.is_function) {
     float lane[kLanes];
     f_store(lane, f_sigmoid(f_set(rows[router.num_rows - 1])));
     threshold *= lane[0];
   }
-  kSelects[router.select](router, scores, threshold, gates);
+  const uint64_t kept = apply(rule, scores, threshold, router.outputs, gates);
   if (trace == nullptr) return;
   float* place = trace + router.trace_at;
   memcpy(place, scores, (size_t)router.outputs * sizeof(float));
   place[router.outputs] = threshold;
-  for (int e = 0; e < router.outputs; e++) place[router.outputs + 1 + e] = gates[e] != 0 || router.select == MOA_SELECT_ALL ? 1.0f : 0.0f;
+  for (int e = 0; e < router.outputs; e++) place[router.outputs + 1 + e] = kept >> e & 1 ? 1.0f : 0.0f;
   memcpy(place + 2 * router.outputs + 1, gates, (size_t)router.outputs * sizeof(float));
 }
 

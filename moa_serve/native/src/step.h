@@ -496,7 +496,8 @@ struct Step {
     multiply_router_rows(segment, router, stage, first, count, input_room(segment), out, room);
     for (int member = 0; member < count; member++) {
       float* gates = at.gates + (int64_t)(first + member) * at.gate_stride + router.first_gate;
-      finish_route(router, segment.adapter, out + member * room, rest, gates, gates[router.outputs], trace_of(segment, first + member));
+      finish_route(router, rule_of(router, segment.rules), segment.adapter, out + member * room, rest, gates, gates[router.outputs],
+                   trace_of(segment, first + member));
     }
   }
 
@@ -545,7 +546,7 @@ struct Step {
       route_rows(segment, router, 1, x, out, hidden);
       float* gates = segment.pooled_gates + ((int64_t)row * model.num_layers + index) * segment.pooled_width;
       float threshold;
-      finish_route(router, segment.adapter, scratch, rest, gates, threshold, nullptr);
+      finish_route(router, rule_of(router, segment.rules), segment.adapter, scratch, rest, gates, threshold, nullptr);
     }
     for (int token = segment.start; token < segment.end; token++) {
       const int row = segment.pooled_row[token - segment.start];
@@ -556,7 +557,7 @@ struct Step {
       float* place = trace + router.trace_at;
       for (int e = 0; e < router.outputs; e++) {
         place[e] = place[2 * router.outputs + 1 + e] = gates[e];
-        place[router.outputs + 1 + e] = 1.0f;
+        place[router.outputs + 1 + e] = gates[e] != 0 ? 1.0f : 0.0f;
       }
       place[router.outputs] = 0.0f;
     }

@@ -8,6 +8,8 @@ from families import FAMILIES, TINY, base_tensors, random_adapter, raw_manifest,
 from naive import NaiveModel
 from torch import Tensor
 
+from moa_serve.adapter.manifest import Select, SelectAdaMole, SelectConstant, SelectThresholdFn, SelectTopK
+from moa_serve.adapter.rules import RouterRule
 from moa_serve.model.attention import CausalAttention
 from moa_serve.model.batch import ForwardBatch, PooledRows, RoutingTrace, Segment
 from moa_serve.model.build import build
@@ -76,26 +78,23 @@ def test_gates_equal_the_naive_loop_and_unselected_ones_are_exactly_zero(model: 
     assert zeros > 0 or manifest.router.select.kind == "all"
 
 
-def router(select: str, logits: list[float], threshold: float | None = None, **more: float | int) -> Router:
+def router(select: Select, logits: list[float], threshold: float | None = None) -> Router:
     """One that answers `logits` to x = 1, and `threshold` before its sigmoid."""
     net = LinearNet(Affine(torch.tensor(logits)[:, None], None))
     function = None if threshold is None else Affine(torch.tensor([[threshold]]), None)
-    built = Router(net, softmax=select in ("top_k", "adamole"), select=select, threshold_fn=function)
-    for name, value in more.items():
-        setattr(built, name, value)
-    return built
+    return Router(net, select.kind in ("top_k", "adamole"), RouterRule.of(select, len(logits)), function)
 
 
 def test_a_weight_equal_to_the_threshold_is_kept() -> None:
     """`>=` and not `>`; a zero logit must give exactly one half."""
-    routed = router("constant", [0.0, -1e-6, 3.0], max_threshold=0.5)(torch.ones(1, 1))
+    routed = router(SelectConstant(threshold=0.5), [0.0, -1e-6, 3.0])(torch.ones(1, 1))
     assert routed.selected.tolist() == [[True, False, True]]
     assert routed.gates[0, 0] == 0.5
     assert routed.gates[0, 1] == 0.0
 
 
 def test_a_kept_weight_is_unchanged_and_not_reduced_by_the_threshold() -> None:
-    routed = router("threshold_fn", [1.0, -4.0], threshold=0.0, max_threshold=0.8)(torch.ones(1, 1))
+    routed = router(SelectThresholdFn(max_threshold=0.8), [1.0, -4.0], threshold=0.0)(torch.ones(1, 1))
     assert routed.threshold is not None
     assert float(routed.threshold) == pytest.approx(0.4)
     assert routed.gates[0, 0] == torch.tensor(1.0).sigmoid()
@@ -103,13 +102,13 @@ def test_a_kept_weight_is_unchanged_and_not_reduced_by_the_threshold() -> None:
 
 
 def test_of_equal_scores_top_k_keeps_the_first_ones() -> None:
-    routed = router("top_k", [1.0, 1.0, 1.0, 1.0], top_k=2)(torch.ones(3, 1))
+    routed = router(SelectTopK(k=2), [1.0, 1.0, 1.0, 1.0])(torch.ones(3, 1))
     assert routed.selected.tolist() == [[True, True, False, False]] * 3
     assert routed.gates[0].tolist() == [0.5, 0.5, 0.0, 0.0]
 
 
 def test_adamole_without_an_expert_above_its_threshold_gives_zeros_and_not_nan() -> None:
-    routed = router("adamole", [0.0, 0.0], threshold=100.0)(torch.ones(1, 1))
+    routed = router(SelectAdaMole(), [0.0, 0.0], threshold=100.0)(torch.ones(1, 1))
     assert routed.gates.tolist() == [[0.0, 0.0]]
     assert not routed.selected.any()
 

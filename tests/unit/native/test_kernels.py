@@ -118,7 +118,7 @@ def test_route(isa: str, family: str, is_exact: bool, tmp_path_factory: pytest.T
         wide = packing.pad_columns(x).contiguous()
         gates, trace = torch.empty(7, struct.outputs), torch.empty(7, 3 * struct.outputs + 1)
         lib.library().moa_op_route(
-            isa.encode(), adapter.blob.data_ptr(), place, wide.data_ptr(), 7, wide.shape[1], gates.data_ptr(), trace.data_ptr()
+            isa.encode(), adapter.blob.data_ptr(), place, None, wide.data_ptr(), 7, wide.shape[1], gates.data_ptr(), trace.data_ptr()
         )
         found = weights.layers[layer]
         assert found is not None

@@ -11,6 +11,7 @@ from training import RECIPES, examples, manifest_for, tiny_base
 
 from moa_serve import LLM
 from moa_serve.adapter.checkpoint import write_adapter
+from moa_serve.adapter.rules import RouterRule
 from moa_serve.config import ModelConfig
 from moa_serve.model.attention import CausalAttention, PaddedCausalAttention
 from moa_serve.model.batch import ForwardBatch, Segment
@@ -188,7 +189,8 @@ def threshold_router(tau: float | None) -> tuple[Router, Tensor, Tensor]:
     """A router of two experts on a single input of 1: scores sigmoid(0.2) and sigmoid(-1), threshold sigmoid(0)."""
     weight = torch.tensor([[0.2], [-1.0]]).requires_grad_()
     limit = torch.zeros(1, 1).requires_grad_()
-    return Router(LinearNet(Affine(weight, None)), False, "threshold_fn", Affine(limit, None), 1.0, straight_through=tau), weight, limit
+    rule = RouterRule(threshold=1.0, is_function=True)
+    return Router(LinearNet(Affine(weight, None)), False, rule, Affine(limit, None), straight_through=tau), weight, limit
 
 
 def test_the_straight_through_estimator_is_its_formula() -> None:
