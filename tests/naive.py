@@ -91,7 +91,7 @@ class NaiveModel:
             limit = asked["constant"] if isinstance(asked, dict) else asked
         most = self.options.get("top_k", most)
         is_subtracted = kind["kind"] == "adamole" and limit is not None
-        values = [score - limit if is_subtracted else score for score in scores]
+        values = [score - (limit or 0.0) if is_subtracted else score for score in scores]
         forced = [any((layer, name) in self.options.get("force", ()) for name in own) for own in names]
         able = [bool(own) and not any((layer, name) in self.options.get("disable", ()) for name in own) for own in names]
         reached = [limit is None or (value > 0 if is_subtracted else score >= limit) for score, value in zip(scores, values, strict=True)]

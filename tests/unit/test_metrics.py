@@ -236,7 +236,7 @@ class Grid:
     def run(
         self, name: str, tokens: int, *, experts: tuple[tuple[str, ...], ...] = EXPERTS, keeps: float = 1.0, is_altered: bool = False
     ) -> None:
-        """Tokens with one adapter, each of which keeps every expert with weight 0.5, or so much of one, as the adapter or a client wants."""
+        """Tokens with one adapter, each of which keeps every expert with weight 0.5, or so much of one."""
         revision = f"revision of {name}"
         kept = self.engine.altered if is_altered else self.engine.totals
         before = kept.get(revision)
