@@ -13,7 +13,17 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 from starlette.requests import Request
 
@@ -99,10 +109,16 @@ class Threshold(Schema):
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if (self.scale is None) == (self.constant is None):
-            _refuse("threshold", "must have exactly one of 'scale' and 'constant'")
+            _refuse("scale", "or constant: exactly one of the two must be given")
         return self
 
 
+def _threshold_kind(raw: Any) -> str:
+    return "(object)" if isinstance(raw, dict | Threshold) else "(number)"
+
+
+_Constant = Annotated[float, Field(ge=0, le=1)]
+AnyThreshold = Annotated[Annotated[_Constant, Tag("(number)")] | Annotated[Threshold, Tag("(object)")], Discriminator(_threshold_kind)]
 Experts = Annotated[list[Annotated[str, StringConstraints(min_length=1, max_length=64)]], Field(max_length=MAX_NAMED, fail_fast=True)]
 
 
@@ -112,7 +128,7 @@ class RoutingChoice(Schema):
     mode: Literal["soft", "sparse"] | None = Field(
         None, description="`soft` keeps every expert, `sparse` those that a threshold or `top_k` lets through."
     )
-    threshold: Annotated[float, Field(ge=0, le=1)] | Threshold | None = Field(
+    threshold: AnyThreshold | None = Field(
         None, description='What a weight must reach: a number, or `{"scale": f}` times the adapter\'s own threshold.'
     )
     top_k: int | None = Field(None, ge=1, le=MAX_COUNT, description="Of what is kept, the k experts with the largest weights.")
