@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -82,6 +82,15 @@ Dtype = Annotated[
 BaseDtype = Annotated[
     str,
     typer.Option("--base-dtype", envvar="MOA_BASE_DTYPE", help="auto (the base's weights are in --dtype) or int8 (native backend only)."),
+]
+
+Moa = Annotated[
+    str | None,
+    typer.Option(
+        "--moa",
+        help="Routing options of every adapter, as JSON: mode, threshold, top_k, disable, force (docs/routing.md).",
+        show_default="the adapter's own way",
+    ),
 ]
 
 
@@ -201,6 +210,7 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Draw from this many best tokens; 0 is all.")] = 0,
     seed: Annotated[int | None, typer.Option(help="Equal seeds draw equal tokens.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text to stop before, again for each.", show_default=False)] = None,
+    moa: Moa = None,
     show_routing: Annotated[bool, typer.Option("--show-routing", help="Show what each adapter's routers selected.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line for each prompt and adapter.")] = False,
 ) -> None:
@@ -218,6 +228,7 @@ def generate(
     from moa_serve.shell import answers, selection
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=tuple(stop or ()))
+    options = selection.parse_options(moa)
     adapters_dir = adapters_dir or _usual_adapters_dir()
     named = selection.parse_adapters(adapter or [], adapters_dir)
     if no_base and selection.THE_BASE in named:
@@ -234,13 +245,13 @@ def generate(
         pairs = answers.pair(lines, columns, [columns[one.name] for one in default if one.name in columns])
         with terminal.spinner(f"Generating {terminal.counted(len(pairs), 'completion')} in one batch"):
             start = time.perf_counter()
-            found = answers.run(llm, pairs, params)
+            found = answers.run(llm, pairs, params, options)
             seconds = time.perf_counter() - start
         if as_json:
             for answer in found:
-                typer.echo(answers.to_json(answer, answers.activity_of(llm, [answer]) if show_routing else None))
+                typer.echo(answers.to_json(answer, answers.activity_of(llm, [answer], options) if show_routing else None))
         else:
-            _show(llm, found, columns.values() if show_routing else ())
+            _show(llm, found, columns.values() if show_routing else (), options)
         tokens = sum(len(answer.completion.token_ids) for answer in found)
         terminal.note(
             f"{terminal.counted(len(found), 'completion')}, {terminal.counted(tokens, 'token')}, {tokens / seconds:.1f} tokens/s; "
@@ -250,7 +261,7 @@ def generate(
         raise typer.Exit(FAILURE)
 
 
-def _show(llm: "LLM", found: "list[Answer]", routed: "Iterable[Column]") -> None:
+def _show(llm: "LLM", found: "list[Answer]", routed: "Iterable[Column]", moa: "Mapping[str, Any] | None") -> None:
     from moa_serve.shell import answers
 
     console = terminal.output()
@@ -258,7 +269,7 @@ def _show(llm: "LLM", found: "list[Answer]", routed: "Iterable[Column]") -> None
     for column in routed:
         if column.name is not None:
             with terminal.spinner("Asking the routers"):
-                activity = answers.activity_of(llm, [answer for answer in found if answer.column == column])
+                activity = answers.activity_of(llm, [answer for answer in found if answer.column == column], moa)
             answers.show_activity(console, column, activity)
 
 

@@ -125,10 +125,10 @@ class RoutingOptions:
         Raises:
             InvalidRequest: a name that is none of them, or a value out of its bounds.
         """
-        if options is None or not options:
+        if options is None:
             return None
         if not isinstance(options, Mapping):
-            raise InvalidRequest(f"moa must be a mapping of routing options, not {_shown(options)}", param="moa")
+            raise InvalidRequest(f"moa must be an object of routing options, not {_shown(options)}", param="moa")
         known = [item.name for item in fields(cls)]
         for name in options:
             if name not in known:

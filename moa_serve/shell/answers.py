@@ -46,14 +46,15 @@ def pair(lines: Iterable[PromptLine], columns: Mapping[str | None, Column], defa
     return pairs
 
 
-def run(llm: LLM, pairs: Sequence[tuple[PromptLine, Column]], params: SamplingParams) -> list[Answer]:
-    """One `generate` call: prompts and adapters mixed in one batch."""
-    completions = llm.generate([line.prompt for line, _ in pairs], params, adapter=[column.name for _, column in pairs])
+def run(llm: LLM, pairs: Sequence[tuple[PromptLine, Column]], params: SamplingParams, moa: Mapping[str, Any] | None = None) -> list[Answer]:
+    """One `generate` call: prompts and adapters mixed in one batch. `moa`: routing options of all adapters; the base has none."""
+    options = [None if column.name is None else moa for _, column in pairs]
+    completions = llm.generate([line.prompt for line, _ in pairs], params, adapter=[column.name for _, column in pairs], moa=options)
     return [Answer(line, column, completion) for (line, column), completion in zip(pairs, completions, strict=True)]
 
 
-def activity_of(llm: LLM, answers: Iterable[Answer]) -> Activity | None:
-    """What the routers of one adapter did in its answers; None where it has no router, or no answer came."""
+def activity_of(llm: LLM, answers: Iterable[Answer], moa: Mapping[str, Any] | None = None) -> Activity | None:
+    """What the routers of one adapter did in its answers, which were made under `moa`; None where it has no router, or no answer came."""
     activity = Activity()
     for answer in answers:
         completion, column = answer.completion, answer.column
@@ -62,7 +63,7 @@ def activity_of(llm: LLM, answers: Iterable[Answer]) -> Activity | None:
         prompt = list(completion.prompt_token_ids)
         computed = prompt + completion.token_ids[:-1]  # the last token was only drawn; no expert has seen it
         seen = prompt if column.is_pooled else computed  # a pooled router weighs once, by the prompt alone
-        activity.add(llm.route(seen, adapter=column.name), len(computed))
+        activity.add(llm.route(seen, adapter=column.name, moa=moa), len(computed))
     return activity if activity.num_tokens else None
 
 

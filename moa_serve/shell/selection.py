@@ -3,14 +3,17 @@
 The files are judged by LLM.load_adapter; here is only how adapters are named on a command line.
 """
 
+import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moa_serve.adapter.adapter import AdapterSource
 from moa_serve.adapter.importers import has_config
 from moa_serve.adapter.manifest import VARIANTS
+from moa_serve.adapter.rules import RoutingOptions
 from moa_serve.adapter.store import AdapterStore
 from moa_serve.errors import AdapterError, AdapterNotFound, InvalidRequest
 from moa_serve.llm import LLM
@@ -43,6 +46,22 @@ class Column:
 
 
 THE_BASE = Wanted(None, None)
+
+
+def parse_options(text: str | None) -> dict[str, Any] | None:
+    """Routing options as JSON, checked as far as no adapter is needed for it.
+
+    Raises:
+        InvalidRequest: no object, or an option that there is not, or out of its bounds.
+    """
+    if text is None:
+        return None
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise InvalidRequest(f'--moa is no JSON ({error}); it is an object such as {{"mode": "soft"}}', param="moa") from None
+    RoutingOptions.of(options)
+    return dict(options)
 
 
 def parse_adapter(text: str, adapters_dir: Path | None) -> Wanted:

@@ -234,14 +234,24 @@ class TestPlayground:
 
     def test_both_streams_are_the_apis_text_and_every_token_has_its_colour(self, seen: Visit, server: Running) -> None:
         page = seen.page
-        streams: list[Any] = []
-        page.on("response", lambda response: streams.append(response) if response.url.endswith("/v1/completions") else None)
         page.goto(f"{server.url}/dashboard#playground")
+        # Copied inside of the page: the browser need not keep for others what a page reads piece by piece.
+        page.evaluate(
+            """() => {
+                const fetched = window.fetch;
+                window.streams = [];
+                window.fetch = async (...asked) => {
+                    const response = await fetched(...asked);
+                    if (response.url.endsWith("/v1/completions")) window.streams.push(response.clone().text());
+                    return response;
+                };
+            }"""
+        )
         ask(seen, "sparse_fn", "soft", prompt=self.PROMPT)
         page.locator("#colour-stretch").uncheck()
         usages = {}
-        for stream in streams:
-            last = json.loads(stream.text().split("data: ")[-2])
+        for stream in page.evaluate("() => Promise.all(window.streams)"):
+            last = json.loads(stream.split("data: ")[-2])
             usages[last["model"]] = last["usage"]["moa"]
         for place, model in enumerate(("sparse_fn", "soft")):
             answer = complete(server, model, self.PROMPT, moa={"return_routing": True})
@@ -296,6 +306,22 @@ class TestPlayground:
         page.locator(".token").first.focus()
         page.keyboard.press("ArrowRight")
         assert "token 2 of 12" in page.locator("#inspector-about").inner_text()
+
+    def test_one_adapter_answers_under_two_ways_of_routing(self, seen: Visit, server: Running) -> None:
+        page = seen.page
+        page.goto(f"{server.url}/dashboard#playground")
+        moa = {"mode": "soft", "disable": ["Q"]}
+        ask(seen, "sparse_fn", "sparse_fn", prompt=self.PROMPT, options_0=json.dumps(moa))
+        for place, options in enumerate((moa, {})):
+            answer = complete(server, "sparse_fn", self.PROMPT, moa={"return_routing": True, **options})
+            pane = page.locator(".pane").nth(place)
+            assert pane.locator(".answer").evaluate("(node) => node.textContent") == answer["choices"][0]["text"]
+            page.locator("#colour-expert").select_option("expert Q")
+            is_off = pane.locator(".token").evaluate_all("(all) => all.map((one) => one.classList.contains('off'))")
+            assert (False in is_off) == (place == 1)
+        ask(seen, "sparse_fn", "sparse_fn", prompt=self.PROMPT, options_0="soft", options_1='{"mode": "soft"}')
+        assert "must be a JSON object" in page.locator(".pane .problem").first.inner_text()
+        assert page.locator(".pane .problem").nth(1).is_hidden()
 
     def test_the_base_streams_beside_an_adapter_without_a_router(self, seen: Visit, server: Running) -> None:
         page = seen.page

@@ -9,12 +9,28 @@ export const TEMPLATE = [
   "\n\n### Response:",
 ];
 
-/** The path and body of a request. Pure. `settings`: {mode, prompt, maxTokens, temperature, seed (null for none)}. */
+/** Routing options as they were typed: an object, {} for nothing. Throws an Error that says what they must be. Pure. */
+export function optionsOf(text) {
+  if (text.trim() === "") return {};
+  let options = null;
+  try {
+    options = JSON.parse(text);
+  } catch {
+    // told below
+  }
+  if (options === null || typeof options !== "object" || Array.isArray(options)) {
+    throw new Error('Routing options must be a JSON object, such as {"mode": "soft"} or {"disable": ["Q@3-9"]}.');
+  }
+  return options;
+}
+
+/** The path and body of a request. Pure. `settings`: {mode, prompt, maxTokens, temperature, seed (null for none), options}. */
 export function requestOf(settings, model, withRouting) {
   const { mode, prompt, maxTokens, temperature, seed } = settings;
   const body = { model, max_tokens: maxTokens, temperature, stream: true, stream_options: { include_usage: true } };
   if (seed !== null) body.seed = seed;
-  if (withRouting) body.moa = { return_routing: true };
+  const moa = { ...settings.options, ...(withRouting ? { return_routing: true } : {}) };
+  if (Object.keys(moa).length) body.moa = moa;
   if (mode === "chat") return { path: "v1/chat/completions", body: { ...body, messages: [{ role: "user", content: prompt }] } };
   return { path: "v1/completions", body: { ...body, prompt: mode === "instruction" ? TEMPLATE.join(prompt) : prompt } };
 }

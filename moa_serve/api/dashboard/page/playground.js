@@ -1,6 +1,6 @@
 // The playground: one prompt to two models at once, their answers side by side, and what routers did with each token.
 
-import { ask } from "./ask.js";
+import { ask, optionsOf } from "./ask.js";
 import { byId, h, setOptions, setText } from "./dom.js";
 import { hasRouter, variantName } from "./format.js";
 import { Heatmap, Legend } from "./heatmap.js";
@@ -83,19 +83,22 @@ export class Playground {
     };
     this.#close();
     byId("stop").disabled = false;
-    await Promise.all(this.#panes.map((pane, index) => this.#answer(pane, byId(`model-${index}`).value, settings, controller.signal)));
+    await Promise.all(this.#panes.map((pane, index) => this.#answer(pane, index, settings, controller.signal)));
     if (this.#running === controller) {
       byId("stop").disabled = true;
       this.#running = null;
     }
   }
 
-  async #answer(pane, model, settings, signal) {
+  async #answer(pane, index, settings, signal) {
     const started = performance.now();
     const found = { finish: "stop", usage: null, moa: null, seconds: { first: null } };
-    pane.begin(model, this.#names.get(model) ?? "");
+    const model = byId(`model-${index}`).value;
+    const typed = byId(`options-${index}`).value.trim();
+    pane.begin(model, [this.#names.get(model), typed].filter(Boolean).join(" · "));
     try {
-      for await (const piece of ask(this.client, settings, model, this.#routed.get(model) ?? null, signal)) {
+      const own = { ...settings, options: optionsOf(typed) };
+      for await (const piece of ask(this.client, own, model, this.#routed.get(model) ?? null, signal)) {
         if (signal !== this.#running?.signal) return; // another question has the pane now
         found.seconds.first ??= (performance.now() - started) / 1000;
         found.finish = piece.finish ?? found.finish;

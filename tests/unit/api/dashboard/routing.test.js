@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { pieceOf, requestOf, TEMPLATE } from "../../../../moa_serve/api/dashboard/page/ask.js";
+import { optionsOf, pieceOf, requestOf, TEMPLATE } from "../../../../moa_serve/api/dashboard/page/ask.js";
 import { wordsOf } from "../../../../moa_serve/api/dashboard/page/events.js";
 import { ago, bytes, compact, duration, hasRouter, percent, weight } from "../../../../moa_serve/api/dashboard/page/format.js";
 import { arrange, withRouters } from "../../../../moa_serve/api/dashboard/page/adapters.js";
@@ -102,6 +102,14 @@ test("a request is what was chosen, and nothing else", () => {
   assert.equal(requestOf({ ...settings, mode: "instruction" }, "m", false).body.prompt, TEMPLATE.join("p"));
   assert.equal(pieceOf({ choices: [{ delta: { content: "c" }, finish_reason: null }] }).text, "c");
   assert.deepEqual(pieceOf({ choices: [], usage: { completion_tokens: 1 } }), { text: "", routing: null, finish: null, usage: { completion_tokens: 1 }, moa: null });
+});
+
+test("routing options are an object, or what is wrong is said", () => {
+  const settings = { mode: "completion", prompt: "p", maxTokens: 3, temperature: 0, seed: null, options: optionsOf('{"mode": "soft"}') };
+  assert.deepEqual(requestOf(settings, "m", true).body.moa, { mode: "soft", return_routing: true });
+  assert.deepEqual(requestOf(settings, "m", false).body.moa, { mode: "soft" });
+  assert.deepEqual(optionsOf("  "), {});
+  for (const wrong of ["soft", "[]", "null", "3", '{"mode"']) assert.throws(() => optionsOf(wrong), /must be a JSON object/, wrong);
 });
 
 test("numbers are short and say what is not known", () => {
