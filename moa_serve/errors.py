@@ -230,3 +230,12 @@ class AdapterNonfiniteOutput(AdapterError):
 
 class AdapterQuarantined(AdapterError):
     code = "adapter_quarantined"
+
+
+def shown(value: object) -> str:
+    """A user's value for a message: short, and never failing as the repr of a number of 10,000 digits does."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"a number of {int.bit_length(value)} bits" if isinstance(value, int) else f"of type {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -27,10 +27,10 @@ from moa_serve.adapter.rules import RoutingOptions, RoutingRules, rules_for
 from moa_serve.adapter.store import AdapterStore
 from moa_serve.engine.engine import Collected, Engine, EngineOptions, TokenEvent
 from moa_serve.engine.guide import GrammarCompiler
-from moa_serve.engine.request import Request, SamplingParams, TokenLogprob, shown
+from moa_serve.engine.request import Request, SamplingParams, TokenLogprob
 from moa_serve.engine.routing import Routing
 from moa_serve.engine.self_test import judge, read_scores, score_request, trial_prompt
-from moa_serve.errors import AdapterNotFound, InvalidRequest, MoaError
+from moa_serve.errors import AdapterNotFound, InvalidRequest, MoaError, shown
 from moa_serve.model.backend import Backend
 from moa_serve.model.counters import RoutingTotals
 from moa_serve.model.similarity import Similarity, expert_similarity
@@ -491,7 +491,7 @@ class LLM:
             finally:
                 self._engine.end(sequence, "abort")
                 collected = self._engine.collected.pop(request.request_id)
-        return read_scores(collected, manifest, len(request.prompt_ids))
+        return read_scores(collected, manifest, len(request.prompt_ids), rules)
 
     def _resolve(self, adapter: str | None) -> tuple[str | None, Manifest | None]:
         """(revision, manifest) of a name; (None, None) for the base."""

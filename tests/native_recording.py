@@ -88,7 +88,7 @@ class Recording:
             "adapter": adapter.num_bytes,
             "pooled_row": 4 * tokens,
             "pooled_spans": 8 * segment.num_pooled,
-            "pooled_gates": 4 * segment.num_pooled * layers * segment.pooled_width,
+            "pooled_gates": 8 * segment.num_pooled * layers * segment.pooled_width,
             "trace": 4 * adapter.trace_width * self._num_rows(segment, tokens),
             "trace_row": 4 * tokens,
             "evaluations": 4 * tokens,

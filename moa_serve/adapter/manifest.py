@@ -5,8 +5,10 @@ the shape of every tensor (`expected_tensors`), so a file can be checked before 
 Not for reading files (checkpoint.py), not for tensors. Immutable; shared freely between threads.
 """
 
+import functools
 import math
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -242,6 +244,43 @@ class LayerPlan:
         return [expert for expert in self.experts if expert.site == site]
 
 
+@dataclass(frozen=True, slots=True)
+class RouterPlan:
+    """A router that weighs experts: where it stands, and which of its outputs weighs which expert.
+
+    `site` is "layer" or a target. `bits` are outputs: of each expert by name, and of all of a linear's experts by the linear's name.
+    """
+
+    layer: int
+    site: str
+    num_outputs: int
+    experts: Mapping[str, int]
+    bits: Mapping[str, int]
+
+    @classmethod
+    def of(cls, layer: int, site: str, num_outputs: int, experts: Iterable[tuple[str, int]]) -> "RouterPlan":
+        own = {name: 1 << output for name, output in experts}
+        bits = dict(own)
+        for name, bit in own.items():
+            target = name.partition("/")[0]
+            bits[target] = bits.get(target, 0) | bit
+        return cls(layer, site, num_outputs, own, bits)
+
+    @property
+    def used(self) -> int:
+        """The outputs that weigh an expert."""
+        return functools.reduce(operator.or_, self.experts.values(), 0)
+
+    @property
+    def all_outputs(self) -> int:
+        return (1 << self.num_outputs) - 1
+
+    @property
+    def shares(self) -> bool:
+        """An output weighs several experts."""
+        return len(set(self.experts.values())) < len(self.experts)
+
+
 class RequestDefaults(_Strict):
     """What a request gets where it leaves the field of this name out; bounds are those of the API."""
 
@@ -360,6 +399,20 @@ class Manifest(_Strict):
                 columns = tuple(i if expert.column is None else expert.column for i, expert in enumerate(experts))
             plans.append(LayerPlan(tuple(experts), columns))
         return tuple(plans)
+
+    @cached_property
+    def routers(self) -> tuple[RouterPlan, ...]:
+        """Every router that weighs experts, layer by layer; those inside nested experts are none of them."""
+        found = []
+        for layer, plan in enumerate(self.plans):
+            if self.router.site == "layer" and plan.experts:
+                names = [expert.name for expert in plan.experts]
+                found.append(RouterPlan.of(layer, "layer", plan.num_outputs, zip(names, plan.columns, strict=True)))
+            elif self.router.site == "linear":
+                for site in dict.fromkeys(expert.site for expert in plan.experts):
+                    group = plan.at(site)
+                    found.append(RouterPlan.of(layer, site, len(group), ((expert.name, expert.index) for expert in group)))
+        return tuple(found)
 
     def layer(self, index: int) -> LayerPlan:
         return self.plans[index]

@@ -5,24 +5,26 @@ What becomes the same rules is the same: an explicit default equals an omitted o
 everything is immutable and shared freely between threads.
 """
 
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NoReturn
 
 from moa_serve.adapter.manifest import (
     KINDS,
     MAX_EXPERTS,
-    LayerPlan,
     Manifest,
+    RouterPlan,
     Select,
     SelectConstant,
     SelectThresholdFn,
     SelectTopK,
 )
-from moa_serve.errors import InvalidRequest
+from moa_serve.errors import InvalidRequest, shown
 
 MAX_THRESHOLD_SCALE = 100.0
 MAX_NAMED = 64
@@ -71,13 +73,21 @@ class RouterRule:
             return cls(threshold=1.0 / num_outputs, is_function=True, subtracts=True, renormalises=True)
         return cls()
 
-    def plain(self, num_outputs: int) -> "RouterRule":
-        """The same rule in the one form that all have which do the same."""
-        rule = self
-        if rule.threshold == 0 and not rule.subtracts:  # no score is below 0
-            rule = replace(rule, threshold=None, is_function=False)
-        if rule.top_k >= num_outputs - (rule.disabled & ((1 << num_outputs) - 1)).bit_count():
+    def plain(self, router: RouterPlan) -> "RouterRule":
+        """The same rule in the one form that all have which do the same with a router's experts; numbers as float32 has them."""
+        able = router.used & ~self.disabled
+        if not able:
+            return RouterRule(disabled=router.used)
+        rule = replace(self, disabled=self.disabled & router.used)
+        if rule.threshold is not None:
+            rule = replace(rule, threshold=_float32(rule.threshold))
+        if rule.threshold == 0:
+            # No score is below 0; and where it is subtracted, a function of the token is no more than the 0 that it multiplies.
+            rule = replace(rule, is_function=False, threshold=0.0 if rule.subtracts else None)
+        if rule.top_k >= able.bit_count():
             rule = replace(rule, top_k=0)
+        if rule.top_k:  # outputs that weigh nothing are no candidates
+            rule = replace(rule, disabled=rule.disabled | router.all_outputs & ~router.used)
         if rule.threshold is None and not rule.top_k:
             rule = replace(rule, forced=0)
         return rule
@@ -108,13 +118,13 @@ class RoutingOptions:
 
     def __post_init__(self) -> None:
         if self.mode not in (None, "soft", "sparse"):
-            _refuse("mode", f"is {_shown(self.mode)}, but must be 'soft' or 'sparse'")
+            _refuse("mode", f"is {shown(self.mode)}, but must be 'soft' or 'sparse'")
         scale, constant = self._numbers()
         if self.mode == "soft" and (scale is not None or constant is not None or self.top_k is not None):
             which = "top_k" if self.top_k is not None else "threshold"
             _refuse(which, "goes with mode 'sparse': soft keeps every expert; leave one of the two out")
         if self.top_k is not None and (not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1):
-            _refuse("top_k", f"is {_shown(self.top_k)}, but must be a whole number of 1 or more")
+            _refuse("top_k", f"is {shown(self.top_k)}, but must be a whole number of 1 or more")
         for name in ("disable", "force"):
             object.__setattr__(self, name, _entries(name, getattr(self, name)))
 
@@ -128,11 +138,11 @@ class RoutingOptions:
         if options is None:
             return None
         if not isinstance(options, Mapping):
-            raise InvalidRequest(f"moa must be an object of routing options, not {_shown(options)}", param="moa")
+            raise InvalidRequest(f"moa must be an object of routing options, not {shown(options)}", param="moa")
         known = [item.name for item in fields(cls)]
         for name in options:
             if name not in known:
-                raise InvalidRequest(f"moa.{str(name)[:40]} is no routing option; there are {', '.join(known)}", param="moa")
+                raise InvalidRequest(f"moa has {shown(name)}, which is no routing option; there are {', '.join(known)}", param="moa")
         made = cls(**{name: value for name, value in options.items() if value is not None})
         return None if made == cls() else made
 
@@ -148,7 +158,7 @@ class RoutingOptions:
             kind, value = next(iter(asked.items()))
         limit = MAX_THRESHOLD_SCALE if kind == "scale" else 1.0
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= limit:
-            _refuse("threshold", f"is {_shown(asked)}, but a {kind} must be a number from 0 to {limit:g}")
+            _refuse("threshold", f"is {shown(asked)}, but a {kind} must be a number from 0 to {limit:g}")
         return (float(value), None) if kind == "scale" else (None, float(value))
 
     @property
@@ -158,6 +168,11 @@ class RoutingOptions:
     @property
     def constant(self) -> float | None:
         return self._numbers()[1]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal where the same is asked."""
+        return self.mode, *self._numbers(), self.top_k, self.disable, self.force
 
     @property
     def selects(self) -> bool:
@@ -210,7 +225,7 @@ def rules_for(options: RoutingOptions | None, manifest: Manifest | None, *, pres
         if pressure == 1.0 or not _has_threshold(manifest):
             return None
         options = RoutingOptions()
-    return _Resolver(options, manifest, pressure).rules()
+    return _resolved(_Asked(manifest, options, pressure))
 
 
 def echo(options: RoutingOptions, manifest: Manifest) -> dict[str, Any]:
@@ -227,42 +242,49 @@ def echo(options: RoutingOptions, manifest: Manifest) -> dict[str, Any]:
     return told
 
 
-def routers_of(manifest: Manifest) -> Iterator[tuple[Router, int, LayerPlan]]:
-    """Every router that weighs experts, with its outputs and its layer's plan. Those inside nested experts have no rule."""
-    for layer in range(manifest.base.num_layers):
-        plan = manifest.layer(layer)
-        if manifest.router.site == "layer" and plan.experts:
-            yield (layer, "layer"), plan.num_outputs, plan
-        elif manifest.router.site == "linear":
-            for site in KINDS:
-                if count := len(plan.at(site)):
-                    yield (layer, site), count, plan
-
-
 def _has_threshold(manifest: Manifest) -> bool:
     return manifest.router.select.kind in ("constant", "threshold_fn", "adamole")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Asked:
+    """A question that has one answer. Manifests are compared as objects: as long as one is in a question, no other has its place."""
+
+    manifest: Manifest
+    options: RoutingOptions
+    pressure: float
+
+    def _key(self) -> tuple[Any, ...]:
+        return id(self.manifest), self.options.key, self.pressure
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Asked) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
+@functools.lru_cache(maxsize=64)
+def _resolved(asked: _Asked) -> RoutingRules | None:
+    return _Resolver(asked.options, asked.manifest, asked.pressure).rules()
 
 
 class _Resolver:
     def __init__(self, options: RoutingOptions, manifest: Manifest, pressure: float) -> None:
         self.options, self.manifest, self.pressure = options, manifest, pressure
-        self.routers = list(routers_of(manifest))
 
     def rules(self) -> RoutingRules | None:
         self._check()
         disabled, forced = self._outputs("disable"), self._outputs("force")
-        for router in disabled.keys() & forced.keys():
-            if both := disabled[router] & forced[router]:
-                name = next(name for name, bit in self._named(router) if bit & both)
-                _refuse("force", f"has {name!r} of layer {router[0]}, which disable has as well; leave it out of one of them")
         found = {}
-        for router, outputs, plan in self.routers:
-            own = RouterRule.of(self.manifest.router.select, outputs)
-            rule = replace(self._selection(own), disabled=disabled.get(router, 0), forced=forced.get(router, 0))
-            if rule.top_k and plan.columns:  # outputs that no expert takes are no candidates
-                rule = replace(rule, disabled=rule.disabled | ((1 << outputs) - 1) & ~sum({1 << column for column in plan.columns}))
-            if rule.plain(outputs) != own.plain(outputs):
-                found[router] = rule.plain(outputs)
+        for number, router in enumerate(self.manifest.routers):
+            if both := disabled[number] & forced[number]:
+                name = next(name for name, bit in router.experts.items() if bit & both)
+                _refuse("force", f"has {name!r} of layer {router.layer}, which disable has as well; leave it out of one of them")
+            own = RouterRule.of(self.manifest.router.select, router.num_outputs)
+            rule = replace(self._selection(own), disabled=disabled[number], forced=forced[number]).plain(router)
+            if rule != own.plain(router):
+                found[router.layer, router.site] = rule
         return RoutingRules(found) if found else None
 
     def _check(self) -> None:
@@ -271,9 +293,9 @@ class _Resolver:
             _refuse("mode", f"is 'sparse', but a {self.manifest.variant} has no threshold of its own; give moa.threshold or moa.top_k")
         if options.scale is not None and not _has_threshold(self.manifest):
             _refuse("threshold", f"has a scale, but a {self.manifest.variant} has no threshold to scale; give a constant")
-        most = max(outputs for _, outputs, _ in self.routers)
+        most = max(router.used.bit_count() for router in self.manifest.routers)
         if options.top_k is not None and options.top_k > most:
-            _refuse("top_k", f"is {_shown(options.top_k)}, but the largest router of this adapter has {most} experts")
+            _refuse("top_k", f"is {shown(options.top_k)}, but the largest router of this adapter has {most} weights to choose from")
         if options.force and kind == "adamole":
             _refuse("force", "does not go with AdaMoLE, which weighs an expert by what it is above the threshold")
 
@@ -288,49 +310,36 @@ class _Resolver:
             rule = replace(rule, threshold=rule.threshold * factor)
         return rule if options.top_k is None else replace(rule, top_k=options.top_k)
 
-    def _named(self, router: Router) -> list[tuple[str, int]]:
-        """The experts of a router by name, with the bit of the output that weighs each."""
-        layer, site = router
-        plan = self.manifest.layer(layer)
-        if site == "layer":
-            return [(expert.name, 1 << column) for expert, column in zip(plan.experts, plan.columns, strict=True)]
-        return [(expert.name, 1 << expert.index) for expert in plan.at(site)]
-
-    def _outputs(self, param: str) -> dict[Router, int]:
-        """The outputs that the entries of an option name, as bits of each router."""
-        found: dict[Router, int] = {}
-        entries = getattr(self.options, param)
-        named: dict[Router, set[str]] = {}
-        for entry in entries:
+    def _outputs(self, param: str) -> list[int]:
+        """Of each router the outputs that the entries of an option name, as bits."""
+        routers = self.manifest.routers
+        found = [0] * len(routers)
+        named: dict[int, set[str]] = {}  # of routers whose outputs weigh several experts, by number
+        for entry in getattr(self.options, param):
             name, first, last = self._parsed(param, entry)
             is_met = False
-            for router, _, _ in self.routers:
-                if not first <= router[0] <= last:
-                    continue
-                for expert, bit in self._named(router):
-                    if name in ("*", expert, expert.partition("/")[0]):
-                        found[router] = found.get(router, 0) | bit
-                        named.setdefault(router, set()).add(expert)
-                        is_met = True
+            for number, router in enumerate(routers):
+                if first <= router.layer <= last and (bits := router.used if name == "*" else router.bits.get(name, 0)):
+                    found[number] |= bits
+                    is_met = True
+                    if router.shares:
+                        named.setdefault(number, set()).update(router.experts if name == "*" else (name,))
             if not is_met:
                 _refuse(param, f"has {entry!r}, but there is no such expert in those layers; there are {self._there_are()}")
-        self._check_shared(param, found, named)
-        return found
-
-    def _check_shared(self, param: str, found: Mapping[Router, int], named: Mapping[Router, set[str]]) -> None:
-        """One output may weigh several experts (UniPEFT): they go together."""
-        for router, bits in found.items():
-            left = [name for name, bit in self._named(router) if bit & bits and name not in named[router]]
+        for number, names in named.items():
+            # One output weighs several experts (UniPEFT): they go together.
+            left = [name for name, bit in routers[number].experts.items() if bit & found[number] and name not in names]
             if left:
-                _refuse(param, f"has {', '.join(sorted(named[router]))} of layer {router[0]}, which share a weight with "
-                               f"{', '.join(left)}: name all of them")  # fmt: skip
+                which = f"{', '.join(sorted(names))} of layer {routers[number].layer}"
+                _refuse(param, f"has {which}, which share a weight with {', '.join(left)}: name all of them")
+        return found
 
     def _parsed(self, param: str, entry: str) -> tuple[str, int, int]:
         """(name, first layer, last layer) of an entry."""
         match = _ENTRY.fullmatch(entry)
         layers = self.manifest.base.num_layers
         if match is None:
-            _refuse(param, f"has {_shown(entry)}, but entries are like 'PROMPT', 'Q@3-9' or '*@20'; there are {self._there_are()}")
+            _refuse(param, f"has {shown(entry)}, but entries are like 'PROMPT', 'Q@3-9' or '*@20'; there are {self._there_are()}")
         name, first, last = match.group(1, 2, 3)
         low = int(first or 0)
         high = int(last) if last is not None else low if first is not None else layers - 1
@@ -339,14 +348,14 @@ class _Resolver:
         return name, low, high
 
     def _there_are(self) -> str:
-        names = {name: None for router, _, _ in self.routers for name, _ in self._named(router)}
+        names = {name: None for router in self.manifest.routers for name in router.experts}
         ordered = sorted(names, key=lambda name: (KINDS.index(name.partition("/")[0]), int(name.partition("/")[2] or 0)))
         return ", ".join(ordered[:MAX_EXPERTS])
 
 
 def _entries(param: str, value: object) -> tuple[str, ...]:
     if not isinstance(value, tuple | list) or not all(isinstance(entry, str) for entry in value):
-        _refuse(param, f"is {_shown(value)}, but must be a list of experts such as 'PROMPT' or 'Q@3-9'")
+        _refuse(param, f"is {shown(value)}, but must be a list of experts such as 'PROMPT' or 'Q@3-9'")
     if len(value) > MAX_NAMED:
         _refuse(param, f"has {len(value)} entries, but at most {MAX_NAMED} are allowed; '*' and layer ranges name many at once")
     return tuple(sorted(set(value)))
@@ -356,10 +365,9 @@ def _first(options: RoutingOptions) -> str:
     return next(item.name for item in fields(options) if getattr(options, item.name) not in (None, ()))
 
 
-def _shown(value: object) -> str:
-    """A user's value for a message, short."""
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**18 else "a number of many digits"
-    return text if len(text) <= 60 else text[:57] + "..."
+def _float32(value: float) -> float:
+    found: float = struct.unpack("f", struct.pack("f", value))[0]
+    return found
 
 
 def _refuse(param: str, problem: str) -> NoReturn:

@@ -202,7 +202,6 @@ class Generation(Response):
                     f"revision {body.moa.revision[:12]} is not the base's, {server.base_digest[:12]}", param="moa.revision"
                 )
             self._check_routed(body)
-            self._resolve_routing(body)
             return await asyncio.to_thread(self._encode, body)
 
     def _check_routed(self, body: GenerationRequest) -> None:
@@ -231,10 +230,11 @@ class Generation(Response):
         return found
 
     def _encode(self, body: GenerationRequest) -> list[tuple[Prompt, list[Request]]]:
+        self._resolve_routing(body)
         if self._progress.adapter is not None:  # before it waits for a slot: no step of others is to wait for its layout
             self._server.engine.warm(self._progress.adapter)
             if body.moa.return_routing:
-                self._progress.routing = RoutingText(self._progress.adapter.manifest)
+                self._progress.routing = RoutingText(self._progress.adapter.manifest, self._progress.rules)
         return [(prompt, self._requests(body, prompt)) for prompt in self._dialect.encode(self._server, body, self._progress.adapter)]
 
     def _requests(self, body: GenerationRequest, prompt: Prompt) -> list[Request]:

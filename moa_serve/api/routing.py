@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moa_serve.adapter.manifest import Manifest
+from moa_serve.adapter.rules import RoutingRules
 from moa_serve.engine.routing import expert_names, has_thresholds
 from moa_serve.text import Tokenizer
 
@@ -20,27 +21,28 @@ MAX_BYTES = 2**25  # of routing that is held for one request
 MOST_TEXT_BYTES = 64  # of an entry beside its numbers, about
 
 _UNIT = 10_000  # four digits
-_NO_NUMBER = _UNIT + 1  # NaN: a router that overflows
-_DIGITS = np.array([list(f"{value / _UNIT:.4f}".encode()) for value in range(_UNIT + 1)] + [list(b"null  ")], dtype=np.uint8)
+_MOST = 6  # that is written; a weight is at most 1, but a threshold may be scaled beyond the reach of any
+_NO_NUMBER = _MOST * _UNIT + 1  # NaN: a router that overflows
+_DIGITS = np.array([list(f"{value / _UNIT:.4f}".encode()) for value in range(_MOST * _UNIT + 1)] + [list(b"null  ")], dtype=np.uint8)
 _ZERO = ord("0")
 
 Packed = npt.NDArray[np.uint16]
 
 
 class RoutingText:
-    """Writes the routing of one adapter's tokens.
+    """Writes the routing of one adapter's tokens, under a request's `rules`.
 
     Attributes:
         num_experts: that a token meets, over all layers.
         bytes_per_token: of JSON, about.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, rules: RoutingRules | None = None) -> None:
         names = expert_names(manifest)
         self._experts = json.dumps(names, separators=(",", ":")).encode()
         self.num_experts = sum(map(len, names))
         thresholds = "null"
-        if has_thresholds(manifest):
+        if has_thresholds(manifest, rules):
             thresholds = f"[{','.join('0.0000' if layer else 'null' for layer in names)}]"
         text = f'"weights":{_lists(names, "0.0000")},"selected":{_lists(names, "0")},"threshold":{thresholds}}}'
         self._text = np.frombuffer(text.encode(), dtype=np.uint8)
@@ -51,7 +53,9 @@ class RoutingText:
 
     def pack(self, words: npt.NDArray[np.float32]) -> Packed:
         """A token's words (`TokenRouting.words`) as they are held until they are written: in ten-thousandths."""
-        packed: Packed = np.rint(np.where((words >= 0) & (words <= 1), words, _NO_NUMBER / _UNIT) * _UNIT).astype(np.uint16)
+        packed: Packed = np.rint(np.where((words >= 0) & np.isfinite(words), np.minimum(words, _MOST), _NO_NUMBER / _UNIT) * _UNIT).astype(
+            np.uint16
+        )
         return packed
 
     def write(self, tokens: Iterable[tuple[int, Packed]], tokenizer: Tokenizer | None, *, has_names: bool) -> bytes:

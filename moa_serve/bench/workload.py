@@ -180,8 +180,8 @@ def _pooled(adapter: PreparedAdapter, rows: int, tokens: int, device: torch.devi
     if tokens > 1:
         return PooledRows.of_whole([tokens] * rows, [tokens] * rows, adapter, device)
     generator = torch.Generator().manual_seed(0)
-    gates = torch.rand((rows, adapter.num_layers, adapter.max_outputs), generator=generator)
-    return PooledRows(torch.arange(rows, device=device), (None,) * rows, gates.to(device))
+    words = torch.rand(PooledRows.shape(rows, adapter), generator=generator)
+    return PooledRows(torch.arange(rows, device=device), (None,) * rows, words.to(device))
 
 
 def selected_share(trace: RoutingTrace) -> float | None:

@@ -21,7 +21,7 @@ from moa_serve.adapter.adapter import Adapter
 from moa_serve.adapter.counts import EvictionReason
 from moa_serve.engine.pools import SLOT_BYTES, BlockPool, SlotTable
 from moa_serve.engine.recovery import Chunks, Failure, Recovery
-from moa_serve.engine.request import Request, SamplingParams, Sequence, TokenLogprob, kv_root, shown
+from moa_serve.engine.request import Request, SamplingParams, Sequence, TokenLogprob, kv_root
 from moa_serve.engine.routing import RoutedLayers, TokenRouting
 from moa_serve.engine.runner import ModelRunner, StepOutput
 from moa_serve.engine.sampler import SampledTokens, Sampler, logprobs_at, token_logprobs
@@ -34,6 +34,7 @@ from moa_serve.errors import (
     EngineError,
     InvalidRequest,
     MoaError,
+    shown,
 )
 from moa_serve.model.backend import Backend
 from moa_serve.model.bank import AdapterBank, bytes_per_slot
@@ -496,11 +497,16 @@ class Engine:
         return TokenEvent(sequence, None, finish_reason="error", error=error)
 
     def _overflow(self, sequence: Sequence) -> MoaError:
-        """The error of a row of NaN or infinity, which counts towards its adapter's quarantine."""
+        """The error of a row of NaN or infinity, which counts towards its adapter's quarantine, unless a client chose the experts."""
         revision = sequence.request.adapter
         self.incidents["adapter_nonfinite" if revision else "base_nonfinite"] += 1
         if revision is None:
             return EngineError("the base gave NaN or infinity for this prompt")
+        if sequence.request.rules is not None:
+            return AdapterNonfiniteOutput(
+                f"adapter revision {revision[:12]} gave NaN or infinity for this prompt under its routing options; leave out those that "
+                f"keep experts which the adapter does not"
+            )
         self._nonfinite[revision] = self._nonfinite.get(revision, 0) + 1
         return AdapterNonfiniteOutput(f"adapter revision {revision[:12]} gave NaN or infinity for this prompt; its weights overflow in use")
 

@@ -107,7 +107,7 @@ class Recovery:
     def _apart(self, chunks: Chunks, error: Exception) -> tuple[list[Part], list[Failure]]:
         parts: list[Part] = []
         failures: list[Failure] = []
-        groups = [list(group) for _, group in groupby(chunks, key=lambda chunk: id(chunk[0]) if chunk[0].slot is None else chunk[0].slot)]
+        groups = [list(group) for _, group in groupby(chunks, key=lambda chunk: id(chunk[0]) if chunk[0].slot is None else chunk[0].kind)]
         for group in groups:
             try:
                 if len(groups) == 1:
@@ -177,6 +177,9 @@ def _raised(sequence: Sequence) -> Failure:
     revision = sequence.request.adapter
     if revision is None:
         return Failure(sequence, EngineError("the server failed on this prompt; its log has the details"), "forward_error")
+    if sequence.request.rules is not None:  # what a client had it do says nothing of the adapter
+        message = f"adapter revision {revision[:12]} failed in a step under these routing options; the log has the details"
+        return Failure(sequence, EngineError(message), "forward_error")
     message = f"adapter revision {revision[:12]} failed in a step and is out of service; the log has the details"
     return Failure(sequence, EngineError(message), "forward_error", is_adapters=True)
 

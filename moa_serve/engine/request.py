@@ -17,7 +17,7 @@ from typing import Any
 
 from moa_serve.adapter.rules import RoutingRules
 from moa_serve.engine.guide import Grammar, Guide, Matcher
-from moa_serve.errors import InvalidRequest
+from moa_serve.errors import InvalidRequest, shown
 
 GREEDY_TEMPERATURE = 1e-5
 """Below this a draw is the best token anyway, and dividing by it only loses digits."""
@@ -229,7 +229,7 @@ class Sequence:
     first_token_at: float | None = None
     finished_at: float | None = None
 
-    gates: Any = None  # the model's: a pooled adapter's weights, known once the prompt was seen; they outlive preemption
+    gates: Any = None  # the model's: what a pooled adapter's routers said, known once the prompt was seen; they outlive preemption
     sampler_state: Any = None  # the sampler's: token counts and the like; outlives preemption
 
     def __post_init__(self) -> None:
@@ -324,15 +324,6 @@ def page_key(before: bytes, token_ids: Iterable[int]) -> bytes:
     """Identity of one full page: of its tokens, and by `before`, which is the key of the page before it or begins with a secret seed and
     the root, of all that they depend on. 32 bytes."""
     return hashlib.sha256(before + array("q", token_ids).tobytes()).digest()
-
-
-def shown(value: object) -> str:
-    """A user's value for a message: short, and never failing as the repr of a number of 10,000 digits does."""
-    try:
-        text = repr(value)
-    except ValueError:
-        return f"a number of {int.bit_length(value)} bits" if isinstance(value, int) else f"of type {type(value).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _check_int(param: str, value: object, low: int, high: int | None, *, optional: bool = False) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moa_serve.adapter.manifest import KINDS, OUTPUT_FACTORS, ExpertSpec, Manifest
+from moa_serve.adapter.rules import RoutingRules
 from moa_serve.model import counters
 from moa_serve.model.batch import TracedRouter
 from moa_serve.model.counters import counted_outputs
@@ -24,8 +25,8 @@ class Routing:
     Args:
         weights: (L, T, E) float32, the routers' outputs before selection.
         selected: (L, T, E) bool, the experts that were kept.
-        threshold: (L, T) float32, what a weight had to reach; None where nothing is compared with a threshold of the layer. AdaMoLE has one
-            threshold at each linear, not one a layer: None as well.
+        threshold: (L, T) float32, what a weight had to reach, 0 in layers where nothing had to be; None where that is so in all of them.
+            AdaMoLE has one threshold at each linear, not one a layer: None as well.
         experts: names per layer: `Q`, `PROMPT`, ... of a layer router, `Q/0`, `Q/1`, ... of routers at each linear.
         inner: nested adapters only: per outer expert (L, T, inner experts), the softmax shares inside it; 0 in layers without it.
         gates: (L, T, E) float32, the weights that counted: 0 where not selected, renormalised where the family does so.
@@ -59,14 +60,18 @@ def expert_names(manifest: Manifest) -> list[list[str]]:
     return [list(names) for names in counters.expert_names(manifest)]
 
 
-def has_thresholds(manifest: Manifest) -> bool:
-    """Whether a layer has one threshold that its experts' weights are compared with."""
-    return manifest.router.site == "layer" and manifest.router.select.kind in ("constant", "threshold_fn")
+def has_thresholds(manifest: Manifest, rules: RoutingRules | None = None) -> bool:
+    """Whether a layer has one threshold that its experts' weights are compared with, under a request's `rules`."""
+    if manifest.router.site != "layer":
+        return False
+    chosen = [None if rules is None else rules.get(router.layer, router.site) for router in manifest.routers]
+    own = manifest.router.select.kind in ("constant", "threshold_fn")
+    return any(own if rule is None else rule.threshold is not None for rule in chosen)
 
 
-def token_columns(manifest: Manifest, routers: Sequence[TracedRouter]) -> npt.NDArray[np.int64]:
+def token_columns(manifest: Manifest, routers: Sequence[TracedRouter], *, with_thresholds: bool) -> npt.NDArray[np.int64]:
     """The columns of a trace that are told of a token: the weights of all layers' experts, one layer after the other and in canonical
-    order, then whether each was kept, then the thresholds of the layers that have experts, where `has_thresholds`."""
+    order, then whether each was kept, then, `with_thresholds`, those of the layers that have experts."""
     places = {(router.layer, router.site): router for router in routers}
     weights: list[int] = []
     selected: list[int] = []
@@ -78,17 +83,17 @@ def token_columns(manifest: Manifest, routers: Sequence[TracedRouter]) -> npt.ND
                 weights += [router.start + output for output in counted.outputs]
                 selected += [router.start + router.outputs + 1 + output for output in counted.outputs]
                 thresholds.append(router.start + router.outputs)
-    return np.array(weights + selected + (thresholds if has_thresholds(manifest) else []), dtype=np.int64)
+    return np.array(weights + selected + (thresholds if with_thresholds else []), dtype=np.int64)
 
 
-def assemble(manifest: Manifest, pieces: Sequence[RoutedLayers], num_tokens: int) -> Routing:
-    """Join what was collected chunk by chunk, in the order of the tokens."""
+def assemble(manifest: Manifest, pieces: Sequence[RoutedLayers], num_tokens: int, rules: RoutingRules | None = None) -> Routing:
+    """Join what was collected chunk by chunk under a request's `rules`, in the order of the tokens."""
     names = expert_names(manifest)
     shape = (manifest.base.num_layers, num_tokens, max(map(len, names)))
     weights, gates = torch.zeros(shape, dtype=torch.float32), torch.zeros(shape, dtype=torch.float32)
     selected = torch.zeros(shape, dtype=torch.bool)
     at_layer = manifest.router.site == "layer"
-    threshold = torch.zeros(shape[:2], dtype=torch.float32) if has_thresholds(manifest) else None
+    threshold = torch.zeros(shape[:2], dtype=torch.float32) if has_thresholds(manifest, rules) else None
     inner = {name: torch.zeros(*shape[:2], max(widths), dtype=torch.float32) for name, widths in _inner_widths(manifest).items()}
     start = 0
     for piece in pieces:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moa_serve.engine.request import Sequence
-from moa_serve.engine.routing import RoutedLayers, TokenRouting, token_columns
+from moa_serve.engine.routing import RoutedLayers, TokenRouting, has_thresholds, token_columns
 from moa_serve.model.attention import CachedSpan
 from moa_serve.model.backend import Backend, Cache, PreparedAdapter
 from moa_serve.model.bank import AdapterBank
@@ -92,13 +92,14 @@ class ModelRunner:
         # By revision: they outlive the adapter's stay in a slot. Apart, those of requests that had its routers choose otherwise.
         self.counters: dict[str, RouterCounters] = {}
         self.altered: dict[str, RouterCounters] = {}
-        self._columns: dict[str, np.ndarray] = {}  # by revision: `token_columns`
+        self._columns: dict[tuple[str, bool], np.ndarray] = {}  # `token_columns` of a revision, without thresholds and with them
 
     def forget(self, revision: str) -> None:
         """The revision is gone for good."""
         self.counters.pop(revision, None)
         self.altered.pop(revision, None)
-        self._columns.pop(revision, None)
+        for with_thresholds in (False, True):
+            self._columns.pop((revision, with_thresholds), None)
 
     @torch.inference_mode()
     def run(self, work: Work) -> StepOutput:
@@ -157,8 +158,7 @@ class ModelRunner:
 
     def _pooled(self, layout: _Layout, first: int, last: int, adapter: PreparedAdapter) -> PooledRows:
         group, origin = layout.work[first:last], layout.starts[first]
-        shape = (len(group), adapter.num_layers, adapter.max_outputs)
-        gates = torch.zeros(shape, dtype=torch.float32, device=self.model.device)
+        words = torch.zeros(PooledRows.shape(len(group), adapter), dtype=torch.float32, device=self.model.device)
         spans: list[tuple[int, int] | None] = []
         for row, (sequence, count) in enumerate(group):
             if sequence.gates is None:
@@ -167,10 +167,10 @@ class ModelRunner:
                 start = layout.starts[first + row] - origin
                 spans.append((start, start + sequence.num_prompt))
             else:
-                gates[row] = sequence.gates
+                words[row] = sequence.gates
                 spans.append(None)
         owner = np.repeat(np.arange(len(group)), [count for _, count in group])
-        return PooledRows(self._tensor(owner), tuple(spans), gates)
+        return PooledRows(self._tensor(owner), tuple(spans), words)
 
     def _keep_gates(self, layout: _Layout, segments: list[Segment]) -> None:
         """Instance-level weights live on their sequence: they survive preemption, after which the prompt may be recomputed in chunks."""
@@ -179,7 +179,7 @@ class ModelRunner:
                 continue
             for row, (sequence, _) in enumerate(layout.work[first:last]):
                 if sequence.gates is None:
-                    sequence.gates = segment.pooled.gates[row].clone()
+                    sequence.gates = segment.pooled.words[row].clone()
 
     def _logit_rows(self, layout: _Layout) -> tuple[np.ndarray, list[Sequence]]:
         """Tokens whose logits are needed: the last of each sequence that will sample, then all of those that collect."""
@@ -228,8 +228,10 @@ class ModelRunner:
         slot, revision = sequence.slot, sequence.request.adapter
         assert slot is not None
         assert revision is not None
-        columns = self._columns.get(revision)
+        manifest = self.bank[slot].manifest
+        key = (revision, has_thresholds(manifest, sequence.request.rules))
+        columns = self._columns.get(key)
         if columns is None:
-            columns = self._columns[revision] = token_columns(self.bank[slot].manifest, trace.routers)
+            columns = self._columns[key] = token_columns(manifest, trace.routers, with_thresholds=key[1])
         told: np.ndarray = trace.words[:, columns].cpu().numpy()
         return told

@@ -47,10 +47,12 @@ def score_request(
     )
 
 
-def read_scores(collected: Collected, manifest: Manifest | None, num_tokens: int) -> tuple[Tensor | None, Routing | None]:
+def read_scores(
+    collected: Collected, manifest: Manifest | None, num_tokens: int, rules: RoutingRules | None = None
+) -> tuple[Tensor | None, Routing | None]:
     """(T, V) float32 logits on the CPU and the routing of a `score_request` that has ended; None for what it did not ask."""
     logits = torch.cat([piece.cpu() for piece in collected.logits]) if collected.logits else None
-    return logits, assemble(manifest, collected.routing, num_tokens) if collected.routing and manifest is not None else None
+    return logits, assemble(manifest, collected.routing, num_tokens, rules) if collected.routing and manifest is not None else None
 
 
 def judge(name: str, adapter: Adapter, base: Tensor, logits: Tensor, routing: Routing | None) -> Adapter:

@@ -188,6 +188,7 @@ class RoutingMetrics:
         if name not in self._adapters:
             return
         self._settle()  # its last tokens may belong to `other`, which stays
+        was_owner = self._owner(self._adapters[name].revision) is self._adapters[name]
         gone = self._adapters.pop(name)
         self._grid.discard(name)
         self._leaving.discard(name)
@@ -195,9 +196,13 @@ class RoutingMetrics:
         if heir is None:
             self._drop(gone.revision)
             self._published.pop(gone.revision, None)
-        elif heir.seen is None:  # another name of the revision, for which its totals count from now on: not all that is in them
+        elif was_owner:  # another name of the revision, for which its totals count from now on: not all that is in them
             heir.seen, heir.recent, heir.activity = gone.seen, gone.recent, gone.activity
             heir.seen_altered = gone.seen_altered
+
+    def _owner(self, revision: str) -> _Adapter:
+        """Of several names of one revision the first, for which its totals count."""
+        return next(adapter for adapter in self._adapters.values() if adapter.revision == revision)
 
     def _drop(self, revision: str) -> None:
         self._totals.pop(revision, None)
@@ -262,8 +267,7 @@ class RoutingMetrics:
         if adapter is None:
             return None
         self._settle()
-        # Of several names of one revision, the first has the totals of all.
-        owner = next(other for other in self._adapters.values() if other.revision == adapter.revision)
+        owner = self._owner(adapter.revision)
         experts = owner.seen.experts if owner.seen is not None else adapter.experts
         return use_of(name, adapter.revision, experts, owner.seen, adapter.profile, owner.drift, has_dead=owner.num_dead is not None)
 
@@ -293,8 +297,9 @@ class RoutingMetrics:
     def _shown(self) -> Iterator[tuple[str, _Sums]]:
         for name, adapter in self._adapters.items():
             if name in self._grid or name in self._leaving:
-                if adapter.own is None and adapter.seen is not None and adapter.seen.experts:
-                    adapter.own = _Sums.of(adapter.seen.experts)  # new in the grid: shown from 0, so that no addition is lost
+                seen = adapter.seen or adapter.seen_altered
+                if adapter.own is None and seen is not None and seen.experts:
+                    adapter.own = _Sums.of(seen.experts)  # new in the grid: shown from 0, so that no addition is lost
                 if adapter.own is not None:
                     yield name, adapter.own
         if self._other:
@@ -364,7 +369,7 @@ FAMILIES: tuple[_OfSums | _OfAdapter, ...] = (
     _counter(
         "moa_router_threshold_total",
         "Sum over tokens of the score that an expert had to reach in a layer; over moa_router_tokens_total the mean threshold. 0 where "
-        "nothing has to be reached.",
+        "nothing has to be reached. Requests with routing options count with what they had to reach.",
         _layers(lambda sums: sums.thresholds),
         "layer",
     ),

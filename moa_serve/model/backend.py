@@ -91,7 +91,7 @@ class Backend(Protocol):
     def forward(self, batch: ForwardBatch, attention: Any) -> Tensor:
         """(N, V) float32: logits of `batch.logit_rows`, or of all T tokens.
 
-        Routers' words on the tokens go to `batch.trace` and the segments' counters, instance-level weights to their `pooled.gates`.
+        Routers' words on the tokens go to `batch.trace` and the segments' counters, instance-level weights to their `pooled.words`.
         """
         ...
 

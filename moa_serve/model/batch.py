@@ -39,13 +39,18 @@ class PooledRows:
 
     Args:
         row_of_token: (t,) int64, the sequence of each token, counted inside the segment.
-        spans: per sequence the tokens [a, b) of the segment that are its whole prompt, or None where `gates` is already known.
-        gates: (n, L, E) float32; a forward writes the rows whose span is given.
+        spans: per sequence the tokens [a, b) of the segment that are its whole prompt, or None where its words are already known.
+        words: (n, L, 2, E) float32: the gates, and the scores before selection; a forward writes the rows whose span is given.
     """
 
     row_of_token: Tensor
     spans: tuple[tuple[int, int] | None, ...]
-    gates: Tensor
+    words: Tensor
+
+    @classmethod
+    def shape(cls, num_sequences: int, adapter: PreparedAdapter) -> tuple[int, int, int, int]:
+        """Of `words`."""
+        return num_sequences, adapter.num_layers, 2, adapter.max_outputs
 
     @classmethod
     def of_whole(cls, lengths: Sequence[int], prompts: Sequence[int], adapter: PreparedAdapter, device: torch.device) -> "PooledRows":
@@ -54,7 +59,7 @@ class PooledRows:
         owner = torch.arange(len(lengths), device=device).repeat_interleave(sizes)
         starts = itertools.accumulate(lengths, initial=0)
         spans = tuple((start, start + prompt) for start, prompt in zip(starts, prompts, strict=False))
-        return cls(owner, spans, torch.zeros(len(lengths), adapter.num_layers, adapter.max_outputs, device=device))
+        return cls(owner, spans, torch.zeros(cls.shape(len(lengths), adapter), device=device))
 
 
 @dataclass(eq=False, slots=True)
@@ -71,7 +76,8 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class TracedRouter:
-    """Where a router's words stand in a token's row of a trace: scores (E), threshold, selected (E) as 1 and 0, gates (E).
+    """Where a router's words stand in a token's row of a trace: scores (E), threshold (0 where there is none), selected (E) as 1 and 0,
+    gates (E).
 
     `site` is 'layer', a target, PROMPT or P_ADAPTER.
     """
@@ -80,7 +86,6 @@ class TracedRouter:
     site: str
     start: int
     outputs: int
-    has_threshold: bool
 
 
 @dataclass(eq=False, slots=True)
@@ -105,7 +110,7 @@ class SegmentTrace:
         for router in self.routers:
             own = words[:, router.start : router.start + 3 * router.outputs + 1]
             scores, threshold, selected, gates = torch.split(own, [router.outputs, 1, router.outputs, router.outputs], dim=1)
-            routed = Routed(scores, threshold if router.has_threshold else None, selected != 0, gates)
+            routed = Routed(scores, threshold, selected != 0, gates)
             found.setdefault(router.layer, {})[router.site] = routed
         return found
 

@@ -142,7 +142,7 @@ def _inputs(batch: ForwardBatch, attention: PagedAttention) -> Iterator[Tensor]:
             yield rows.rows
     for segment in batch.segments:
         if segment.pooled is not None:
-            yield from (segment.pooled.row_of_token, segment.pooled.gates)
+            yield from (segment.pooled.row_of_token, segment.pooled.words)
 
 
 def _with_inputs(batch: ForwardBatch, attention: PagedAttention, inputs: Iterator[Tensor]) -> tuple[ForwardBatch, PagedAttention]:
@@ -153,7 +153,7 @@ def _with_inputs(batch: ForwardBatch, attention: PagedAttention, inputs: Iterato
         decode.append(replace(rows, blocks=blocks, mask=mask, rows=None if rows.rows is None else next(inputs)))
     segments = []
     for segment in batch.segments:
-        pooled = None if segment.pooled is None else replace(segment.pooled, row_of_token=next(inputs), gates=next(inputs))
+        pooled = None if segment.pooled is None else replace(segment.pooled, row_of_token=next(inputs), words=next(inputs))
         segments.append(replace(segment, pooled=pooled))
     fixed = ForwardBatch(token_ids, positions, tuple(segments), logit_rows)
     return fixed, replace(attention, places=places, decode=decode)

@@ -159,7 +159,10 @@ def _selected(scores: Tensor, values: Tensor, threshold: Tensor | None, rule: Ro
         kept = kept & ~_outputs(rule.disabled, scores)
     if not rule.top_k:
         return kept
-    ranked = torch.where(kept, values if forced is None else values.masked_fill(forced, math.inf), -math.inf)
+    ranked = values.nan_to_num(nan=2.0)  # above all scores, so that it comes out and the row fails
+    if forced is not None:
+        ranked = ranked.masked_fill(forced, math.inf)
+    ranked = torch.where(kept, ranked, -math.inf)
     # A stable sort, because topk may keep any of several equal scores and the answer must not depend on the batch.
     order = ranked.sort(dim=-1, descending=True, stable=True).indices[..., : rule.top_k]
     return kept & torch.zeros_like(kept).scatter(-1, order, True)

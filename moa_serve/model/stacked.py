@@ -171,7 +171,7 @@ class Part:
         if not self.heard or all(tokens is None for *_, tokens in wanted):
             return
         words = self._words()
-        routers = _traced(tuple((*word, routed.threshold is not None) for word, routed in self.heard))
+        routers = _traced(tuple(word for word, _ in self.heard))
         for index, number, segment, tokens in wanted:
             if tokens is not None:
                 own = words[index] if self.num_stacked else words
@@ -212,13 +212,10 @@ class Part:
 
 
 @functools.lru_cache(maxsize=256)
-def _traced(words: tuple[tuple[int, str, int, bool], ...]) -> tuple[TracedRouter, ...]:
-    """Where routers' words stand in a row, one after the other; `words` are layer, site, outputs and whether there is a threshold."""
-    starts = itertools.accumulate((3 * outputs + 1 for _, _, outputs, _ in words), initial=0)
-    return tuple(
-        TracedRouter(layer, site, start, outputs, has_threshold)
-        for (layer, site, outputs, has_threshold), start in zip(words, starts, strict=False)
-    )
+def _traced(words: tuple[Word, ...]) -> tuple[TracedRouter, ...]:
+    """Where routers' words stand in a row, one after the other."""
+    starts = itertools.accumulate((3 * outputs + 1 for _, _, outputs in words), initial=0)
+    return tuple(TracedRouter(layer, site, start, outputs) for (layer, site, outputs), start in zip(words, starts, strict=False))
 
 
 def _is_like_others(segment: Segment) -> bool:

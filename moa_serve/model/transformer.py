@@ -66,15 +66,17 @@ class ActiveLayer:
         return None if rules is None else rules.get(self.index, site)
 
     def _pooled(self, router: Router, pooled: PooledRows, rule: RouterRule | None, x: Tensor) -> Routed:
-        """Instance level: a sequence's weights come from the mean of its whole prompt, once, and are kept in `pooled.gates`."""
+        """Instance level: a sequence's weights come from the mean of its whole prompt, once, and are kept in `pooled.words`."""
         tokens = x[self.part.rows]
         for row, span in enumerate(pooled.spans):
             if span is not None:
-                fresh = router(tokens[span[0] : span[1]].float().mean(0, keepdim=True), rule).gates[0]
-                pooled.gates[row, self.index, : len(fresh)] = fresh
+                fresh = router(tokens[span[0] : span[1]].float().mean(0, keepdim=True), rule)
+                pooled.words[row, self.index, :, : fresh.gates.shape[1]] = torch.cat((fresh.gates, fresh.scores))
         outputs = self.part.segments[0][1].adapter.manifest.layer(self.index).num_outputs
-        gates = pooled.gates[:, self.index, :outputs][pooled.row_of_token]
-        return Routed(gates, None, gates != 0, gates)
+        gates, scores = pooled.words[:, self.index, :, :outputs][pooled.row_of_token].unbind(1)
+        limit = (rule or router.rule).threshold  # a constant: no function of a token is asked here
+        threshold = None if limit is None else gates.new_full((len(gates), 1), limit)
+        return Routed(scores, threshold, gates != 0, gates)
 
     def _hear(self, site: str, routed: Routed | None) -> None:
         if routed is not None:
@@ -269,7 +271,7 @@ class Transformer:
     def forward(self, batch: ForwardBatch, attention: Attention) -> Tensor:
         """(N, V) float32: logits of `batch.logit_rows`, or of all T tokens.
 
-        Routers' words on the tokens go to `batch.trace`, and instance-level weights to the segments' `pooled.gates`.
+        Routers' words on the tokens go to `batch.trace`, and instance-level weights to the segments' `pooled.words`.
         """
         if self._graphs is not None and self._clock is None:  # a recorded step has no parts that could be timed
             return self._graphs.forward(batch, attention, self._parts, self._compute)

@@ -380,8 +380,8 @@ class _SegmentView:
             self._rows = pooled.row_of_token.int()
             self._spans = np.array([span or (-1, -1) for span in pooled.spans], dtype=np.int32)
             self.struct.pooled_row, self.struct.pooled_spans = self._rows.data_ptr(), self._spans.ctypes.data
-            self.struct.pooled_gates = pooled.gates.data_ptr()
-            self.struct.num_pooled, self.struct.pooled_width = len(self._spans), pooled.gates.shape[2]
+            self.struct.pooled_gates = pooled.words.data_ptr()
+            self.struct.num_pooled, self.struct.pooled_width = len(self._spans), pooled.words.shape[3]
 
     def _traced(self, segment: Segment, adapter: NativeAdapter, tokens: Tensor) -> SegmentTrace:
         words = torch.zeros(len(tokens), adapter.trace_width)

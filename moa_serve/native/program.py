@@ -22,7 +22,7 @@ from moa_serve.native import packing
 
 _ALIGNMENT = 64
 _STAGE_OF = {"Q": 0, "K": 0, "V": 0, "PROMPT": 0, "O": 1, "UP": 2, "GATE": 2, "P_ADAPTER": 2, "DOWN": 3}
-_MOST_TABLES = 64  # rules that an adapter keeps for steps to come
+_MOST_TABLES = 128  # rules that an adapter keeps for steps to come
 _CONSTANT = 0  # the gate column that is 1
 
 
@@ -38,7 +38,7 @@ class NativeAdapter:
 
     def rules(self, rules: RoutingRules) -> ctypes.Array[lib.RuleStruct]:
         """What a segment with these rules has for the library: one for each of the adapter's routers."""
-        table = self.tables.get(rules)
+        table = self.tables.pop(rules, None)
         if table is None:
             own = self.manifest.router
             table = (lib.RuleStruct * len(self.traced))()
@@ -47,8 +47,8 @@ class NativeAdapter:
                 plain = RouterRule() if is_inner else RouterRule.of(own.select, router.outputs)
                 table[number] = rule_struct(rules.get(router.layer, router.site) or plain)
             while len(self.tables) >= _MOST_TABLES:
-                self.tables.pop(next(iter(self.tables)), None)
-            self.tables[rules] = table
+                self.tables.pop(next(iter(self.tables)))
+        self.tables[rules] = table  # the one used last stands last
         return table
 
     @property
@@ -169,7 +169,6 @@ class _Compiler:
         else:
             row_format = lib.ROWS_BFLOAT16 if is_exact else lib.ROWS_FLOAT32
             place = packing.pad_columns(rows.bfloat16() if is_exact else rows)
-        has_threshold = router.rule.threshold is not None
         struct = lib.RouterStruct(
             rows_at=self.blob.add(place),
             row_bias_at=self.blob.add(bias),
@@ -191,8 +190,8 @@ class _Compiler:
         if (cells := self.counted[index].get(site)) is not None:
             struct.first_counter, struct.num_counters = cells.first, len(cells.outputs)
             struct.counters_at = self.blob.add(torch.tensor(cells.outputs, dtype=torch.int32))
-            struct.threshold_share = 1.0 / len(self.counted[index]) if has_threshold and source != lib.READS_POOLED else 0.0
-        self.traced.append(TracedRouter(index, site, self.trace_width, outputs, has_threshold))
+            struct.threshold_share = 1.0 / len(self.counted[index])
+        self.traced.append(TracedRouter(index, site, self.trace_width, outputs))
         self.trace_width += 3 * outputs + 1
         room = packing.padded(len(rows), packing.LANES) + packing.LANES
         self.scratch_width = max(

@@ -58,10 +58,10 @@ def parse_options(text: str | None) -> dict[str, Any] | None:
         return None
     try:
         options = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest(f'--moa is no JSON ({error}); it is an object such as {{"mode": "soft"}}', param="moa") from None
     RoutingOptions.of(options)
-    return dict(options)
+    return None if options is None else dict(options)
 
 
 def parse_adapter(text: str, adapters_dir: Path | None) -> Wanted:

@@ -98,7 +98,7 @@ def test_requests_of_one_batch_keep_their_own_rules(client: OpenAI) -> None:
         ("sparse_fn", {"threshold": 1.5}, "moa.threshold", "1"),
         ("sparse_fn", {"threshold": {"scale": 1, "constant": 0.5}}, "moa.threshold.scale", "exactly one"),
         ("sparse_fn", {"threshold": {"scale": "2"}}, "moa.threshold.scale", "number"),
-        ("sparse_fn", {"top_k": 10}, "moa.top_k", "has 9 experts"),
+        ("sparse_fn", {"top_k": 10}, "moa.top_k", "has 9 weights"),
         ("sparse_fn", {"disable": ["Q/0"]}, "moa.disable", "there are Q, K, V"),
         ("sparse_fn", {"disable": ["Q"] * 65}, "moa.disable", "64"),
         ("sparse_fn", {"disable": ["Q"], "force": ["Q@1"]}, "moa.force", "layer 1"),

@@ -315,6 +315,22 @@ def test_what_clients_had_routers_do_is_counted_but_says_nothing_of_the_adapter(
     assert found.tokens == 1000
 
 
+def test_a_second_name_that_goes_takes_nothing_along() -> None:
+    """Its totals count for the first name of the revision, also where clients alone made them."""
+    grid = Grid(2)
+    for name in ("a", "again"):
+        grid.metrics.loaded(name, "revision of a", None, EXPERTS)
+    grid.run("a", 100, is_altered=True)
+    assert grid.tokens("a") == 100
+    grid.metrics.unloaded("again")
+    assert grid.tokens("a") == 100
+    grid.metrics.loaded("again", "revision of a", None, EXPERTS)
+    grid.run("a", 7)
+    grid.metrics.unloaded("a")
+    grid.run("a", 5, is_altered=True)
+    assert grid.tokens("again") == 5
+
+
 def test_no_token_is_lost_or_counted_twice_when_adapters_move() -> None:
     """An adapter that moves between the grid and `other` must not make a rate negative, nor its tokens vanish."""
     grid = Grid(1)

@@ -83,7 +83,7 @@ struct MoaRouter {
   int32_t trace_at;    // floats before it in a token's trace: scores, threshold, selected, gates
   int32_t first_counter, num_counters;  // cells of the layer's row of counters
   int64_t counters_at;  // (num_counters,) int32: the output that each of them counts; 0: none does
-  float threshold_share;  // of the layer's mean threshold: one over its counted routers that have one, else 0
+  float threshold_share;  // of the layer's mean threshold: one over its counted routers
   int32_t unused;
   MoaRule rule;  // the adapter's own
 };
@@ -172,7 +172,7 @@ struct MoaSegment {
   // instance level: a gate row for each sequence, computed here where `pooled_spans` has one; NULL for token-level adapters
   const int32_t* pooled_row;    // (end - start,)
   const int32_t* pooled_spans;  // (rows, 2), tokens of the segment, or -1
-  float* pooled_gates;          // (rows, num_layers, pooled_width)
+  float* pooled_gates;          // (rows, num_layers, 2, pooled_width), gates and scores
   int32_t num_pooled, pooled_width;
   float* trace;              // (rows, trace_width), what the routers said of some tokens, or NULL
   const int32_t* trace_row;  // (end - start,) the row of each token, or -1

@@ -17,6 +17,9 @@ inline void normalise(float* gates, int outputs) {
 
 inline uint64_t first_outputs(int outputs) { return outputs < 64 ? (uint64_t{1} << outputs) - 1 : ~uint64_t{0}; }
 
+// NaN is above all, so that it comes out and the row fails, as where everything is kept.
+inline bool is_larger(float value, float than) { return value > than || (value != value && than == than); }
+
 // Of the kept experts the forced ones and then those with the largest values, `top_k` together; of equals the first.
 inline uint64_t keep_largest(const MoaRule& rule, const float* values, uint64_t kept, int outputs) {
   uint64_t chosen = 0;
@@ -26,7 +29,7 @@ inline uint64_t keep_largest(const MoaRule& rule, const float* values, uint64_t 
     for (int e = 0; e < outputs; e++) {
       if (!((kept & ~chosen) >> e & 1)) continue;
       const bool is_forced = rule.forced >> e & 1;
-      if (best >= 0 && (is_best_forced || !(is_forced || values[e] > values[best]))) continue;
+      if (best >= 0 && (is_best_forced || !(is_forced || is_larger(values[e], values[best])))) continue;
       best = e;
       is_best_forced = is_forced;
     }

@@ -529,6 +529,11 @@ struct Step {
     }
   }
 
+  // Of a sequence in a layer, and its scores `pooled_width` behind them.
+  float* pooled_gates(const MoaSegment& segment, int row, int index) const {
+    return segment.pooled_gates + ((int64_t)row * model.num_layers + index) * 2 * segment.pooled_width;
+  }
+
   // Instance level: a sequence's gates come from the mean of its prompt, once, and stay with it.
   void route_pooled(const MoaSegment& segment, const MoaRouter& router, int index) {
     const int64_t room = padded(router.num_rows, kLanes) + kLanes;
@@ -544,22 +549,28 @@ struct Step {
       const float* x[1] = {mean};
       float* out[1] = {scratch};
       route_rows(segment, router, 1, x, out, hidden);
-      float* gates = segment.pooled_gates + ((int64_t)row * model.num_layers + index) * segment.pooled_width;
+      float* gates = pooled_gates(segment, row, index);
       float threshold;
       finish_route(router, rule_of(router, segment.rules), segment.adapter, scratch, rest, gates, threshold, nullptr);
+      memcpy(gates + segment.pooled_width, rest, (size_t)router.outputs * sizeof(float));  // finish_route leaves the scores there
     }
+    const MoaRule& rule = rule_of(router, segment.rules);
+    const float threshold = rule.has_threshold ? rule.threshold : 0.0f;
     for (int token = segment.start; token < segment.end; token++) {
       const int row = segment.pooled_row[token - segment.start];
-      const float* gates = segment.pooled_gates + ((int64_t)row * model.num_layers + index) * segment.pooled_width;
-      memcpy(at.gates + (int64_t)token * at.gate_stride + router.first_gate, gates, (size_t)router.outputs * sizeof(float));
+      const float *gates = pooled_gates(segment, row, index), *scores = gates + segment.pooled_width;
+      float* out = at.gates + (int64_t)token * at.gate_stride + router.first_gate;
+      memcpy(out, gates, (size_t)router.outputs * sizeof(float));
+      out[router.outputs] = threshold;
       float* trace = trace_of(segment, token);
       if (trace == nullptr) continue;
       float* place = trace + router.trace_at;
       for (int e = 0; e < router.outputs; e++) {
-        place[e] = place[2 * router.outputs + 1 + e] = gates[e];
+        place[e] = scores[e];
         place[router.outputs + 1 + e] = gates[e] != 0 ? 1.0f : 0.0f;
+        place[2 * router.outputs + 1 + e] = gates[e];
       }
-      place[router.outputs] = 0.0f;
+      place[router.outputs] = threshold;
     }
   }
 

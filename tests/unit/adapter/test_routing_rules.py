@@ -1,16 +1,19 @@
 """Routing options: what a request may say, what it means for an adapter, and that both backends do it, against a naive loop."""
 
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from backends import BACKENDS, computing
-from families import FAMILIES, TINY, base_tensors, random_adapter, raw_manifest, write_base, write_family
+from families import FAMILIES, TINY, base_tensors, lora, random_adapter, raw_manifest, write_base, write_family
 from naive import NaiveModel
 
 from moa_serve import LLM, SamplingParams
-from moa_serve.adapter.manifest import Manifest
+from moa_serve.adapter.checkpoint import write_adapter
+from moa_serve.adapter.manifest import Manifest, RouterPlan
 from moa_serve.adapter.rules import RouterRule, RoutingOptions, echo, rules_for
 from moa_serve.engine.request import kv_root
 from moa_serve.errors import InvalidRequest
@@ -170,7 +173,7 @@ BAD: dict[str, tuple[str | None, dict[str, Any], str, str]] = {
     "a scale of nothing": ("soft", {"threshold": {"scale": 2}}, "moa.threshold", "no threshold to scale"),
     "a scale too large": ("sparse_fn", {"threshold": {"scale": 101}}, "moa.threshold", "from 0 to 100"),
     "top 0": ("soft", {"top_k": 0}, "moa.top_k", "1 or more"),
-    "top of more than there are": ("soft", {"top_k": 10}, "moa.top_k", "has 9 experts"),
+    "top of more than there are": ("soft", {"top_k": 10}, "moa.top_k", "has 9 weights"),
     "an expert of another family": ("soft", {"disable": ["Q/0"]}, "moa.disable", "there are Q, K, V, PROMPT, O, UP, GATE, DOWN, P_ADAPTER"),
     "a small letter": ("soft", {"disable": ["q"]}, "moa.disable", "there are Q, K"),
     "an inner expert": ("nested_hydra", {"disable": ["K.0"]}, "moa.disable", "there are K, PROMPT"),
@@ -235,4 +238,101 @@ def test_every_router_may_be_silenced(llm: LLM, family: str) -> None:
 
 
 def test_64_outputs_fit_into_the_bits() -> None:
-    assert RouterRule(disabled=1 << 63).plain(64).disabled == 1 << 63
+    router = RouterPlan.of(0, "Q", 64, ((f"Q/{index}", index) for index in range(64)))
+    assert RouterRule(disabled=1 << 63).plain(router).disabled == 1 << 63
+    assert router.bits["Q"] == router.used == router.all_outputs == 2**64 - 1
+
+
+def test_outputs_that_weigh_nothing_are_no_candidates_and_make_no_difference() -> None:
+    """As in some of the authors' files: column 0 and 3 of four are used."""
+    raw = raw_manifest("sparse_fn")
+    manifest = Manifest.parse(raw | {"experts": [lora("Q", column=0), lora("V", column=3)]})
+    assert rules_for(RoutingOptions(top_k=2), manifest) is None
+    one = rules_for(RoutingOptions(top_k=1), manifest)
+    assert one is not None
+    assert {rule.disabled for rule in one.rules.values()} == {0b0110}
+    with pytest.raises(InvalidRequest, match="has 2 weights"):
+        rules_for(RoutingOptions(top_k=3), manifest)
+
+
+def test_nothing_left_is_one_rule_however_it_is_said() -> None:
+    manifest = manifest_of("sparse_fn")
+    ways: list[dict[str, Any]] = [
+        {"disable": ["*"]},
+        {"disable": ["*"], "threshold": 0.3},
+        {"disable": ["*"], "mode": "soft"},
+        {"disable": ["*@0-1", "*@2"], "top_k": 2},
+    ]
+    assert len({found.key for asked in ways if (found := rules_for(RoutingOptions.of(asked), manifest)) is not None}) == 1
+    adamole = manifest_of("adamole")
+    assert rules_for(RoutingOptions(threshold=0.0), adamole) == rules_for(RoutingOptions(threshold={"scale": 0}), adamole)
+    assert rules_for(RoutingOptions(threshold=0.5), manifest) == rules_for(RoutingOptions(threshold=0.5 + 1e-12), manifest), "one float32"
+
+
+def test_many_entries_cost_no_more_than_they_are_worth() -> None:
+    """Of an adapter with a router at each of seven linears: 64 entries that name all of it take no ten times as long as one."""
+    experts = [
+        lora(f"{target}/{index}", layers=list(LAYERS)) for target in ("Q", "K", "V", "O", "UP", "GATE", "DOWN") for index in range(16)
+    ]
+    manifest = Manifest.parse(raw_manifest("mola_layerwise") | {"experts": experts})
+    assert len(manifest.routers) == 7 * len(LAYERS)
+
+    def seconds(entries: list[str]) -> float:
+        times = []
+        for attempt in range(5):
+            options = RoutingOptions(disable=entries, threshold=0.1 + attempt / 100)  # never asked before
+            started = time.perf_counter()
+            rules_for(options, manifest)
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    many = [f"{target}/{index}@0-{layer}" for target in ("Q", "K") for index in range(10) for layer in LAYERS][:64]
+    assert seconds(many) < 10 * seconds(["Q/0"])
+
+
+def test_a_threshold_is_told_where_a_request_has_one(llm: LLM) -> None:
+    """Also of an adapter that has none itself; and none is told where the request has none, though the adapter would."""
+    given = llm.route(PROMPT, adapter="soft", moa={"threshold": 0.55})
+    assert given.threshold is not None
+    assert torch.equal(given.threshold, torch.full_like(given.threshold, 0.55))
+    assert torch.equal(given.selected, given.weights >= 0.55)
+    assert llm.route(PROMPT, adapter="sparse_fn", moa={"mode": "soft"}).threshold is None
+    instance = llm.route(PROMPT, adapter="instance", moa={"threshold": 0.55, "top_k": 3})
+    own = llm.route(PROMPT, adapter="instance")
+    torch.testing.assert_close(instance.weights[0], own.weights[0], rtol=1e-5, atol=1e-6)
+    assert instance.threshold is not None
+    assert not torch.equal(instance.weights, instance.gates)
+
+
+def test_thresholds_are_counted_as_they_were(llm: LLM) -> None:
+    """Apart from those of the adapter's own way, and alike on all backends."""
+    revision, _ = llm._resolve("soft")
+    assert revision is not None
+    before = llm._engine.altered_totals(revision)
+    llm.logits(PROMPT, adapter="soft", moa={"threshold": 0.55})
+    after = llm._engine.altered_totals(revision)
+    assert after is not None
+    more = after if before is None else after.since(before)
+    assert more.thresholds.tolist() == pytest.approx([0.55 * len(PROMPT)] * len(LAYERS))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_client_cannot_put_an_adapter_out_of_service_by_what_he_has_it_keep(backend: str, tmp_path: Path) -> None:
+    """An expert that the adapter never keeps may overflow: that is seen by who forces it, and by nobody else."""
+    manifest, tensors = random_adapter("sparse_fn")
+    for layer in LAYERS:
+        tensors[f"layers.{layer}.router.bias"][-1] = -30.0  # P_ADAPTER
+        tensors[f"layers.{layer}.P_ADAPTER.down.bias"].fill_(10.0)
+        tensors[f"layers.{layer}.P_ADAPTER.up.weight"].fill_(3e38)
+    write_adapter(tmp_path / "trap", manifest, tensors)
+    params = SamplingParams(temperature=0, max_tokens=2)
+    with LLM(
+        write_base(tmp_path / "base"), adapters={"trap": tmp_path / "trap"}, kv_cache_bytes=2**22, dtype="float32", **computing(backend)
+    ) as llm:
+        (own,) = llm.generate([PROMPT], params, adapter="trap")
+        for moa in ({"mode": "soft"}, {"force": ["P_ADAPTER"]}, {"threshold": 0.0}, {"mode": "soft"}):
+            (completion,) = llm.generate([PROMPT], params, adapter="trap", moa=moa)
+            assert completion.finish_reason == "error"
+            assert "routing options" in str(completion.error)
+        (again,) = llm.generate([PROMPT], params, adapter="trap")
+        assert again.token_ids == own.token_ids

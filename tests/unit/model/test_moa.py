@@ -34,8 +34,7 @@ def forward(model: Transformer, family: str | None, ids: list[int], trace: Routi
         weights = build(manifest, tensors, model.weights, model.config, model.dtype)
         pooled = None
         if manifest.is_pooled:
-            gates = torch.zeros(1, model.config.num_layers, weights.max_outputs)
-            pooled = PooledRows(torch.zeros(count, dtype=torch.int64), ((0, count),), gates)
+            pooled = PooledRows.of_whole([count], [count], weights, model.device)
         segments = (Segment(0, count, weights, pooled),)
     batch = ForwardBatch(torch.tensor(ids), torch.arange(count), segments, trace=trace)
     return model.forward(batch, CausalAttention([(0, count)]))

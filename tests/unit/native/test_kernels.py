@@ -9,6 +9,7 @@ from families import TINY, random_adapter, write_base
 from native_tools import SETS, element, experts, routers
 from torch import Tensor
 
+from moa_serve.adapter.rules import RouterRule, RoutingRules
 from moa_serve.model.build import build
 from moa_serve.model.moa import Router
 from moa_serve.model.ops import rms_norm
@@ -132,6 +133,32 @@ def test_route(isa: str, family: str, is_exact: bool, tmp_path_factory: pytest.T
         assert torch.equal(trace[:, 2 * struct.outputs + 1 :], gates)
         seen += 1
     assert seen
+
+
+@with_sets
+@pytest.mark.parametrize("rule", [RouterRule(top_k=2), RouterRule(top_k=2, forced=0b10), RouterRule(threshold=0.5, top_k=3, disabled=0b1)])
+def test_route_by_another_rule_where_scores_are_not_numbers(isa: str, rule: RouterRule, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A NaN that is kept comes out, so that its row fails on every backend; none is kept that must reach a threshold."""
+    base = load_base(write_base(tmp_path_factory.mktemp("base")), dtype=torch.float32)
+    manifest, tensors = random_adapter("soft")
+    for name in ("layers.0.router.w2.weight", "layers.0.router.w2.bias"):
+        tensors[name][[2, 5]] = torch.nan
+    weights = build(manifest, tensors, base.weights, base.config, torch.float32)
+    adapter = compile_adapter(weights, torch.float32)
+    (layer, place, struct), *_ = routers(adapter)
+    x = torch.randn(7, TINY["hidden_size"], generator=torch.Generator().manual_seed(layer))
+    wide = packing.pad_columns(x).contiguous()
+    gates, trace = torch.empty(7, struct.outputs), torch.empty(7, 3 * struct.outputs + 1)
+    table = adapter.rules(RoutingRules({(layer, "layer"): rule}))
+    lib.library().moa_op_route(
+        isa.encode(), adapter.blob.data_ptr(), place, table, wide.data_ptr(), 7, wide.shape[1], gates.data_ptr(), trace.data_ptr()
+    )
+    found = weights.layers[layer]
+    assert found is not None
+    expected = site_router(found, "layer")(x, rule)
+    assert torch.equal(trace[:, struct.outputs + 1 : 2 * struct.outputs + 1] != 0, expected.selected)
+    torch.testing.assert_close(gates, expected.gates, rtol=1e-5, atol=2e-6, equal_nan=True)
+    assert bool(expected.gates.isnan().any()) == (rule.threshold is None)
 
 
 @with_sets
