@@ -161,7 +161,8 @@ async def adapter_experts(
     ] = None,
 ) -> Response:
     """What an adapter's routers did with live tokens since its revision was loaded: weights, shares and thresholds by layer and expert,
-    beside those of training; and which experts could go."""
+    beside those of training; and which experts could go, up to the use that `?max_selected=` or, where tokens keep every expert,
+    `?max_weight=` sets."""
     item, use = _registry(request).item(name), server_of(request).metrics.experts(name)
     if use is None:
         raise AdapterNotFound(f"adapter {item.name!r} is {item.state}, but was not read yet; its first request does it", param="name")
