@@ -129,7 +129,8 @@ def steps_of(versions: Sequence[Version], options: argparse.Namespace) -> dict[s
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--data", type=Path, required=True, help="folder with mawps/train_clean.json and mawps/test.json")
-    arguments.add_argument("--rows", type=int, help="of each file; all if omitted")
+    arguments.add_argument("--routed-rows", type=int, default=200, help="of the training file, to make the suggestions from")
+    arguments.add_argument("--rows", type=int, help="of the test file; all if omitted")
     arguments.add_argument("--rounds", type=int, default=0, help="in which every version has its turn; 0 times nothing")
     arguments.add_argument("--backend", default="auto")
     arguments.add_argument("--dtype", default="auto")
@@ -141,7 +142,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             with LLM(backend=options.backend, dtype=options.dtype, prefix_cache=False, **sizes) as llm:
-                versions = versions_of(llm, name, options.data, options.rows, folder)
+                versions = versions_of(llm, name, options.data, options.routed_rows, folder)
                 scores = accuracy_of(llm, versions, options.data, options.rows, folder)
                 _say(f"{name}: {llm.backend} backend, {llm.base_dtype}")
             changed = [version for version in versions if version.name in scores]

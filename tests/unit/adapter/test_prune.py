@@ -67,7 +67,7 @@ def test_a_pruned_adapter_is_the_whole_one_with_those_experts_disabled(llm: LLM,
     found, expected = llm.logits(PROMPT, adapter=name_of(case)), llm.logits(PROMPT, adapter=family, moa=asked)
     if llm.backend == "native" and case not in ROUNDS:
         assert torch.equal(found, expected)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)  # logits reach 20
     assert (found - llm.logits(PROMPT, adapter=family)).abs().max() > 1e-3, "the experts must matter, or this test shows nothing"
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     (mine,) = llm.generate([PROMPT], params, adapter=name_of(case))
