@@ -152,17 +152,30 @@ def check(
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the adapter, in any format that `check` reads.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="New folder, or an adapter of format version 1 to overwrite.")],
+    prune: Annotated[
+        str | None,
+        typer.Option(
+            metavar="EXPERTS",
+            help="Leave experts out: PROMPT,Q@3-9,*@20 as in moa.disable, or a .json file, or - for standard input, with what "
+            "GET /v1/adapters/NAME/experts answered.",
+            show_default=False,
+        ),
+    ] = None,
     variant: Variant = None,
     model: Model = None,
 ) -> None:
     """Write an adapter in our format, version 1, then read it back to see that it is the same.
 
-    Exit code 1 where SRC is missing or wrong, or DST holds something else; 2 where the base itself cannot be served.
+    Exit code 1 where SRC is missing or wrong, or DST holds something else; 2 where the base itself cannot be served, or the experts cannot
+    be left out.
     """
     from moa_serve.adapter.adapter import AdapterSource
     from moa_serve.adapter.checkpoint import write_adapter
+    from moa_serve.shell import prune as pruning
 
-    found, base = _read_adapter(_name_of(source), AdapterSource(source, variant), model, is_tried=False)
+    entries = None if prune is None else pruning.read_entries(prune, typer.get_binary_stream("stdin"))
+    whole, base = _read_adapter(_name_of(source), AdapterSource(source, variant), model, is_tried=False)
+    found = whole if entries is None else pruning.pruned(whole, *entries)
     write_adapter(destination, found.manifest, found.tensors)
     written, _ = _read_adapter(_name_of(destination), AdapterSource(destination), model, is_tried=False)
     if written.revision != found.revision:
@@ -172,6 +185,8 @@ def convert(
         )
     for warning in found.warnings:
         terminal.warn(warning)
+    if found is not whole:
+        pruning.show(terminal.output(), whole, found)
     typer.echo(f"wrote {terminal.one_line(str(destination))}: {found.manifest.variant} for {base}, from {found.source_format}")
     typer.echo(f"  {found.manifest.num_parameters:,} parameters, {found.num_bytes:,} bytes")
     typer.echo(f"  revision {found.revision}, the same when read back")

@@ -39,3 +39,11 @@ class Adapter:
     def num_bytes(self) -> int:
         """Host memory of the tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    @cached_property
+    def bytes_by_owner(self) -> Mapping[tuple[str | None, int], int]:
+        """The same by expert and layer, as the file stores it. None: what belongs to no expert alone, as in `Manifest.owners`."""
+        found: dict[tuple[str | None, int], int] = {}
+        for name, owner in self.manifest.owners().items():
+            found[owner] = found.get(owner, 0) + self.tensors[name].nbytes
+        return found

@@ -45,6 +45,11 @@ class AdapterCache:
         cached = self._cached.get(revision)
         return cached.adapter.num_bytes if cached else 0
 
+    def peek(self, revision: str) -> Adapter | None:
+        """An adapter to look at, without a lease; None if it is not here."""
+        cached = self._cached.get(revision)
+        return cached.adapter if cached else None
+
     def num_leases(self, revision: str) -> int:
         cached = self._cached.get(revision)
         return cached.num_leases if cached else 0

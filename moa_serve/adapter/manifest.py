@@ -437,6 +437,15 @@ class Manifest(_Strict):
         """Name and shape of every tensor in `adapter.safetensors`: nothing may be missing, nothing left over."""
         return dict(self._tensors())
 
+    def owners(self) -> dict[str, tuple[str | None, int]]:
+        """Of every tensor the expert that it belongs to, and the layer. None: routers, thresholds, HydraLoRA's shared first factor."""
+        names = [{expert.name for expert in plan.experts} for plan in self.plans]
+        found = {}
+        for tensor in self.expected_tensors():
+            _, layer, owner, *_ = tensor.split(".")  # layers.N.OWNER...
+            found[tensor] = (owner if owner in names[int(layer)] else None, int(layer))
+        return found
+
     @property
     def num_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.expected_tensors().values())

@@ -4,14 +4,18 @@ Statuses and success texts of vLLM's are its own to the byte, for tools that wer
 Who may call what is the guard's affair.
 """
 
+import asyncio
+import math
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import asdict
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from pydantic import Field, StringConstraints
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
+from moa_serve.adapter.adapter import Adapter
+from moa_serve.adapter.manifest import KINDS
 from moa_serve.api.adapter_events import MAX_LISTENERS
 from moa_serve.api.adapters import AdapterItem, AdapterRegistry, AliasItem
 from moa_serve.api.aliases import MAX_TARGETS, MAX_WEIGHT
@@ -20,6 +24,8 @@ from moa_serve.api.document import EVENTS, body_of
 from moa_serve.api.errors import JsonResponse, dump_json, error_response
 from moa_serve.api.schemas import Schema, read_json
 from moa_serve.errors import AdapterError, AdapterExists, AdapterNameInvalid, AdapterNotFound, InvalidRequest, Overloaded
+from moa_serve.metrics import ExpertsUse
+from moa_serve.metrics.pruning import UNUSED_SELECTED, UNUSED_WEIGHT, Bound, suggest
 
 router = APIRouter()
 
@@ -141,15 +147,65 @@ async def get_adapter(request: Request, name: str) -> Response:
 
 
 @router.get("/v1/adapters/{name}/experts")
-async def adapter_experts(request: Request, name: str) -> Response:
+async def adapter_experts(
+    request: Request,
+    name: str,
+    max_selected: Annotated[
+        str | None, Query(description=f"Suggest what at most this share of tokens kept, 0 to 1; {UNUSED_SELECTED} if omitted.")
+    ] = None,
+    max_weight: Annotated[
+        str | None,
+        Query(
+            description=f"Where tokens keep every expert: suggest what has at most this mean weight, 0 to 1; {UNUSED_WEIGHT} if omitted."
+        ),
+    ] = None,
+) -> Response:
     """What an adapter's routers did with live tokens since its revision was loaded: weights, shares and thresholds by layer and expert,
-    beside those of training."""
+    beside those of training; and which experts could go, up to the use that `?max_selected=` or, where tokens keep every expert,
+    `?max_weight=` sets."""
     item, use = _registry(request).item(name), server_of(request).metrics.experts(name)
     if use is None:
         raise AdapterNotFound(f"adapter {item.name!r} is {item.state}, but was not read yet; its first request does it", param="name")
     if not use.layers:
         raise InvalidRequest(f"adapter {item.name!r} has no router, so there is nothing to choose between its experts", param="name")
-    return JsonResponse(asdict(use))
+    asked = [_share(param, text) for param, text in (("max_selected", max_selected), ("max_weight", max_weight))]
+    adapter = _registry(request).store.cache.peek(use.revision)
+    return JsonResponse(await asyncio.to_thread(_experts_shape, use, adapter, *asked))
+
+
+def _share(param: str, text: str | None) -> float | None:
+    try:
+        value = None if text is None else float(text)
+    except ValueError:
+        value = math.nan
+    if value is not None and not 0 <= value <= 1:
+        raise InvalidRequest(f"{param} is {(text or '')[:40]!a}, but must be a number from 0 to 1", param=param)
+    return value
+
+
+def _experts_shape(use: ExpertsUse, adapter: Adapter | None, max_selected: float | None, max_weight: float | None) -> dict[str, Any]:
+    """What only the adapter itself can tell is null where it is not in memory."""
+    shown = asdict(use) | {"bytes": None, "prune": None}
+    sizes = {} if adapter is None else adapter.bytes_by_owner
+    for layer in shown["layers"]:
+        for expert in layer["experts"]:
+            expert["bytes"] = sizes.get((expert["name"], layer["layer"]))
+    if adapter is not None:
+        suggestion = suggest(adapter, use, Bound.of(adapter.manifest, max_selected, max_weight))
+        shown |= {"bytes": _bytes_shape(adapter), "prune": None if suggestion is None else asdict(suggestion)}
+    return shown
+
+
+def _bytes_shape(adapter: Adapter) -> dict[str, Any]:
+    kinds: dict[str, int] = {}
+    shared = 0
+    for (owner, _), size in adapter.bytes_by_owner.items():
+        if owner is None:
+            shared += size
+        else:
+            site = owner.partition("/")[0]
+            kinds[site] = kinds.get(site, 0) + size
+    return {"total": adapter.num_bytes, "shared": shared, "experts": {site: kinds[site] for site in KINDS if site in kinds}}
 
 
 @router.delete("/v1/adapters/{name}")

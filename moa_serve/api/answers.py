@@ -226,6 +226,7 @@ class ExpertUse(BaseModel):
     weight: float | None = Field(description="The sum of its weights over the tokens that kept it, over all tokens.")
     selected: float | None = Field(description="Share of tokens that kept it.")
     computed: float | None = Field(description="Share of tokens that it was computed for.")
+    bytes: int | None = Field(description="Of its tensors, as the adapter's file stores them; null while the adapter is not in memory.")
     profile: TrainedUse | None = Field(description="The same in training, where the adapter's manifest tells.")
 
 
@@ -240,6 +241,30 @@ class DeadExpert(BaseModel):
     expert: str
 
 
+class ExpertsBytes(BaseModel):
+    """Of an adapter's tensors, as its file stores them."""
+
+    total: int
+    shared: int = Field(description="Of what belongs to no expert alone: routers, thresholds, HydraLoRA's shared first factor.")
+    experts: dict[str, int] = Field(description="By kind of expert, over all layers; all experts at one linear are one kind.")
+
+
+class Unused(BaseModel):
+    expert: str
+    layers: list[int]
+
+
+class Suggestion(BaseModel):
+    """Experts that live traffic hardly uses."""
+
+    max_selected: float | None = Field(description="The bound: share of tokens that kept an expert; null where all are kept.")
+    max_weight: float | None = Field(description="The bound where all are kept: an expert's mean weight.")
+    experts: list[Unused]
+    disable: list[str] = Field(description="The same as entries of `moa.disable` and of `moa-serve convert --prune`.")
+    bytes: int = Field(description="That the adapter would lose.")
+    left_out: int = Field(description="More experts within the bound, each layer's counted, than can go or than 64 entries can name.")
+
+
 class ExpertsUse(BaseModel):
     """What an adapter's routers did with live tokens since its revision was loaded."""
 
@@ -250,6 +275,8 @@ class ExpertsUse(BaseModel):
     skipped: float | None = Field(description="Share of expert evaluations that were left out.")
     drift: float | None = Field(description="How far routing is from training, 0 to 1, as moa_router_drift; null with too few tokens.")
     dead: list[DeadExpert] | None = Field(description="Experts that no token has kept; null with fewer than 1,000 tokens.")
+    bytes: ExpertsBytes | None = Field(description="Null while the adapter is not in memory.")
+    prune: Suggestion | None = Field(description="What could go; null with fewer than 1,000 tokens, or while the adapter is not in memory.")
 
 
 class AdapterList(BaseModel):

@@ -1,6 +1,7 @@
 """What `moa-serve check` says of an adapter: a table for people, an object for programs."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,15 +63,11 @@ def _shape_of(expert: ExpertSpec) -> tuple[Any, ...]:
 
 def _parameters(manifest: Manifest) -> dict[tuple[str, int], int]:
     """(owner, layer) -> number of parameters, where the owner is an expert or ROUTERS."""
+    shapes = manifest.expected_tensors()
     counts: dict[tuple[str, int], int] = {}
-    for name, shape in manifest.expected_tensors().items():
-        _, layer, owner, *_ = name.split(".")  # layers.N.OWNER...
-        names = {expert.name for expert in manifest.layer(int(layer)).experts}
-        key = (owner if owner in names else ROUTERS, int(layer))
-        size = 1
-        for extent in shape:
-            size *= extent
-        counts[key] = counts.get(key, 0) + size
+    for name, (owner, layer) in manifest.owners().items():
+        key = (owner or ROUTERS, layer)
+        counts[key] = counts.get(key, 0) + math.prod(shapes[name])
     return counts
 
 

@@ -186,6 +186,48 @@ def test_convert_overwrites_no_strange_folder_and_needs_a_source(run: Run, tmp_p
     assert run("convert", tmp_path / "missing", tmp_path / "new", "--model", "talker").exit_code == 1
 
 
+def test_convert_prunes_what_is_named(run: Run, tmp_path: Path) -> None:
+    """And what the server's answer suggests, from a file or a pipe, is the same as its entries by hand."""
+    revision = json.loads(run("check", "adapters/sparse", "--model", "talker", "--no-self-test", "--json").stdout)["revision"]
+    answer = json.dumps({"revision": revision, "prune": {"disable": ["Q@0", "*@1"]}})
+    (tmp_path / "experts.json").write_text(answer)
+    said = []
+    for number, (prune, typed) in enumerate([("Q@0, *@1", None), (tmp_path / "experts.json", None), ("-", answer)]):
+        result = run("convert", "adapters/sparse", tmp_path / str(number), "--model", "talker", "--prune", prune, stdin=typed)
+        assert result.exit_code == 0, result.output
+        lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+        assert next(line for line in lines if line.startswith("Q ")).split()[1] == "0-1"
+        assert any(line.startswith("total 10 of 27 ") for line in lines)
+        said.append(lines[-1])
+        checked = run("check", tmp_path / str(number), "--model", "talker", "--json")
+        assert checked.exit_code == 0, checked.output
+        assert sum(len(expert["layers"]) for expert in json.loads(checked.stdout)["experts"]) == 17
+    assert said[0] == said[1] == said[2]
+    assert revision not in said[0]
+
+
+PRUNE_BAD: dict[str, tuple[str, str, str]] = {
+    # name: --prune, standard input, a part of the message
+    "no such expert": ("Q/0", "", "prune has 'Q/0', but there is no such expert"),
+    "no such file": ("nowhere.json", "", "nowhere.json: cannot be read (No such file"),
+    "no JSON": ("-", "{", "standard input: is not valid JSON"),
+    "another answer": ("-", '{"object": "list"}', "has no 'prune'; give what GET /v1/adapters/NAME/experts answered"),
+    "no suggestion": ("-", '{"prune": null}', "suggests nothing yet"),
+    "an empty one": ("-", '{"prune": {"disable": []}}', "higher max_selected or max_weight"),
+    "a strange one": ("-", '{"prune": {"disable": "Q"}}', "has no list of experts in prune.disable"),
+    "of another revision": ("-", '{"revision": "0123456789abcdef", "prune": {"disable": ["Q"]}}', "is for revision 0123456789ab, but"),
+}
+
+
+@pytest.mark.parametrize("case", PRUNE_BAD)
+def test_what_cannot_be_pruned_is_exit_2_and_nothing_is_written(run: Run, tmp_path: Path, case: str) -> None:
+    prune, typed, part = PRUNE_BAD[case]
+    result = run("convert", "adapters/sparse", tmp_path / "new", "--model", "talker", "--prune", prune, stdin=typed)
+    assert result.exit_code == 2, result.output
+    assert part in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
 # -- which adapters run
 
 

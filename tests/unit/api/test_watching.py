@@ -107,7 +107,7 @@ def test_the_experts_of_an_adapter_are_told(start: Callable[..., Serving]) -> No
     response = serving.get("/v1/adapters/soft/experts")
     assert response.status_code == 200, response.text
     found = response.json()
-    assert set(found) == {"adapter", "revision", "tokens", "layers", "skipped", "drift", "dead"}
+    assert set(found) == {"adapter", "revision", "tokens", "layers", "skipped", "drift", "dead", "bytes", "prune"}
     assert (found["adapter"], found["tokens"], found["dead"], found["drift"]) == ("soft", 6, None, None)
     assert found["revision"] == serving.server.registry.item("soft").revision
     assert [layer["layer"] for layer in found["layers"]] == [0, 1, 2]
@@ -118,6 +118,58 @@ def test_the_experts_of_an_adapter_are_told(start: Callable[..., Serving]) -> No
             assert expert["selected"] == expert["computed"] == 1.0
             assert 0 < expert["weight"] < 1
             assert expert["profile"] is None
+    assert found["prune"] is None, "six tokens say nothing"
+    told = sum(expert["bytes"] for layer in found["layers"] for expert in layer["experts"])
+    assert told == sum(found["bytes"]["experts"].values())
+    assert told + found["bytes"]["shared"] == found["bytes"]["total"] == serving.server.registry.item("soft").bytes
+    assert list(found["bytes"]["experts"]) == ["Q", "K", "V", "PROMPT", "O", "UP", "GATE", "DOWN", "P_ADAPTER"]
+
+
+def test_what_could_go_is_suggested_and_can_be_tried_at_once(start: Callable[..., Serving]) -> None:
+    serving = start()
+    for first in (1, 2):
+        serving.ok(COMPLETIONS, model="soft", prompt=[first, 5, 17, 80] * 128, max_tokens=1)
+    found = serving.get("/v1/adapters/soft/experts").json()
+    assert found["tokens"] >= 1000
+    assert (found["prune"]["max_selected"], found["prune"]["max_weight"], found["prune"]["disable"]) == (None, 0.02, [])
+    weights = sorted(expert["weight"] for layer in found["layers"] for expert in layer["experts"])
+    prune = serving.get(f"/v1/adapters/soft/experts?max_weight={weights[5] + 1e-6}").json()["prune"]
+    assert sum(len(one["layers"]) for one in prune["experts"]) == 6
+    assert prune["bytes"] > 0
+    tried = serving.ok(COMPLETIONS, model="soft", prompt=[5], max_tokens=1, moa={"disable": prune["disable"]})
+    assert tried["choices"]
+    again = serving.get("/v1/adapters/soft/experts").json()
+    assert again["tokens"] == found["tokens"], "what is tried does not count as the adapter's own way"
+
+
+def test_a_bound_that_is_none_is_refused(start: Callable[..., Serving]) -> None:
+    serving = start()
+    serving.ok(COMPLETIONS, model="soft", prompt=[5], max_tokens=1)
+    for param, text in (
+        ("max_weight", "1.5"),
+        ("max_weight", "nan"),
+        ("max_weight", "few"),
+        ("max_selected", "-0.1"),
+        ("max_selected", "0.1"),
+    ):
+        response = serving.get(f"/v1/adapters/soft/experts?{param}={text}")
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert "must be a number from 0 to 1" in serving.get("/v1/adapters/soft/experts?max_weight=2").json()["error"]["message"]
+
+
+def test_what_left_memory_tells_no_sizes(talker: Path, tmp_path: Path) -> None:
+    """A look must not read it again, nor push another one out."""
+    write_family(tmp_path / "one", "sparse_fn", config=CONFIG)
+    serving = start_serving(talker, tmp_path)
+    try:
+        serving.ok(COMPLETIONS, model="one", prompt=[5], max_tokens=1)
+        assert serving.get("/v1/adapters/one/experts").json()["bytes"]["total"] > 0
+        serving.server.registry.store.cache.evict_idle()
+        found = serving.get("/v1/adapters/one/experts").json()
+        assert (found["bytes"], found["prune"], found["layers"][0]["experts"][0]["bytes"]) == (None, None, None)
+        assert serving.server.registry.item("one").bytes == 0
+    finally:
+        serving.stop()
 
 
 def test_without_a_router_or_an_adapter_there_is_nothing_to_tell(talker: Path, tmp_path: Path) -> None:
