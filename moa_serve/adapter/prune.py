@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from moa_serve.adapter.manifest import ExpertSpec, Manifest, SelectTopK
-from moa_serve.adapter.rules import Router, RoutingOptions, routers_of, rules_for
+from moa_serve.adapter.rules import Router, RoutingOptions, rules_for
 from moa_serve.errors import InvalidRequest
 
 
@@ -42,16 +42,15 @@ class Unit:
 def units_of(manifest: Manifest) -> list[Unit]:
     """All that a router weighs, layer by layer; none where the adapter has no router."""
     units = []
-    for (layer, site), outputs, plan in routers_of(manifest):
-        if site == "layer":
-            owners: dict[int, list[str]] = {}
-            for expert, column in zip(plan.experts, plan.columns, strict=True):
-                owners.setdefault(column, []).append(expert.name)
-            units += [Unit(layer, site, tuple(names), (column,)) for column, names in owners.items()]
-        elif manifest.router.select.kind == "top_k":
-            units += [Unit(layer, site, (expert.name,), (expert.index,)) for expert in plan.at(site)]
-        else:
-            units.append(Unit(layer, site, tuple(expert.name for expert in plan.at(site)), tuple(range(outputs))))
+    for router in manifest.routers:
+        layer, site = router.layer, router.site
+        if site != "layer" and manifest.router.select.kind != "top_k":
+            units.append(Unit(layer, site, tuple(router.experts), tuple(range(router.num_outputs))))
+            continue
+        owners: dict[int, list[str]] = {}
+        for name, bit in router.experts.items():
+            owners.setdefault(bit.bit_length() - 1, []).append(name)
+        units += [Unit(layer, site, tuple(names), (output,)) for output, names in owners.items()]
     return units
 
 
@@ -145,10 +144,11 @@ class _Pruning:
         self.removed = frozenset((unit.layer, name) for unit in gone for name in unit.experts)
         touched = {unit.router for unit in gone}
         self.orders: dict[Router, tuple[int, ...]] = {}  # the outputs of routers that lose some, as they stand behind it
-        for router, outputs, _ in routers_of(manifest):
-            used = sorted(output for unit in left if unit.router == router for output in unit.outputs)
-            if used and router in touched:
-                self.orders[router] = self._order(used, outputs)
+        for router in manifest.routers:
+            place = router.layer, router.site
+            used = sorted(output for unit in left if unit.router == place for output in unit.outputs)
+            if used and place in touched:
+                self.orders[place] = self._order(used, router.num_outputs)
 
     def _order(self, used: list[int], outputs: int) -> tuple[int, ...]:
         if self.manifest.router.site == "linear" or self.manifest.router.activation == "sigmoid":
