@@ -190,7 +190,7 @@ async def _run(
     server.engine.start()
     watchdog = Watchdog(server.engine, stuck_seconds=settings.watchdog_seconds)
     watchdog.start()
-    server.metrics.watch(watchdog, server.memory, server.is_ready)
+    server.metrics.watch(watchdog, server.memory, server.is_ready, server.threshold_scales)
     try:
         try:
             problem = await asyncio.to_thread(server.registry.scan)
