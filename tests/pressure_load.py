@@ -282,7 +282,7 @@ def main() -> int:
     arguments.add_argument("--adapter", default="math-sparse", help="of those that are shipped")
     arguments.add_argument("--scale", type=float, action="append", help="highest factor, a server for each; 1.5 if omitted")
     arguments.add_argument("--made-up", action="append", choices=[*MADE_UP, "none"], help="again for more; rank64 and experts16 if omitted")
-    arguments.add_argument("--made-up-requests", type=int, default=64, help="questions of a wave with one of those")
+    arguments.add_argument("--made-up-requests", type=int, default=48, help="questions of a wave with one of those")
     arguments.add_argument("--rows", type=int, default=8, help="that a server computes at once (max_num_seqs)")
     arguments.add_argument("--waiting", type=int, default=24, help="requests that may wait; clients are rows and these together")
     arguments.add_argument("--max-tokens", type=int, default=48)
@@ -299,6 +299,7 @@ def main() -> int:
             write_adapters(folder / "adapters", options.adapter, options.made_up)
         command = [sys.executable, "-m", "moa_serve", "serve", "--port", "0", "--adapters-dir", str(folder / "adapters")]
         command += ["--kv-cache-bytes", str(2**28), "--max-num-seqs", str(options.rows), "--max-waiting", str(options.waiting)]
+        command += ["--queue-timeout-seconds", "600"]  # a slow machine is not to end what it is asked
         flags: dict[str, list[str]] = {OFF: [], CONTROL: []}
         flags |= {f"{scale:g}": ["--pressure-threshold-scale", str(scale), "--pressure-waiting", "1"] for scale in options.scale}
         servers = {}
