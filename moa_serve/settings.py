@@ -296,7 +296,7 @@ class ServerSettings(BaseSettings):
         return self
 
     def _check_pressure(self) -> None:
-        is_on = max([self.pressure_threshold_scale, *self.pressure_scales.values()]) > 1
+        is_on = self.raises_thresholds
         if not is_on and (given := [name for name in ("pressure_adapters", "pressure_waiting") if getattr(self, name)]):
             raise ValueError(f"{given[0]}: no threshold would be raised; set pressure_threshold_scale above 1, or leave it out")
         if is_on and self.first_waiting > self.max_waiting:
@@ -309,6 +309,11 @@ class ServerSettings(BaseSettings):
     def pressure_scales(self) -> dict[str, float]:
         """`pressure_adapters`, by name."""
         return dict(map(_factor, self.pressure_adapters))
+
+    @property
+    def raises_thresholds(self) -> bool:
+        """Whether there is any pressure that raises thresholds."""
+        return max([self.pressure_threshold_scale, *self.pressure_scales.values()]) > 1
 
     @property
     def first_waiting(self) -> int:
