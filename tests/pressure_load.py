@@ -216,8 +216,7 @@ def show(console: Console, adapter: str, told: dict[str, list[Told]], *, is_judg
     table = Table(*titles, *(["right %"] if is_judged else []), title=f"{adapter}, {len(told[OFF][0].verdicts)} questions a wave")
     for name, found in told.items():
         times = [_median(found, f"{what}_{quantile}_seconds") for what in ("ttft", "gap") for quantile in ("p50", "p99")]
-        steps = [one.step_seconds for one in found if one.step_seconds is not None]
-        shares = [one.expert_seconds / one.step_seconds for one in found if one.step_seconds and one.expert_seconds is not None]
+        steps, shares = [one.step_seconds for one in found if one.step_seconds is not None], shares_of(found)
         cells = [name, f"{_median(found, 'tokens_per_second'):.1f}", *(f"{1000 * value:.1f}" for value in times)]
         cells += [f"{1000 * statistics.median(steps):.1f}", f"{statistics.median(shares):.1%}"] if steps else ["", ""]
         cells += [f"{statistics.median(one.skipped for one in found):.1%}", f"{statistics.median(one.raised for one in found):.0%}"]
@@ -229,7 +228,14 @@ def show(console: Console, adapter: str, told: dict[str, list[Told]], *, is_judg
         console.print(line)
 
 
+def shares_of(told: Sequence[Told]) -> list[float]:
+    """Of routers and experts in a step, wave by wave; none where the backend does not time parts."""
+    return [one.expert_seconds / one.step_seconds for one in told if one.step_seconds and one.expert_seconds is not None]
+
+
 def compared(told: dict[str, list[Told]], *, is_judged: bool) -> Iterator[str]:
+    if shares := shares_of(told[OFF]):
+        yield f"without routers and experts a step would take {statistics.median(shares):.1%} less: no factor saves more"
     for name in told:
         if name == OFF:
             continue
@@ -306,8 +312,10 @@ def main() -> int:
         for name, more in flags.items():
             (own := folder / name).mkdir()  # with its log
             servers[name] = stack.enter_context(running_command([*command, *more], own))
+        version = httpx.get(f"{servers[OFF].url}/version").json()
+        console.print(f"{version['base']}, {version['backend']} ({version['native']}), {version['dtype']}")
         found = measure(servers, examples, options, console)
-    sys.stdout.write(json.dumps(to_json(found, options)) + "\n")
+    sys.stdout.write(json.dumps({"server": version, **to_json(found, options)}) + "\n")
     return 0
 
 
