@@ -28,10 +28,18 @@ KEY_LIMITS = ("key_requests_per_minute", "key_tokens_per_minute", "key_concurren
 _KEY = re.compile(r"[\x21-\x7e]{1,512}")  # what fits an Authorization header
 _FROM_KUBERNETES = re.compile(r"MOA_(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP)\w*)")  # beside a service called moa
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+_FACTOR = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63})=(\d{1,3}(?:\.\d{1,9})?)")
 
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 Texts = Annotated[tuple[str, ...], NoDecode]
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode]
+
+
+def _factor(item: str) -> tuple[str, float]:
+    """Of `NAME=FACTOR`. Raises ValueError: it is something else."""
+    if not (found := _FACTOR.fullmatch(item)) or not 1 <= float(found[2]) <= 100:
+        raise ValueError(f"{item!a} is no NAME=FACTOR with an adapter's name and a number from 1 to 100")
+    return found[1], float(found[2])
 
 
 def _default_adapters_dir() -> Path | None:
@@ -132,6 +140,21 @@ class ServerSettings(BaseSettings):
     max_num_seqs_per_adapter: int | None = Field(None, ge=1, description="Sequences of one adapter in one step; no limit if omitted.")
     max_num_seqs_per_key: int | None = Field(None, ge=1, description="Sequences of one API key in one step; no limit if omitted.")
 
+    # -- sparsity under pressure
+    pressure_threshold_scale: float = Field(
+        1.0,
+        ge=1,
+        le=100,
+        allow_inf_nan=False,
+        description="Highest factor on thresholds of requests that come while others wait: fewer experts, faster, less right. 1 is off.",
+    )
+    pressure_adapters: Texts = Field(
+        (), description="Adapters with a factor of their own, as NAME=FACTOR with commas between; 1 leaves an adapter as it is."
+    )
+    pressure_waiting: int | None = Field(
+        None, ge=1, description="Waiting requests from which on thresholds are raised; a quarter of max_waiting if omitted."
+    )
+
     # -- what a request may be
     max_body_bytes: int = Field(4 * 2**20, ge=1024, le=2**30, description="Bytes of a request body; more get 413 before they are read.")
     max_body_chunks: int = Field(8192, ge=1, description="Pieces of a chunked body: one costs more than the bytes in it.")
@@ -198,7 +221,7 @@ class ServerSettings(BaseSettings):
         """Flags, then the environment. The file comes last, in `load_settings`; there are no other places to look."""
         return init_settings, env_settings
 
-    @field_validator("api_key", "allowed_hosts", "cors_origin", mode="before")
+    @field_validator("api_key", "allowed_hosts", "cors_origin", "pressure_adapters", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         """A variable, a key of the file and a flag hold several values with commas between them; a flag can be repeated, too."""
@@ -243,6 +266,14 @@ class ServerSettings(BaseSettings):
                 raise ValueError(f"{origin!a} is no origin; write scheme://host or scheme://host:port, one by one, without a path")
         return origins
 
+    @field_validator("pressure_adapters")
+    @classmethod
+    def _check_factors(cls, items: tuple[str, ...]) -> tuple[str, ...]:
+        names = [_factor(item)[0] for item in items]
+        if len(set(names)) < len(names):
+            raise ValueError(f"names an adapter twice: {', '.join(names)}")
+        return items
+
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.admin_key is not None and any(key.get_secret_value() == self.admin_key.get_secret_value() for key in self.api_key):
@@ -261,7 +292,33 @@ class ServerSettings(BaseSettings):
                 f"max_batch_tokens: {self.max_batch_tokens} is less than max_num_seqs {self.max_num_seqs}, so a step could not give each "
                 f"row one token; raise it"
             )
+        self._check_pressure()
         return self
+
+    def _check_pressure(self) -> None:
+        is_on = self.raises_thresholds
+        if not is_on and (given := [name for name in ("pressure_adapters", "pressure_waiting") if getattr(self, name)]):
+            raise ValueError(f"{given[0]}: no threshold would be raised; set pressure_threshold_scale above 1, or leave it out")
+        if is_on and self.first_waiting > self.max_waiting:
+            raise ValueError(
+                f"pressure_waiting: {self.first_waiting} is more than may wait (max_waiting {self.max_waiting}), so no threshold would "
+                f"ever be raised; lower it, or raise max_waiting"
+            )
+
+    @property
+    def pressure_scales(self) -> dict[str, float]:
+        """`pressure_adapters`, by name."""
+        return dict(map(_factor, self.pressure_adapters))
+
+    @property
+    def raises_thresholds(self) -> bool:
+        """Whether there is any pressure that raises thresholds."""
+        return max([self.pressure_threshold_scale, *self.pressure_scales.values()]) > 1
+
+    @property
+    def first_waiting(self) -> int:
+        """`pressure_waiting`, or what it is if omitted."""
+        return max(1, self.max_waiting // 4) if self.pressure_waiting is None else self.pressure_waiting
 
     @property
     def tls(self) -> tuple[Path, Path | None, str | None] | None:

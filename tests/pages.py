@@ -52,6 +52,8 @@ one `data: {"error": ...}` event, and no `[DONE]` comes.
 
 **Headers.** `X-Request-Id` comes back as it was sent, if it is 1 to 128 of `A-Z a-z 0-9 . _ -`, else as one of the server's. Where a
 key has limits, `x-ratelimit-limit-requests`, `-remaining-requests`, `-reset-requests`, and the same with `-tokens`.
+Where the server has raised the adapter's thresholds, `X-MoA-Threshold-Scale` says by which factor
+([routing.md](routing.md#sparsity-under-pressure)).
 """
 
 

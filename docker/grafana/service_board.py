@@ -208,6 +208,25 @@ def _load() -> list[Panel]:
             rate("moa_preemptions_total", HERE, legend="preemptions"),
             span=12,
         ),
+        graph(
+            "Factor on thresholds",
+            "Of a request that comes now, where pressure_threshold_scale lets a queue raise it. At its highest for long: more servers.",
+            "short",
+            Query(f"max by (adapter) (moa_threshold_scale{{{HERE}}})", "{{adapter}}"),
+            span=12,
+        ),
+        graph(
+            "Requests with raised thresholds",
+            "Share of an adapter's requests that came while others waited, so that fewer experts answered. Much, and for long: "
+            "see MoaThresholdsRaised.",
+            "percentunit",
+            Query(
+                f"{rate('moa_raised_threshold_requests_total', HERE, 'adapter').expr} / {rate('moa_requests_total', HERE, 'adapter').expr}",
+                "{{adapter}}",
+            ),
+            span=12,
+            top=1,
+        ),
     ]
 
 

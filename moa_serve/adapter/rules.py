@@ -228,6 +228,13 @@ def rules_for(options: RoutingOptions | None, manifest: Manifest | None, *, pres
     return _resolved(_Asked(manifest, options, pressure))
 
 
+def yields(options: RoutingOptions | None, manifest: Manifest | None) -> bool:
+    """Whether `pressure` would raise the thresholds of a request: the adapter has some, and no option has set another."""
+    if manifest is None or not RouterRule.of(manifest.router.select, 1).threshold:
+        return False
+    return options is None or (options.mode != "soft" and options.threshold is None)
+
+
 def echo(options: RoutingOptions, manifest: Manifest) -> dict[str, Any]:
     """`options` as a response says them, with the mode that they mean."""
     own_is_sparse = manifest.router.select.kind != "all"

@@ -44,6 +44,9 @@ class MoaAnswer(BaseModel):
     adapter: str | None = Field(description="null for the base alone.")
     variant: str | None
     timings: Timings
+    threshold_scale: float | None = Field(
+        None, description="What the server, under pressure, multiplied the adapter's thresholds by; only where it did."
+    )
     defaults: dict[str, Any] | None = Field(None, description="Fields that the adapter gave, since the request left them out.")
 
 

@@ -11,6 +11,7 @@ from moa_serve.adapter.adapter import Adapter
 from moa_serve.api.adapters import AdapterRegistry
 from moa_serve.api.errors import KeyOverloaded, NotReady
 from moa_serve.api.overload import ReturnTimes
+from moa_serve.api.sparsity import SparsityPressure
 from moa_serve.api.traces import Traces
 from moa_serve.chat_template import ChatTemplate
 from moa_serve.engine.async_engine import AsyncEngine
@@ -50,6 +51,7 @@ class Server:
     num_preparing: int = 0  # rows of requests that are not yet in the engine: their adapter is being read, or their text tokenised
     rows_of_keys: Counter[str] = field(default_factory=Counter)  # of requests that have not ended, by the key's id
     return_times: ReturnTimes = field(init=False)
+    sparsity: SparsityPressure = field(init=False)
     chat_template: ChatTemplate | None = field(init=False)
     sandbox: SandboxProcess | None = field(init=False)  # where adapters' own templates are rendered
     grammars: GrammarCompiler | None = field(init=False)
@@ -57,6 +59,12 @@ class Server:
     def __post_init__(self) -> None:
         config = self.engine.engine.model.config
         self.return_times = ReturnTimes(self.engine.engine.options.max_num_seqs)
+        self.sparsity = SparsityPressure(
+            self.settings.pressure_threshold_scale,
+            self.settings.pressure_scales,
+            first_waiting=self.settings.first_waiting,
+            max_waiting=self.settings.max_waiting,
+        )
         self.chat_template = ChatTemplate(self.tokenizer) if self.tokenizer else None
         self.sandbox = SandboxProcess() if self.settings.adapter_chat_templates else None
         self.grammars = GrammarCompiler(self.tokenizer, config.vocab_size, config.eos_token_ids) if self.tokenizer else None
@@ -99,6 +107,14 @@ class Server:
     def max_rows(self) -> int:
         """That may run and wait."""
         return self.engine.engine.options.max_num_seqs + self.settings.max_waiting
+
+    def num_waiting(self, num_more: int = 0) -> int:
+        """Rows beyond those that can run, counted as `check_room` counts them, and with so many more."""
+        return max(0, self.engine.num_open + self.num_preparing + num_more - self.engine.engine.options.max_num_seqs)
+
+    def threshold_scales(self) -> dict[str, float]:
+        """What the thresholds of a request that came now would be multiplied by, as `SparsityPressure.shown` has it."""
+        return self.sparsity.shown(self.num_waiting(1))
 
     @contextmanager
     def claim(self, key_id: str | None, num_rows: int) -> Iterator[None]:

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from moa_serve.adapter.adapter import Adapter
 from moa_serve.adapter.manifest import RequestDefaults
-from moa_serve.adapter.rules import RoutingRules, echo, rules_for
+from moa_serve.adapter.rules import RoutingRules, echo, rules_for, yields
 from moa_serve.api.choice import Choice, Delta, Prompt
 from moa_serve.api.context import Server
 from moa_serve.api.errors import (
@@ -46,6 +46,9 @@ from moa_serve.metrics.record import RequestRecord, timings
 
 MAX_GAPS = 64  # between tokens, that are handed to the metrics at once
 MAX_SCORED_CONTEXTS = 4  # prompt tokens that one request may have scored, in contexts
+
+THRESHOLD_SCALE = b"x-moa-threshold-scale"
+"""Header of an answer whose experts had to reach more than the adapter asks for."""
 
 _JSON = [(b"content-type", b"application/json")]
 _EVENT_STREAM = [
@@ -90,6 +93,7 @@ class _Progress:
     adapter: Adapter | None = None
     options: dict[str, Any] = field(default_factory=dict)  # of routing, as they were resolved
     rules: RoutingRules | None = None
+    threshold_scale: float | None = None  # that the server put on the adapter's own thresholds
     defaults: dict[str, Any] = field(default_factory=dict)  # fields that the adapter gave, and not the client
     prompts: list[Prompt] = field(default_factory=list)
     max_tokens: int | None = None
@@ -190,6 +194,7 @@ class Generation(Response):
         num_rows = self._dialect.num_prompts(body) * body.n
         stack.enter_context(server.claim(self._key_id, num_rows))
         with server.admit(num_rows):
+            level = server.sparsity.admit(server.num_waiting())
             if body.model != server.base_name:
                 lease = await server.registry.lease(body.model, revision=body.moa.revision, key=body.user or self._key_id)
                 stack.callback(lease.release)
@@ -202,7 +207,7 @@ class Generation(Response):
                     f"revision {body.moa.revision[:12]} is not the base's, {server.base_digest[:12]}", param="moa.revision"
                 )
             self._check_routed(body)
-            return await asyncio.to_thread(self._encode, body)
+            return await asyncio.to_thread(self._encode, body, level)
 
     def _check_routed(self, body: GenerationRequest) -> None:
         """Raises InvalidRequest: routing is asked of what has no router."""
@@ -214,11 +219,19 @@ class Generation(Response):
                 param="moa.return_routing",
             )
 
-    def _resolve_routing(self, body: GenerationRequest) -> None:
-        """Raises InvalidRequest: an option is not for this adapter."""
-        manifest = None if self._progress.adapter is None else self._progress.adapter.manifest
+    def _resolve_routing(self, body: GenerationRequest, level: int) -> None:
+        """
+        Args:
+            level: of `SparsityPressure`, when the request was admitted.
+        Raises:
+            InvalidRequest: an option is not for this adapter.
+        """
+        adapter, name = self._progress.adapter, self._progress.adapter_name
+        manifest = None if adapter is None else adapter.manifest
         options = body.moa.options()
-        self._progress.rules = rules_for(options, manifest)
+        scale = self._server.sparsity.scale(name, level) if name is not None and yields(options, manifest) else 1.0
+        self._progress.rules = rules_for(options, manifest, pressure=scale)
+        self._progress.threshold_scale = scale if scale > 1 else None
         if options is not None and manifest is not None:
             self._progress.options = echo(options, manifest)
 
@@ -229,8 +242,8 @@ class Generation(Response):
             found.pop("stop", None)  # without text there is nothing to stop at, and the client did not ask for it
         return found
 
-    def _encode(self, body: GenerationRequest) -> list[tuple[Prompt, list[Request]]]:
-        self._resolve_routing(body)
+    def _encode(self, body: GenerationRequest, level: int) -> list[tuple[Prompt, list[Request]]]:
+        self._resolve_routing(body, level)
         if self._progress.adapter is not None:  # before it waits for a slot: no step of others is to wait for its layout
             self._server.engine.warm(self._progress.adapter)
             if body.moa.return_routing:
@@ -438,6 +451,8 @@ class Generation(Response):
 
     async def _start(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         self._progress.is_started = True
+        if (scale := self._progress.threshold_scale) is not None:
+            headers = [*headers, (THRESHOLD_SCALE, f"{scale:.10g}".encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def _answer_error(self, error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
@@ -496,6 +511,7 @@ class Generation(Response):
             "variant": adapter.manifest.variant if adapter else None,
             "timings": timings(self._record()),
             **({"options": self._progress.options} if self._progress.options else {}),
+            **({"threshold_scale": self._progress.threshold_scale} if self._progress.threshold_scale is not None else {}),
             **({"defaults": self._progress.defaults} if self._progress.defaults else {}),
         }
 
@@ -519,6 +535,7 @@ class Generation(Response):
             finished=time.monotonic(),
             n=progress.body.n if progress.body else 1,
             max_tokens=progress.max_tokens,
+            threshold_scale=progress.threshold_scale,
             status=CLIENT_CLOSED_REQUEST if progress.is_cancelled and not progress.is_started else progress.status,
         )
 

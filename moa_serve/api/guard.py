@@ -162,7 +162,7 @@ class Guard:
             origin = headers.one("origin")
             if origin in self._settings.cors_origin:
                 extra.append((b"access-control-allow-origin", origin.encode("latin-1")))
-                extra.append((b"access-control-expose-headers", b"X-Request-Id, Retry-After"))
+                extra.append((b"access-control-expose-headers", b"X-Request-Id, Retry-After, X-MoA-Threshold-Scale"))
         return extra
 
     def _is_preflight(self, scope: Scope, headers: "_Headers") -> bool:

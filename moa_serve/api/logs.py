@@ -155,6 +155,7 @@ def log_request(record: RequestRecord) -> None:
         "finish_reason": record.finish_reason,
         "n": record.n,
         "max_tokens": record.max_tokens,
+        "threshold_scale": record.threshold_scale,
         "prompt_tokens": record.prompt_tokens,
         "cached_tokens": record.cached_tokens,
         "completion_tokens": record.completion_tokens,

@@ -130,7 +130,7 @@ def open_traces(endpoint: str | None, version: str) -> Traces | None:
 
 
 def _describe(span: "Span", record: RequestRecord, operation: str, served: str | None, response_id: str) -> None:
-    values: dict[str, str | int | list[str] | None] = {
+    values: dict[str, str | int | float | list[str] | None] = {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "moa_serve",
         "gen_ai.request.model": record.model[:128],
@@ -148,5 +148,6 @@ def _describe(span: "Span", record: RequestRecord, operation: str, served: str |
         "moa.adapter": record.adapter,
         "moa.revision": record.revision,
         "moa.request_id": record.request_id,
+        "moa.threshold_scale": record.threshold_scale,
     }
     span.set_attributes({name: value for name, value in values.items() if value is not None})

@@ -9,7 +9,7 @@ make a series.
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from prometheus_client import Metric, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -67,9 +67,15 @@ class Metrics:
         self._state.attach(engine, adapters, cache)
         engine.on_step = self.on_step
 
-    def watch(self, watchdog: Watchdog, memory: MemoryWatch, is_ready: Callable[[], bool]) -> None:
+    def watch(
+        self,
+        watchdog: Watchdog,
+        memory: MemoryWatch,
+        is_ready: Callable[[], bool],
+        threshold_scales: Callable[[], Mapping[str, float]],
+    ) -> None:
         """Show what these see; where a server runs."""
-        self._state.watch(watchdog, memory, is_ready)
+        self._state.watch(watchdog, memory, is_ready, threshold_scales)
 
     def on_step(self, engine: Engine, events: list[TokenEvent]) -> None:
         """In the engine thread."""

@@ -17,6 +17,7 @@ class RequestRecord:
         n: completions of each prompt.
         max_tokens: as asked; None is the rest of the context.
         status: of the HTTP response; what was decided, where the client left before it.
+        threshold_scale: what the server, under pressure, multiplied the adapter's thresholds by; None where it left them alone.
     """
 
     model: str
@@ -36,6 +37,7 @@ class RequestRecord:
     n: int
     max_tokens: int | None
     status: int
+    threshold_scale: float | None = None
 
 
 def timings(record: RequestRecord) -> dict[str, float | None]:

@@ -25,6 +25,9 @@ class RequestMetrics:
         self._ended = counter(
             "moa_requests", "Requests by how they ended: stop, length, abort (the client left), error.", whose, "finish_reason"
         )
+        self._raised = counter(
+            "moa_raised_threshold_requests", "Requests that came under pressure, so that their experts had to reach more.", whose
+        )
         self._trouble = counter("moa_registry_trouble", "State of the registry that could not be written, or not be understood.", "kind")
         for kind in REGISTRY_TROUBLE:
             self._trouble.labels(kind)
@@ -34,6 +37,8 @@ class RequestMetrics:
     def observe(self, record: RequestRecord, label: str) -> None:
         """Count a request. Its times are observed where it ran: what was refused before would only make them look short."""
         self._ended.labels(label, record.finish_reason).inc()
+        if record.threshold_scale is not None:
+            self._raised.labels(label).inc()
         if record.scheduled is None:
             return
         for counter, count in (

@@ -55,6 +55,7 @@ class State:
         self.watchdog: Watchdog | None = None
         self.memory: MemoryWatch | None = None
         self.is_ready: Callable[[], bool] | None = None
+        self.threshold_scales: Callable[[], Mapping[str, float]] | None = None
         self.in_use: frozenset[str | None] = frozenset()  # revisions in slots that rows used after the last step
         self.num_kept = self.looked_for = self.hit = 0
 
@@ -62,8 +63,15 @@ class State:
         self.engine, self.adapters, self.cache = engine, adapters, cache
         self.times = engine.time_steps()
 
-    def watch(self, watchdog: Watchdog, memory: MemoryWatch, is_ready: Callable[[], bool]) -> None:
+    def watch(
+        self,
+        watchdog: Watchdog,
+        memory: MemoryWatch,
+        is_ready: Callable[[], bool],
+        threshold_scales: Callable[[], Mapping[str, float]],
+    ) -> None:
         self.watchdog, self.memory, self.is_ready = watchdog, memory, is_ready
+        self.threshold_scales = threshold_scales
 
     def publish(self, engine: Engine) -> None:
         table = engine.slot_table
@@ -83,6 +91,7 @@ class Now:
         self.engine, self._adapters = engine, adapters
         self.base_name, self.times, self.cache = state.base_name, state.times, state.cache
         self.watchdog, self.memory, self.is_ready = state.watchdog, state.memory, state.is_ready
+        self.threshold_scales = {} if state.threshold_scales is None else state.threshold_scales()
         self.in_use, self.looked_for, self.hit = state.in_use, state.looked_for, state.hit
         self.load: Load = engine.load
         self.incidents: Mapping[str, int] = engine.incidents
@@ -186,6 +195,16 @@ STATE: tuple[Shown[Now], ...] = (
         "gauge",
         "1 while new requests are taken, as GET /health/ready says, else 0.",
         lambda now: None if now.is_ready is None else int(now.is_ready()),
+    ),
+    Shown(
+        Family(
+            "moa_threshold_scale",
+            "gauge",
+            "What the thresholds of a request that came now would be multiplied by; other: of adapters without a factor of their own. No "
+            "series where none is ever raised.",
+            ("adapter",),
+        ),
+        lambda now: [((name,), scale) for name, scale in now.threshold_scales.items()],
     ),
     one("moa_engine_failed", "gauge", "1 once the engine thread has given up.", lambda now: int(now.engine.failure is not None)),
     one(

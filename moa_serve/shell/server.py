@@ -156,6 +156,12 @@ def compose(settings: ServerSettings, base: Base, backend: str, directory: State
     )
     registry = AdapterRegistry(store, engine, metrics=metrics, directory=directory)
     metrics.attach(engine, registry, store.cache)
+    if settings.raises_thresholds and backend != "native":
+        logger.warning(
+            "thresholds may be raised under pressure, but the %s backend computes every expert all the same: answers change and no time is "
+            "saved; leave pressure_threshold_scale and pressure_adapters out",
+            backend,
+        )
 
     def evict() -> None:
         store.cache.evict_idle()
@@ -190,7 +196,7 @@ async def _run(
     server.engine.start()
     watchdog = Watchdog(server.engine, stuck_seconds=settings.watchdog_seconds)
     watchdog.start()
-    server.metrics.watch(watchdog, server.memory, server.is_ready)
+    server.metrics.watch(watchdog, server.memory, server.is_ready, server.threshold_scales)
     try:
         try:
             problem = await asyncio.to_thread(server.registry.scan)

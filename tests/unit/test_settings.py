@@ -109,6 +109,18 @@ def test_unknown_names_are_refused_by_name() -> None:
         ({"max_num_seqs": 300}, "max_batch_tokens"),
         ({"cors_origin": ["https://a.example/path"]}, "cors_origin"),
         ({"cors_origin": ["*"]}, "cors_origin"),
+        ({"pressure_threshold_scale": 0.9}, "pressure_threshold_scale"),
+        ({"pressure_threshold_scale": 101}, "pressure_threshold_scale"),
+        ({"pressure_threshold_scale": float("nan")}, "pressure_threshold_scale"),
+        ({"pressure_threshold_scale": 2, "pressure_adapters": ["math"]}, "pressure_adapters"),
+        ({"pressure_threshold_scale": 2, "pressure_adapters": ["math=0.5"]}, "pressure_adapters"),
+        ({"pressure_threshold_scale": 2, "pressure_adapters": ["math=inf"]}, "pressure_adapters"),
+        ({"pressure_threshold_scale": 2, "pressure_adapters": ["a/b=1"]}, "pressure_adapters"),
+        ({"pressure_threshold_scale": 2, "pressure_adapters": ["a=1,b=2", "a=3"]}, "pressure_adapters"),
+        ({"pressure_adapters": ["math=1"]}, "pressure_adapters"),
+        ({"pressure_waiting": 8}, "pressure_waiting"),
+        ({"pressure_threshold_scale": 2, "pressure_waiting": 65}, "pressure_waiting"),
+        ({"pressure_threshold_scale": 2, "max_waiting": 0}, "pressure_waiting"),
     ],
 )  # fmt: skip
 def test_what_is_out_of_bounds_is_refused_by_name(given: dict[str, Any], param: str) -> None:
@@ -221,3 +233,11 @@ def test_a_variable_that_is_no_setting_is_told_with_what_was_meant(monkeypatch: 
 def test_a_mistyped_key_of_the_file_is_told_what_was_meant() -> None:
     with pytest.raises(InvalidRequest, match=r"'max_wating' \(did you mean max_waiting\?\)"):
         load_settings({}, write("max_wating = 1"))
+
+
+def test_pressure_has_a_factor_for_all_and_one_for_each_that_is_named() -> None:
+    settings = load_settings({"pressure_adapters": ["math=2.5,law=1"], "max_waiting": 40})
+    assert (settings.pressure_threshold_scale, settings.pressure_scales) == (1.0, {"math": 2.5, "law": 1.0})
+    assert settings.first_waiting == 10, "a quarter"
+    assert load_settings({"pressure_threshold_scale": 2, "pressure_waiting": 64}).first_waiting == 64
+    assert load_settings({"pressure_threshold_scale": 2, "max_waiting": 1}).first_waiting == 1

@@ -53,6 +53,9 @@ def test_a_request_is_one_line_with_its_timings(lines: io.StringIO) -> None:
     assert line["event"] == "request"
     assert line["timings"] == {"queue": 0.5, "prefill": 0.5, "first_token": 1.0, "decode": 2.0, "tokens_per_second": 2.0}
     assert (line["status"], line["completion_tokens"], line["seconds"]) == (200, 5, 3.0)
+    assert line["threshold_scale"] is None
+    log_request(record(threshold_scale=1.5))
+    assert read(lines)[1]["threshold_scale"] == 1.5
 
 
 @pytest.mark.case(87)

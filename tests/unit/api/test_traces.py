@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
-from moa_serve.api.traces import _PROTOCOLS, open_traces
+from moa_serve.api.traces import _PROTOCOLS, _describe, open_traces
 from moa_serve.errors import InvalidRequest
+from moa_serve.metrics import RequestRecord
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +63,18 @@ def test_a_span_that_cannot_be_made_breaks_nothing(caplog: pytest.LogCaptureFixt
     traces.add(None, response_id="x", error=None, headers={})  # type: ignore[arg-type]
     traces.close()
     assert "a request could not be traced" in caplog.text
+
+
+@pytest.mark.parametrize("scale", [None, 1.25])
+def test_a_span_has_the_factor_on_thresholds_where_there_was_one(scale: float | None) -> None:
+    class Kept(dict[str, object]):
+        set_attributes = dict.update
+
+    record = RequestRecord(
+        model="math", adapter="math", revision="ab", request_id="r", endpoint="/v1/completions", prompt_tokens=7, completion_tokens=5,
+        cached_tokens=0, longest_completion=5, finish_reason="stop", arrived=1.0, scheduled=1.5, first_token=2.0, finished=4.0, n=1,
+        max_tokens=16, status=200, threshold_scale=scale,
+    )  # fmt: skip
+    span = Kept()
+    _describe(span, record, "text_completion", "math", "id")  # type: ignore[arg-type]
+    assert span.get("moa.threshold_scale") == scale

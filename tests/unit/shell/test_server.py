@@ -42,3 +42,14 @@ def test_flags_of_the_prefix_cache_and_of_caps_reach_the_engine(tmp_path: Path, 
     flags = ("--no-prefix-cache", "--max-num-seqs-per-adapter", "3", "--max-num-seqs-per-key", "2")
     told = options_of(monkeypatch, tmp_path, *flags)
     assert (told.prefix_cache, told.max_num_seqs_per_adapter, told.max_num_seqs_per_tenant) == (False, 3, 2)
+
+
+def test_thresholds_that_are_raised_for_nothing_are_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """torch computes every expert: answers would be worse and no sooner there."""
+    write_base(tmp_path)
+    options_of(monkeypatch, tmp_path)
+    assert "pressure" not in caplog.text
+    options_of(monkeypatch, tmp_path, "--pressure-adapters", "math=2")
+    assert "the torch backend computes every expert" in caplog.text
