@@ -143,13 +143,14 @@ async def get_adapter(request: Request, name: str) -> Response:
 @router.get("/v1/adapters/{name}/experts")
 async def adapter_experts(request: Request, name: str) -> Response:
     """What an adapter's routers did with live tokens since its revision was loaded: weights, shares and thresholds by layer and expert,
-    beside those of training."""
+    beside those of training; and what leaving experts out costs, where the shadow check runs."""
     item, use = _registry(request).item(name), server_of(request).metrics.experts(name)
     if use is None:
         raise AdapterNotFound(f"adapter {item.name!r} is {item.state}, but was not read yet; its first request does it", param="name")
     if not use.layers:
         raise InvalidRequest(f"adapter {item.name!r} has no router, so there is nothing to choose between its experts", param="name")
-    return JsonResponse(asdict(use))
+    shadow = server_of(request).metrics.shadow(item.name, use.revision)
+    return JsonResponse(asdict(use) | {"shadow": None if shadow is None else asdict(shadow)})
 
 
 @router.delete("/v1/adapters/{name}")

@@ -240,6 +240,15 @@ class DeadExpert(BaseModel):
     expert: str
 
 
+class ShadowUse(BaseModel):
+    """What the shadow check has found of a revision."""
+
+    tokens: int = Field(description="That were scored.")
+    mean_gap: float = Field(description="Of their log-probabilities, as answered and with every expert kept; in nats.")
+    mean_kl: float = Field(description="KL(as answered || every expert kept) at their places; in nats.")
+    flip_rate: float = Field(description="Share of places at which the best token is another one.")
+
+
 class ExpertsUse(BaseModel):
     """What an adapter's routers did with live tokens since its revision was loaded."""
 
@@ -250,6 +259,7 @@ class ExpertsUse(BaseModel):
     skipped: float | None = Field(description="Share of expert evaluations that were left out.")
     drift: float | None = Field(description="How far routing is from training, 0 to 1, as moa_router_drift; null with too few tokens.")
     dead: list[DeadExpert] | None = Field(description="Experts that no token has kept; null with fewer than 1,000 tokens.")
+    shadow: ShadowUse | None = Field(description="What leaving experts out costs; null where nothing was scored.")
 
 
 class AdapterList(BaseModel):
