@@ -167,7 +167,7 @@ class ServerSettings(BaseSettings):
         le=1,
         allow_inf_nan=False,
         description="Share of answers whose adapter left experts out that are scored again, with every expert, to see what that costs in "
-        "quality; at 0 none. Only while nobody waits: it takes idle time, and up to 32 MiB of logits.",
+        "quality; at 0 none. Only while nobody waits: it takes idle time, and some 64 MiB while it computes.",
     )
 
     # -- when something is wrong

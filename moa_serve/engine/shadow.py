@@ -16,8 +16,8 @@ from moa_serve.engine.request import Request, SamplingParams
 
 MAX_SCORED = 64  # tokens of one answer, its last ones
 MAX_TOKENS = 2048  # of prompt and answer, of what is kept and computed; the rest of a longer answer is left out
-LOGIT_BYTES = 2**25  # of both scorings' logits together, which are held until they are compared
-ROWS = 8  # to compare at a time: float64 of two vocabularies
+LOGIT_BYTES = 24 * 2**20  # of both scorings' logits together, which are held until they are compared
+ROWS = 4  # to compare at a time, in float64
 
 
 @dataclass(frozen=True, slots=True)
