@@ -183,6 +183,16 @@ class ServerSettings(BaseSettings):
     request_timeout_seconds: Seconds = Field(600.0, description="A request that took this long in all gets 504, or an error event.")
     drain_seconds: Seconds = Field(30.0, description="After SIGTERM, running requests may end within this time.")
 
+    # -- what sparsity costs
+    shadow_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Share of answers whose adapter left experts out that are scored again, with every expert, to see what that costs in "
+        "quality; at 0 none. Only while nobody waits: it takes idle time, and some 64 MiB while it computes.",
+    )
+
     # -- when something is wrong
     memory_limit_bytes: int | None = Field(
         None,

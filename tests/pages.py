@@ -191,10 +191,12 @@ def metrics_page() -> str:
     families = Metrics("base").families
     state = {shown.family.name for shown in STATE}
     routing = {shown.family.name for shown in ROUTING}
+    shadow = {family.name for family in families if family.name.startswith("moa_shadow_")}
     sections = {
-        "Requests": [family for family in families if family.name.startswith("moa_") and family.name not in state | routing],
+        "Requests": [family for family in families if family.name.startswith("moa_") and family.name not in state | routing | shadow],
         "Engine and adapters": [family for family in families if family.name in state],
         "Routers and experts": [family for family in families if family.name in routing],
+        "The shadow check": [family for family in families if family.name in shadow],
         "vLLM's names": [family for family in families if family.name.startswith("vllm:")],
         "HTTP routes": [family for family in families if family.name.startswith("http_")],
         "Process": [family for family in families if family.name.startswith("process_")],
@@ -221,7 +223,9 @@ def _metric(family: Family, *, is_read: bool) -> tuple[str, ...]:
 def _unit(name: str) -> str:
     word = name.removesuffix("_total").rpartition("_")[2]
     is_tokens = "tokens" in name or "prefix_cache" in name
-    return {"seconds": "s", "bytes": "bytes", "ratio": "0 to 1", "perc": "0 to 1"}.get(word, "tokens" if is_tokens else "")
+    return {"seconds": "s", "bytes": "bytes", "ratio": "0 to 1", "perc": "0 to 1", "gap": "nats", "kl": "nats"}.get(
+        word, "tokens" if is_tokens else ""
+    )
 
 
 def settings_table() -> str:

@@ -185,4 +185,15 @@ def _health() -> list[Panel]:
             unit="percentunit",
             value="kept",
         ),
+        graph(
+            "What sparsity costs",
+            "By the shadow check (--shadow-share): how far the answers' log-probabilities are from those with every expert kept, and the "
+            "divergence, in nats; and the share of places with another best token. Rising: the thresholds leave out what this traffic "
+            "needs.",
+            "short",
+            mean("moa_shadow_gap_total", "moa_shadow_tokens_total", OF_ADAPTER, "adapter", "gap {{adapter}}"),
+            mean("moa_shadow_kl_total", "moa_shadow_tokens_total", OF_ADAPTER, "adapter", "KL {{adapter}}"),
+            mean("moa_shadow_flips_total", "moa_shadow_tokens_total", OF_ADAPTER, "adapter", "flips {{adapter}}"),
+            span=24,
+        ),
     ]

@@ -352,6 +352,19 @@ class AdapterRegistry:
             param="moa.revision",
         )
 
+    def serves(self, name: str, revision: str) -> bool:
+        """Whether this is what a name stands for now."""
+        known = self._known.get(name)
+        return known is not None and known.is_served and known.revision == revision
+
+    def lease_resident(self, name: str, revision: str) -> AdapterLease | None:
+        """A revision for background work: only where it is served by this name and stands in a slot, so that nothing has to be read or to
+        make room for it. It is no use of the adapter that is counted, or that an unload waits for."""
+        if not self.serves(name, revision) or revision not in self.engine.load.resident:
+            return None
+        adapter = self._revisions.acquire(revision)
+        return None if adapter is None else AdapterLease(name, adapter, lambda: self._revisions.release(revision))
+
     def _given(self, known: Known, adapter: Adapter) -> AdapterLease:
         known.num_leases += 1
         known.num_hits += 1
@@ -512,6 +525,7 @@ class AdapterRegistry:
         if known is None or not known.is_served:
             raise AdapterNotFound(f"The lora adapter '{name[:64]}' cannot be found.", param="name")
         known.unloading = asyncio.create_task(self._unload(known))
+        self.engine.end_background()  # it may hold what is to be freed
         return await asyncio.shield(known.unloading)
 
     async def _unload(self, known: Known) -> int:

@@ -161,8 +161,8 @@ async def adapter_experts(
     ] = None,
 ) -> Response:
     """What an adapter's routers did with live tokens since its revision was loaded: weights, shares and thresholds by layer and expert,
-    beside those of training; and which experts could go, up to the use that `?max_selected=` or, where tokens keep every expert,
-    `?max_weight=` sets."""
+    beside those of training; which experts could go, up to the use that `?max_selected=` or, where tokens keep every expert,
+    `?max_weight=` sets; and what leaving experts out costs, where the shadow check runs."""
     item, use = _registry(request).item(name), server_of(request).metrics.experts(name)
     if use is None:
         raise AdapterNotFound(f"adapter {item.name!r} is {item.state}, but was not read yet; its first request does it", param="name")
@@ -170,7 +170,9 @@ async def adapter_experts(
         raise InvalidRequest(f"adapter {item.name!r} has no router, so there is nothing to choose between its experts", param="name")
     asked = [_share(param, text) for param, text in (("max_selected", max_selected), ("max_weight", max_weight))]
     adapter = _registry(request).store.cache.peek(use.revision)
-    return JsonResponse(await asyncio.to_thread(_experts_shape, use, adapter, *asked))
+    shadow = server_of(request).metrics.shadow(item.name, use.revision)
+    shown = await asyncio.to_thread(_experts_shape, use, adapter, *asked)
+    return JsonResponse(shown | {"shadow": None if shadow is None else asdict(shadow)})
 
 
 def _share(param: str, text: str | None) -> float | None:

@@ -268,6 +268,15 @@ class Suggestion(BaseModel):
     left_out: int = Field(description="More experts within the bound, each layer's counted, than can go or than 64 entries can name.")
 
 
+class ShadowUse(BaseModel):
+    """What the shadow check has found of a revision."""
+
+    tokens: int = Field(description="That were scored.")
+    mean_gap: float = Field(description="Of their log-probabilities, as answered and with every expert kept; in nats.")
+    mean_kl: float = Field(description="KL(as answered || every expert kept) at their places; in nats.")
+    flip_rate: float = Field(description="Share of places at which the best token is another one.")
+
+
 class ExpertsUse(BaseModel):
     """What an adapter's routers did with live tokens since its revision was loaded."""
 
@@ -280,6 +289,7 @@ class ExpertsUse(BaseModel):
     dead: list[DeadExpert] | None = Field(description="Experts that no token has kept; null with fewer than 1,000 tokens.")
     bytes: ExpertsBytes | None = Field(description="Null while the adapter is not in memory.")
     prune: Suggestion | None = Field(description="What could go; null with fewer than 1,000 tokens, or while the adapter is not in memory.")
+    shadow: ShadowUse | None = Field(description="What leaving experts out costs; null where nothing was scored.")
 
 
 class AdapterList(BaseModel):

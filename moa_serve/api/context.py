@@ -11,6 +11,7 @@ from moa_serve.adapter.adapter import Adapter
 from moa_serve.api.adapters import AdapterRegistry
 from moa_serve.api.errors import KeyOverloaded, NotReady
 from moa_serve.api.overload import ReturnTimes
+from moa_serve.api.shadow import ShadowCheck
 from moa_serve.api.sparsity import SparsityPressure
 from moa_serve.api.traces import Traces
 from moa_serve.chat_template import ChatTemplate
@@ -55,6 +56,7 @@ class Server:
     chat_template: ChatTemplate | None = field(init=False)
     sandbox: SandboxProcess | None = field(init=False)  # where adapters' own templates are rendered
     grammars: GrammarCompiler | None = field(init=False)
+    shadow: ShadowCheck | None = field(init=False)
 
     def __post_init__(self) -> None:
         config = self.engine.engine.model.config
@@ -68,6 +70,12 @@ class Server:
         self.chat_template = ChatTemplate(self.tokenizer) if self.tokenizer else None
         self.sandbox = SandboxProcess() if self.settings.adapter_chat_templates else None
         self.grammars = GrammarCompiler(self.tokenizer, config.vocab_size, config.eos_token_ids) if self.tokenizer else None
+        share = self.settings.shadow_share
+        self.shadow = ShadowCheck(self.engine, self.registry, self.metrics, share, self._is_free) if share else None
+
+    def _is_free(self) -> bool:
+        """Nobody is about to wait for the engine, and nothing is short."""
+        return self.is_ready() and not self.memory.is_short and not self.num_preparing
 
     def template_of(self, adapter: Adapter | None) -> ChatTemplate | None:
         """Of chats with an adapter: its own, where it has one and the operator lets it, else the base's."""
@@ -158,6 +166,7 @@ class Server:
         if num_rows > limit:
             raise InvalidRequest(f"prompts times n are {num_rows} rows, but at most {limit} can run and wait; send less at once", param="n")
         self.check_room(num_rows)
+        self.engine.end_background()  # a few milliseconds before its first row comes
         self.num_preparing += num_rows
         try:
             yield

@@ -558,10 +558,24 @@ class Generation(Response):
         if record.scheduled is not None:
             self._server.return_times.observe(record.finished - record.scheduled)
         log_request(record)
+        self._offer_to_shadow()
         if self._server.traces is not None:
             error = self._progress.error
             code = None if error is None else error.code
             self._server.traces.add(record, response_id=self._id, error=code, headers=self._request.headers)
+
+    def _offer_to_shadow(self) -> None:
+        """Where answers are sampled for the shadow check: those of a request that ended well."""
+        progress, shadow = self._progress, self._server.shadow
+        if shadow is None or progress.body is None or progress.adapter is None or progress.finish_reason not in ("stop", "length"):
+            return
+        assert progress.adapter_name is not None
+        answers = []
+        for choice in progress.choices:
+            prompt_ids, sequence = choice.prompt.ids, choice.stream.sequence
+            if sequence is not None and choice.num_tokens:
+                answers.append((prompt_ids, sequence.token_ids[len(prompt_ids) : len(prompt_ids) + choice.num_tokens]))
+        shadow.offer(progress.adapter_name, progress.adapter, progress.rules, progress.body.moa.options(), answers)
 
 
 def _with_routing(pieces: list[bytes], choice: Choice, delta: Delta) -> list[bytes]:

@@ -13,7 +13,7 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from moa_serve import faults
 from moa_serve.adapter.adapter import Adapter
 from moa_serve.adapter.counts import EvictionReason, TierCounts
 from moa_serve.engine.engine import Collected, Engine, TokenEvent
-from moa_serve.engine.request import Request, Sequence
+from moa_serve.engine.request import Request, Sequence, SequenceStatus
 from moa_serve.engine.steps import StepTimes
 from moa_serve.errors import Draining, EngineError, MoaError, Overloaded
 
@@ -40,7 +40,7 @@ EngineFactory = Callable[[Callable[[str], AbstractContextManager[Adapter]]], Eng
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy the engine is; numbers after its last step or command."""
+    """How busy the engine is; numbers after its last step or command. Rows are those that somebody waits for."""
 
     running: int
     waiting: int
@@ -119,6 +119,8 @@ class AsyncEngine:
         self._engine = make_engine(self._lease)
         self._max_open = self._engine.options.max_num_seqs + max_waiting
         self._streams: dict[str, Stream] = {}  # the loop's
+        self._background: dict[str, Stream] = {}  # of these, those that nobody waits for
+        self._left_at = time.monotonic()  # when the last stream that somebody waited for was opened or closed
         self._sequences: dict[str, Sequence] = {}  # the engine thread's
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="moa-engine", daemon=True)
@@ -140,7 +142,13 @@ class AsyncEngine:
 
     @property
     def num_open(self) -> int:
-        return len(self._streams)
+        """Streams that somebody waits for."""
+        return len(self._streams) - len(self._background)
+
+    @property
+    def idle_seconds(self) -> float:
+        """For how long nobody has waited for anything."""
+        return 0.0 if self.num_open else time.monotonic() - self._left_at
 
     @property
     def progress(self) -> int:
@@ -190,8 +198,11 @@ class AsyncEngine:
 
         Args:
             on_close: called once when the stream closes, in the loop: gives the adapter's lease back.
+        Background work ends at once with the reason "abort", and is out of the engine before this request's first step.
+
         Raises:
-            InvalidRequest, AdapterError: the request can never run. Overloaded: too many are open. Nothing is queued then.
+            InvalidRequest, AdapterError: the request can never run. Overloaded: too many are open, or, for background work, any that
+            somebody waits for. Nothing is queued then.
         """
         if self.failure is not None:
             raise EngineError(_STOPPED)
@@ -199,10 +210,16 @@ class AsyncEngine:
             raise Overloaded("the engine is being built anew; try again in a moment")
         if self._is_stopping:
             raise Draining("the server is shutting down; send the request to another one")
-        if len(self._streams) >= self._max_open:
-            raise Overloaded(f"{len(self._streams)} requests are running or waiting, which is the limit; try again later")
+        limit = 1 if request.is_background else self._max_open
+        if self.num_open >= limit:
+            raise Overloaded(f"{self.num_open} requests are running or waiting, which is the limit; try again later")
         self._engine.check(request)
         stream = Stream(self, request, adapter, on_close)
+        if request.is_background:
+            self._background[request.request_id] = stream
+        else:
+            self.end_background()
+            self._left_at = time.monotonic()
         self._streams[request.request_id] = stream
         self._commands.put(lambda: self._add(stream))
         return stream
@@ -210,7 +227,16 @@ class AsyncEngine:
     def discard(self, stream: Stream) -> None:
         """A stream closes: forget it, and cancel its request if it still runs."""
         if self._streams.pop(stream.request.request_id, None) is not None:
+            if self._background.pop(stream.request.request_id, None) is None:
+                self._left_at = time.monotonic()
             self._commands.put(lambda: self._cancel(stream.request.request_id))
+
+    def end_background(self) -> None:
+        """Somebody comes, or what background work holds is needed: it ends now, and no later than the step that runs."""
+        for stream in list(self._background.values()):
+            sequence = stream.sequence or Sequence(stream.request, list(stream.request.prompt_ids), b"")
+            stream.deliver(TokenEvent(sequence, None, finish_reason="abort"))
+            stream.close()
 
     def set_paused(self, stream: Stream, is_paused: bool) -> None:
         def command() -> None:
@@ -343,7 +369,10 @@ class AsyncEngine:
         scheduler, pool = self._engine.scheduler, self._engine.block_pool
         usage = pool.num_held / max(1, pool.num_held + pool.num_free)
         resident = frozenset(self._engine.slot_table.revisions)
-        return Load(scheduler.num_running, scheduler.num_waiting, usage, steps, self._engine.num_preemptions, resident)
+        unseen = Counter(sequence.status for sequence in self._sequences.values() if sequence.request.is_background)
+        running = scheduler.num_running - unseen[SequenceStatus.RUNNING]
+        waiting = scheduler.num_waiting - unseen[SequenceStatus.WAITING]
+        return Load(running, waiting, usage, steps, self._engine.num_preemptions, resident)
 
     def _observe(self, events: list[TokenEvent]) -> None:
         if self.on_step is None:

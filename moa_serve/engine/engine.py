@@ -401,7 +401,8 @@ class Engine:
     def _fail_for(self, failure: Failure) -> TokenEvent:
         self.incidents[failure.kind] += 1
         revision = failure.sequence.request.adapter
-        if failure.is_adapters and revision is not None and revision not in self._faulty:
+        is_held_against = failure.is_adapters and not failure.sequence.request.is_background
+        if is_held_against and revision is not None and revision not in self._faulty:
             logger.error("adapter revision %s is out of service: it made a step fail", revision[:12])
             self._faulty.add(revision)
         return self._fail(failure.sequence, failure.error)

@@ -220,11 +220,12 @@ class SlotTable:
             self._by_revision[revision] = slot
         return slot.index
 
-    def acquire(self, index: int) -> None:
-        """One more sequence runs with this slot."""
+    def acquire(self, index: int, *, is_counted: bool = True) -> None:
+        """One more sequence runs with this slot; counted as a hit or a miss."""
         slot = self._slots[index]
         assert slot.revision is not None, f"slot {index} is acquired, but nothing is assigned to it"
-        self.counts.found(not slot.needs_upload)
+        if is_counted:
+            self.counts.found(not slot.needs_upload)
         slot.num_users += 1
         self._touch(slot)
 

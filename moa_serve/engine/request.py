@@ -116,7 +116,7 @@ class Request:
         params: how to choose, when to stop.
         adapter: revision (64 hex digits); None is the base alone.
         is_pooled: the adapter weighs its experts by the mean over the whole prompt, so the prompt is computed in one step.
-        collect_logits: keep the logits of every prompt position.
+        collect_logits: keep the logits of every prompt position from `collect_from` on.
         collect_routing: keep the router's weights of every position.
         return_routing: with every token goes what the routers said of the one behind which it was drawn. Needs an adapter with routers.
         grammar: `params.guide`, compiled.
@@ -126,6 +126,8 @@ class Request:
             others; the prompt is computed once. Only with max_tokens 0 and without the three fields above. Its public name is `choices`.
         tenant: who asks (an API key's id): tenants take turns. None is nobody in particular.
         salt: keys and values are shared only among requests with the same one.
+        is_background: nobody waits for it. It is no traffic: what its routers say and whether its adapter stood in a slot is not counted;
+            its steps are short; and where it makes one fail, its adapter stays in service.
         request_id: names the request in logs and outputs.
         arrival: `time.monotonic()` seconds. For timings; the order of arrival is the order of `Scheduler.add`.
     Raises:
@@ -139,12 +141,14 @@ class Request:
     grammar: Grammar | None = None
     rules: RoutingRules | None = None
     collect_logits: bool = False
+    collect_from: int = 0
     collect_routing: bool = False
     return_routing: bool = False
     prompt_logprobs: int | None = None
     branches: tuple[tuple[int, ...], ...] = ()
     tenant: str | None = None
     salt: str = ""
+    is_background: bool = False
     request_id: str = field(default_factory=lambda: secrets.token_hex(8))
     arrival: float = field(default_factory=time.monotonic)
 
@@ -158,6 +162,7 @@ class Request:
         object.__setattr__(self, "branches", tuple(_token_ids("choices", branch) for branch in self.branches))
         if not all(self.branches):
             raise InvalidRequest("a choice is empty, so there is nothing to score; give at least one token", param="choices")
+        assert not self.collect_from or (self.collect_logits and self.prompt_logprobs is None), "only logits are collected from a place on"
         if self.branches:
             looks_at_prompt = self.collect_logits or self.collect_routing or self.prompt_logprobs is not None
             assert self.params.max_tokens == 0, "branches are scored, and nothing is generated behind them"
@@ -245,10 +250,11 @@ class Sequence:
             self.matcher.take(token_id)
 
     @property
-    def kind(self) -> tuple[int, bytes]:
-        """Equal for running sequences whose tokens are computed alike: of one slot, and one way in which its routers choose."""
+    def kind(self) -> tuple[int, bytes, bool]:
+        """Equal for running sequences whose tokens are computed alike: of one slot, and one way in which its routers choose, which is
+        counted or not."""
         rules = self.request.rules
-        return -1 if self.slot is None else self.slot, b"" if rules is None else rules.key
+        return -1 if self.slot is None else self.slot, b"" if rules is None else rules.key, self.request.is_background
 
     @property
     def shares_pages(self) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moa_serve.engine.request import Sequence
+from moa_serve.engine.request import Request, Sequence
 from moa_serve.engine.routing import RoutedLayers, TokenRouting, has_thresholds, token_columns
 from moa_serve.model.attention import CachedSpan
 from moa_serve.model.backend import Backend, Cache, PreparedAdapter
@@ -67,7 +67,9 @@ def _wanted(sequence: Sequence, count: int) -> range:
     """Which of the next `count` tokens' logits the request wants to look at: the prompt's, or those of its end and its branches."""
     if sequence.request.branches:
         return range(sequence.num_prompt - 1, count)
-    return range(min(count, sequence.num_prompt - sequence.num_computed) if sequence.wants_prompt_logits else 0)
+    if not sequence.wants_prompt_logits:
+        return range(0)
+    return range(max(0, sequence.request.collect_from - sequence.num_computed), min(count, sequence.num_prompt - sequence.num_computed))
 
 
 def _positions(sequence: Sequence, count: int) -> np.ndarray:
@@ -151,10 +153,14 @@ class ModelRunner:
         start, end = layout.starts[first], layout.starts[last]
         pooled = self._pooled(layout, first, last, adapter) if adapter.manifest.is_pooled else None
         request = layout.work[first][0].request
+        return Segment(start, end, adapter, pooled, self._counters_of(request, adapter), request.rules)
+
+    def _counters_of(self, request: Request, adapter: PreparedAdapter) -> RouterCounters | None:
+        if request.is_background:
+            return None
         assert request.adapter is not None
         kept = self.counters if request.rules is None else self.altered
-        counters = kept.get(request.adapter) or kept.setdefault(request.adapter, RouterCounters(adapter.manifest, self.model.device))
-        return Segment(start, end, adapter, pooled, counters, request.rules)
+        return kept.get(request.adapter) or kept.setdefault(request.adapter, RouterCounters(adapter.manifest, self.model.device))
 
     def _pooled(self, layout: _Layout, first: int, last: int, adapter: PreparedAdapter) -> PooledRows:
         group, origin = layout.work[first:last], layout.starts[first]

@@ -276,7 +276,9 @@ class Scheduler:
         """
         pending = sequence.num_pending
         if not sequence.is_whole:
-            return min(pending, step.prefill_budget)
+            # Who comes meanwhile waits for a step of background work: two such rows make one as long as a mixed step's prefill.
+            most = max(1, self._max_mixed_prefill_tokens // 2) if sequence.request.is_background else pending
+            return min(pending, most, step.prefill_budget)
         if pending <= step.prefill_budget:
             return pending
         if step.prefill:
@@ -360,7 +362,7 @@ class Scheduler:
         self._new_blocks.update(dict.fromkeys(blocks))
         sequence.num_skipped = 0
         if slot is not None:
-            self._slots.acquire(slot)
+            self._slots.acquire(slot, is_counted=not sequence.request.is_background)
             sequence.slot = slot
 
     def _count_hit(self, sequence: Sequence, num_pages: int) -> None:

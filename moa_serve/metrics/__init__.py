@@ -19,6 +19,7 @@ from moa_serve.adapter.manifest import Manifest
 from moa_serve.engine.async_engine import AsyncEngine
 from moa_serve.engine.engine import Engine, TokenEvent
 from moa_serve.engine.pressure import MemoryWatch
+from moa_serve.engine.shadow import ShadowScore
 from moa_serve.engine.watchdog import Watchdog
 from moa_serve.metrics.drift import Profile
 from moa_serve.metrics.experts import ExpertsUse
@@ -29,6 +30,7 @@ from moa_serve.metrics.registered import Registered
 from moa_serve.metrics.requests import RequestMetrics
 from moa_serve.metrics.routing import FAMILIES as ROUTING
 from moa_serve.metrics.routing import OTHER, RoutingMetrics
+from moa_serve.metrics.shadow import ShadowMetrics, ShadowUse
 from moa_serve.metrics.state import STATE, Adapters, Now, State
 from moa_serve.metrics.vllm import VLLM_STATE, VllmRequests
 from moa_serve.model.counters import expert_names
@@ -56,6 +58,7 @@ class Metrics:
         self._names: set[str] = set()
         self._registered = Registered()
         self._requests, self._http = RequestMetrics(self._registered), HttpMetrics(self._registered)
+        self._shadow = ShadowMetrics(self._registered)
         self._vllm = VllmRequests(self._registered, max_model_len) if has_vllm else None
         self._state = State(base_name)
         self._shown: tuple[Shown[Now], ...] = STATE + VLLM_STATE if has_vllm else STATE
@@ -102,6 +105,19 @@ class Metrics:
         if self._vllm is not None:
             self._vllm.observe_gaps(label, gaps_seconds)
 
+    def begin_shadow(self, adapter: str) -> None:
+        """An answer of this adapter is sampled: its series begin at 0, so that `rate` misses no addition."""
+        self._shadow.begin(self._label(adapter, OTHER))
+
+    def observe_shadow(self, adapter: str, revision: str, score: ShadowScore) -> None:
+        """An answer was scored by the shadow check; its adapter is loaded."""
+        self._shadow.observe(self._label(adapter, OTHER), score)
+        self._shadow.add(adapter, revision, score)
+
+    def observe_shadow_skipped(self, adapter: str, reason: str) -> None:
+        """A sampled answer was not scored; `reason` is a word of ours."""
+        self._shadow.observe_skipped(self._label(adapter, OTHER), reason)
+
     def observe_response(self, status: int) -> None:
         """An HTTP response of any kind was begun."""
         self._http.responses.labels(str(status)).inc()
@@ -138,6 +154,7 @@ class Metrics:
         """A name is gone: its series go too."""
         self._names.discard(name)
         self._registered.forget(name)
+        self._shadow.forget(name)
         self._routing.unloaded(name)
 
     def _label(self, adapter: str | None, model: str) -> str:
@@ -150,6 +167,10 @@ class Metrics:
     def experts(self, name: str) -> ExpertsUse | None:
         """What an adapter's routers did since it was loaded; None where it was not read yet."""
         return self._routing.experts(name)
+
+    def shadow(self, name: str, revision: str) -> ShadowUse | None:
+        """What the shadow check has found of a revision; None where it has scored nothing."""
+        return self._shadow.use(name, revision)
 
     @property
     def families(self) -> list[Family]:

@@ -164,6 +164,7 @@ def compose(settings: ServerSettings, base: Base, backend: str, directory: State
         )
 
     def evict() -> None:
+        engine.end_background()
         store.cache.evict_idle()
         engine.trim()
 
@@ -212,9 +213,12 @@ async def _run(
         if sys.stderr.isatty():  # a person, who wants less than the log says
             names = ", ".join(item.name for item in server.registry.items()) or "none"
             terminal.note(f"{server.base_name} is served at {_facts(server, listener)['url']}/v1; adapters: {names}. Ctrl-C ends it.")
-        watching = asyncio.create_task(server.memory.run())
+        watching = [asyncio.create_task(server.memory.run())]
+        if server.shadow is not None:
+            watching.append(asyncio.create_task(server.shadow.run()))
         await http.serve(sockets=[listener])
-        watching.cancel()
+        for task in watching:
+            task.cancel()
         return FAILED if server.engine.failure is not None else 0
     finally:
         server.registry.stop()

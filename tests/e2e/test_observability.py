@@ -77,10 +77,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     (folder / "adapters" / BROKEN / "adapter.json").write_text('{"format": "moa-adapter/1"}')
     room = 5 * (folder / "adapters" / SPARSE / "adapter.safetensors").stat().st_size
     flags = ["--served-model-name", BASE, "--grid-adapters", "3", "--num-slots", "3", "--adapter-cache-bytes", str(room)]
-    flags += ["--memory-limit-bytes", str(2**34), "--max-num-seqs", "16", "--max-waiting", "16"]
+    flags += ["--memory-limit-bytes", str(2**34), "--max-num-seqs", "16", "--max-waiting", "16", "--shadow-share", "1"]
     with running(folder, *flags) as server, prometheus(folder / "prometheus", server.url) as started:
         found = World(server, started)
         asyncio.run(live(found))
+        wait_until(lambda: Scrape(httpx.get(f"{server.url}/metrics").text).total("moa_shadow_tokens_total", adapter=SPARSE) > 0)
         told = httpx.get(f"{server.url}/metrics").text
         wait_until(lambda: counted(started.page(found.instance)) == counted(Scrape(told)))
         wait_until(lambda: bool(started.query('ALERTS{alertname="MoaAdapterBroken"}')))  # the rules have seen it too
@@ -110,6 +111,7 @@ async def live(world: World) -> None:
             others = tasks.create_task(asyncio.to_thread(ask_by_openai, world))
             await asyncio.wait([*works, others])
             stop.set()
+        await client.send(canary(SPARSE, SPARSE))  # it stands in a slot now, so that its answers can be scored
         deadline = asyncio.get_running_loop().time() + 20
         while not Scrape((await operator.get("/metrics")).text).is_at_rest:
             assert asyncio.get_running_loop().time() < deadline

@@ -107,8 +107,8 @@ def test_the_experts_of_an_adapter_are_told(start: Callable[..., Serving]) -> No
     response = serving.get("/v1/adapters/soft/experts")
     assert response.status_code == 200, response.text
     found = response.json()
-    assert set(found) == {"adapter", "revision", "tokens", "layers", "skipped", "drift", "dead", "bytes", "prune"}
-    assert (found["adapter"], found["tokens"], found["dead"], found["drift"]) == ("soft", 6, None, None)
+    assert set(found) == {"adapter", "revision", "tokens", "layers", "skipped", "drift", "dead", "bytes", "prune", "shadow"}
+    assert (found["adapter"], found["tokens"], found["dead"], found["drift"], found["shadow"]) == ("soft", 6, None, None, None)
     assert found["revision"] == serving.server.registry.item("soft").revision
     assert [layer["layer"] for layer in found["layers"]] == [0, 1, 2]
     for layer in found["layers"]:
