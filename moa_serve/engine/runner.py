@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moa_serve.engine.request import Sequence
+from moa_serve.engine.request import Request, Sequence
 from moa_serve.engine.routing import RoutedLayers, TokenRouting, token_columns
 from moa_serve.model.attention import CachedSpan
 from moa_serve.model.backend import Backend, Cache, PreparedAdapter
@@ -92,12 +92,14 @@ class ModelRunner:
         # By revision: they outlive the adapter's stay in a slot. Apart, those of requests that had its routers choose otherwise.
         self.counters: dict[str, RouterCounters] = {}
         self.altered: dict[str, RouterCounters] = {}
+        self.apart: dict[tuple[str, bytes], RouterCounters] = {}  # of these, by revision and key, those of rules that somebody looks into
         self._columns: dict[str, np.ndarray] = {}  # by revision: `token_columns`
 
     def forget(self, revision: str) -> None:
         """The revision is gone for good."""
         self.counters.pop(revision, None)
         self.altered.pop(revision, None)
+        self.apart = {kind: counters for kind, counters in self.apart.items() if kind[0] != revision}
         self._columns.pop(revision, None)
 
     @torch.inference_mode()
@@ -150,10 +152,14 @@ class ModelRunner:
         start, end = layout.starts[first], layout.starts[last]
         pooled = self._pooled(layout, first, last, adapter) if adapter.manifest.is_pooled else None
         request = layout.work[first][0].request
+        return Segment(start, end, adapter, pooled, self._counters(request, adapter), request.rules)
+
+    def _counters(self, request: Request, adapter: PreparedAdapter) -> RouterCounters:
         assert request.adapter is not None
+        if request.rules is not None and (apart := self.apart.get((request.adapter, request.rules.key))) is not None:
+            return apart
         kept = self.counters if request.rules is None else self.altered
-        counters = kept.get(request.adapter) or kept.setdefault(request.adapter, RouterCounters(adapter.manifest, self.model.device))
-        return Segment(start, end, adapter, pooled, counters, request.rules)
+        return kept.get(request.adapter) or kept.setdefault(request.adapter, RouterCounters(adapter.manifest, self.model.device))
 
     def _pooled(self, layout: _Layout, first: int, last: int, adapter: PreparedAdapter) -> PooledRows:
         group, origin = layout.work[first:last], layout.starts[first]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moa_serve.adapter.adapter import AdapterSource
 from moa_serve.adapter.importers import has_config
-from moa_serve.adapter.manifest import VARIANTS
+from moa_serve.adapter.manifest import VARIANTS, Manifest
 from moa_serve.adapter.store import AdapterStore
 from moa_serve.errors import AdapterError, AdapterNotFound, InvalidRequest
 from moa_serve.llm import LLM
@@ -36,6 +36,7 @@ class Column:
     revision: str | None = None
     is_routed: bool = False
     is_pooled: bool = False
+    manifest: Manifest | None = None
 
     @property
     def label(self) -> str:
@@ -153,6 +154,11 @@ def load(llm: LLM, wanted: Iterable[Wanted]) -> dict[str | None, Column]:
             warn(f"adapter {one.name!r}: {warning}")
         manifest = adapter.manifest
         columns[one.name] = Column(
-            one.name, manifest.variant, adapter.revision, is_routed=manifest.router.site != "none", is_pooled=manifest.is_pooled
+            one.name,
+            manifest.variant,
+            adapter.revision,
+            is_routed=manifest.router.site != "none",
+            is_pooled=manifest.is_pooled,
+            manifest=manifest,
         )
     return columns
