@@ -74,9 +74,10 @@ def show_options(report: "OptionsReport", title: str) -> None:
     console = terminal.output()
     titles = [f"{size.rows} row{'s' * (size.rows > 1)}, to own" for size in report.sizes]
     table = new_table(title, ("asked",), (*titles, "selected"))
-    for name in dict.fromkeys(name for size in report.sizes for name in size.cases):
+    largest = max(report.sizes, key=lambda size: size.rows)  # has every case
+    for name in largest.cases:
         cases = [size.cases.get(name) for size in report.sizes]
-        selected = next((case.selected_share for case in reversed(cases) if case is not None), None)
+        selected = largest.cases[name].selected_share
         table.add_row(
             name, *("" if case is None else spread(case.to_own, 3) for case in cases), "" if selected is None else f"{selected:.0%}"
         )
@@ -85,5 +86,5 @@ def show_options(report: "OptionsReport", title: str) -> None:
     busy = min(size.cpu_share for size in report.sizes)
     console.print(
         f"medians (quartiles) of {report.plan.rounds} rounds; its own way: {own}; at least {busy:.2f} cores were ours meanwhile; "
-        f"selected: of the experts, in the step of {terminal.counted(report.sizes[-1].rows, 'row')}"
+        f"selected: of the experts, in the step of {terminal.counted(largest.rows, 'row')}"
     )

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _STYLE: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 7}
 _LONGEST_NAME = 40  # characters
 _COLOURS = {group: f"C{index}" for index, group in enumerate((*SWEPT, *ABLATIONS))}
+_OFFSETS = dict(zip(SWEPT, ((0, 12), (0, 5), (0, -10), (6, 3)), strict=True))  # of a point's name, so that few of them meet
 
 _Panel = tuple[float, Callable[[Axes], None]]  # its height in inches, and what draws it
 
@@ -88,7 +89,9 @@ def _curves(own: "Score", swept: "Sequence[Score]", base: "Score | None", title:
         axis.errorbar(places, values, yerr=errors, color=_COLOURS[group], marker="o", markersize=3, linewidth=1, elinewidth=0.6,
                       capsize=2, label=group)  # fmt: skip
         for place, value, name in zip(places, values, names, strict=True):
-            axis.annotate(name, (place, value), textcoords="offset points", xytext=(3, 3), fontsize=6, color=_COLOURS[group])
+            axis.annotate(
+                name, (place, value), textcoords="offset points", xytext=_OFFSETS[group], fontsize=6, color=_COLOURS[group], ha="center"
+            )
     axis.set_title(title)
     axis.set_xlabel("experts not selected, %")
     axis.set_ylabel("nats a token" if is_loss else "right, %")
