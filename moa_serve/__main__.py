@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -233,6 +234,7 @@ def generate(
 
     Exit code 1 where an adapter cannot be used or a completion ended in an error; 2 where a prompt, a flag or the base is wrong.
     """
+    from moa_serve.adapter.rules import parse_options
     from moa_serve.shell.prompts import read_prompts
 
     lines = read_prompts(prompt or [], file, typer.get_binary_stream("stdin"))
@@ -243,7 +245,7 @@ def generate(
     from moa_serve.shell import answers, selection
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=tuple(stop or ()))
-    options = selection.parse_options(moa)
+    options = None if moa is None else parse_options(moa)
     adapters_dir = adapters_dir or _usual_adapters_dir()
     named = selection.parse_adapters(adapter or [], adapters_dir)
     if no_base and selection.THE_BASE in named:
@@ -378,8 +380,28 @@ def evaluate(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Most tokens to generate for each.", show_default="200; 40 where a choice is to be named")
     ] = None,
+    moa: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="""Routing options as JSON, such as '{"top_k": 2}': each adapter is scored under them too; again for more.""",
+            show_default=False,
+        ),
+    ] = None,
+    ablate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Score each adapter without some of its experts too: kinds, experts, layers, or layers:N for N at a time; again for more.",
+            show_default=False,
+        ),
+    ] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Score each adapter under thresholds and top-k from one end to the other too.")
+    ] = False,
     batch_rows: Annotated[int, typer.Option(min=1, help="Questions that run at the same time.")] = 64,
     out: Annotated[Path | None, typer.Option(file_okay=False, help="Folder to write results.json and results.md to.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Write a figure of --ablate and --sweep, as PNG.", metavar="PNG", show_default=False)
+    ] = None,
     model: Model = None,
     backend: Backend = "auto",
     device: Device = "auto",
@@ -389,18 +411,29 @@ def evaluate(
 ) -> None:
     """Score adapters on data files, all of them in one mixed batch, beside the base and beside chance.
 
+    With --moa, --ablate and --sweep, each adapter with a router is asked in other ways beside its own, in the same batch.
+
     Exit code 1 where an adapter cannot be used or an answer ended in an error; 2 where the data, a flag or the base is wrong.
     """
+    from moa_serve.adapter.rules import parse_options
+    from moa_serve.shell.drawing import drawing_module, write_figure
     from moa_serve.train.scoring import WANTED, read_task
+    from moa_serve.train.variations import check_ablation
 
     for name, value, known in (("form", form, ("authors", "cloze")), ("scorer", scorer, WANTED)):
         if value not in known:
             raise InvalidRequest(f"{name} is {value!r}, but must be one of {', '.join(known)}", param=name)
+    asked = [parse_options(text) for text in moa or []]
+    for one in ablate or []:
+        check_ablation(one)
+    if plot is not None and not (ablate or sweep):
+        raise InvalidRequest("plot draws what --ablate and --sweep found; give one of them, or leave it out", param="plot")
     tasks = [read_task(path, "cloze" if form == "cloze" else "authors", limit=limit, seed=seed) for path in data]
     with terminal.spinner("Loading torch"):
         from moa_serve.shell import evaluate as view
         from moa_serve.shell import selection
         from moa_serve.train.evaluate import Evaluation
+    plots = None if plot is None else drawing_module("evaluate_plots", option="--plot", without="the tables need none")
     adapters_dir = adapters_dir or _usual_adapters_dir()
     named = selection.parse_adapters(adapter or [], adapters_dir)
     if out is not None:
@@ -409,12 +442,15 @@ def evaluate(
     with _loaded(model, backend=backend, device=device, dtype=dtype, base_dtype=base_dtype, **view.engine_options(batch_rows)) as llm:
         with terminal.spinner("Loading the adapters"):
             columns = selection.load(llm, named or selection.wanted_by_default(llm, adapters_dir, with_base=True))
-        evaluation = Evaluation(llm, tasks, list(columns), scorer=scorer, max_tokens=max_tokens)
+        others = view.variations(columns, moa=asked, ablate=ablate or [], is_swept=sweep, is_explicit=bool(named))
+        evaluation = Evaluation(llm, tasks, list(columns), scorer=scorer, max_tokens=max_tokens, variations=others)
         settings = {"form": form, "scorer": scorer, "limit": limit, "seed": seed, "max_tokens": max_tokens, "batch_rows": batch_rows}
         report = view.Report(view.describe_base(llm), settings, columns)
         view.play(evaluation, report, is_shown=not as_json, out=out)
     if as_json:
         typer.echo(json.dumps(view.to_json(report)))
+    if plot is not None and plots is not None:
+        write_figure(plot, partial(plots.write, report))
     if out is not None:
         terminal.note(f"wrote {out / view.JSON_FILE} and {out / view.MARKDOWN_FILE}")
     failed = view.errors(report)

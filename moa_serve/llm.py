@@ -310,11 +310,22 @@ class LLM:
         self._check_open()
         return self._store.names()
 
-    def routing_totals(self, adapter: str) -> RoutingTotals | None:
-        """What the adapter's routers decided since it was loaded; None before its first token."""
+    def routing_totals(self, adapter: str, moa: RoutingAsked | None = None) -> RoutingTotals | None:
+        """What the adapter's routers decided since it was loaded; None before its first token.
+
+        Args:
+            moa: routing options: of the requests with these, from the first call with them on. Without options, of those that follow the
+                adapter's own way.
+        """
         self._check_open()
-        revision, _ = self._resolve(adapter)
-        return None if revision is None else self._engine.routing_totals(revision)
+        revision, manifest = self._resolve(adapter)
+        if revision is None or manifest is None:
+            return None
+        rules = _rules(moa, manifest)
+        if rules is None:
+            return self._engine.routing_totals(revision)
+        self._engine.count_apart(revision, manifest, rules)
+        return self._engine.apart_totals(revision, rules)
 
     def _revisions(self) -> dict[str, str]:
         """revision -> one of its names."""

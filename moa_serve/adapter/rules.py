@@ -206,6 +206,21 @@ class RoutingRules:
         return hash(self.key)
 
 
+def parse_options(text: str) -> dict[str, Any]:
+    """Routing options written as JSON, checked as far as no adapter is needed for it.
+
+    Raises:
+        InvalidRequest: no object, nothing asked, an option that there is not, or one out of its bounds.
+    """
+    try:
+        options = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"moa is no JSON ({error}); write it as '{{\"top_k\": 2}}'", param="moa") from None
+    if RoutingOptions.of(options) is None:
+        raise InvalidRequest("moa asks for nothing; give a routing option such as threshold, top_k or disable", param="moa")
+    return dict(options)
+
+
 def rules_for(options: RoutingOptions | None, manifest: Manifest | None, *, pressure: float = 1.0) -> RoutingRules | None:
     """The rules of a request with `options` under an adapter; None where nothing differs from the adapter's own.
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from moa_serve.adapter.rules import RoutingRules
 from moa_serve.bench.timing import seconds
 from moa_serve.config import ModelConfig
 from moa_serve.errors import InvalidRequest
@@ -114,6 +115,7 @@ class Workload:
     they are in serving.
 
     Args:
+        rules: of each row, how its adapter's routers choose, None for its own way; None for the own way of all. They part segments, too.
         tokens: of each row: one behind its context, or several with nothing before them.
         context: tokens before a decoded one; None for all that the first row's pages hold. Fewer than they hold write into the midst of
             them, which no other workload's cost depends on.
@@ -125,6 +127,7 @@ class Workload:
         pages: Pages,
         adapters: Sequence[PreparedAdapter | None],
         *,
+        rules: Sequence[RoutingRules | None] | None = None,
         tokens: int = 1,
         context: int | None = None,
         first_row: int = 0,
@@ -144,7 +147,7 @@ class Workload:
         self.batch = ForwardBatch(
             token_ids.flatten(),
             torch.arange(computed, computed + tokens, device=device).repeat(rows),
-            tuple(_segments(adapters, tokens, device)),
+            tuple(_segments(adapters, rules or [None] * rows, tokens, device)),
             torch.arange(tokens - 1, rows * tokens, tokens, device=device),
         )
 
@@ -163,16 +166,18 @@ class Workload:
         return trace
 
 
-def _segments(adapters: Sequence[PreparedAdapter | None], tokens: int, device: torch.device) -> Iterator[Segment]:
+def _segments(
+    adapters: Sequence[PreparedAdapter | None], rules: Sequence[RoutingRules | None], tokens: int, device: torch.device
+) -> Iterator[Segment]:
     counters: dict[int, RouterCounters] = {}
     first = 0
-    for adapter, run in itertools.groupby(adapters):  # adapters are equal to themselves only
+    for (adapter, rule), run in itertools.groupby(zip(adapters, rules, strict=True)):  # adapters are equal to themselves only
         count = len(list(run))
         if adapter is not None:
             if id(adapter) not in counters:
                 counters[id(adapter)] = RouterCounters(adapter.manifest, device)
             pooled = _pooled(adapter, count, tokens, device) if adapter.manifest.is_pooled else None
-            yield Segment(first * tokens, (first + count) * tokens, adapter, pooled, counters[id(adapter)])
+            yield Segment(first * tokens, (first + count) * tokens, adapter, pooled, counters[id(adapter)], rule)
         first += count
 
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from moa_serve import faults
 from moa_serve.adapter.adapter import Adapter
 from moa_serve.adapter.counts import EvictionReason
+from moa_serve.adapter.manifest import Manifest
+from moa_serve.adapter.rules import RoutingRules
 from moa_serve.engine.pools import SLOT_BYTES, BlockPool, SlotTable
 from moa_serve.engine.recovery import Chunks, Failure, Recovery
 from moa_serve.engine.request import Request, SamplingParams, Sequence, TokenLogprob, kv_root
@@ -38,7 +40,7 @@ from moa_serve.errors import (
 )
 from moa_serve.model.backend import Backend
 from moa_serve.model.bank import AdapterBank, bytes_per_slot
-from moa_serve.model.counters import RoutingTotals
+from moa_serve.model.counters import RouterCounters, RoutingTotals
 from moa_serve.model.memory import available_bytes, release_memory
 
 logger = logging.getLogger(__name__)
@@ -180,6 +182,16 @@ class Engine:
         counters = self._runner.altered.get(revision)
         return None if counters is None else counters.snapshot()
 
+    def count_apart(self, revision: str, manifest: Manifest, rules: RoutingRules) -> None:
+        """From now on, keep totals of their own of requests with these `rules`; `altered_totals` is without them. For whoever compares a
+        few: they stay until the revision is dropped."""
+        self._runner.apart.setdefault((revision, rules.key), RouterCounters(manifest, self.model.device))
+
+    def apart_totals(self, revision: str, rules: RoutingRules) -> RoutingTotals | None:
+        """Those that are kept apart; None where they are not."""
+        counters = self._runner.apart.get((revision, rules.key))
+        return None if counters is None else counters.snapshot()
+
     def forget_routing(self, revision: str) -> None:
         """Count an adapter's routing from 0 again: what came before was its self-test, which is no traffic."""
         self._runner.counters.pop(revision, None)
@@ -215,12 +227,13 @@ class Engine:
         """
         kv_cache_bytes = (self.block_pool.num_blocks - 1) * self.model.bytes_per_block(self.options.block_size)
         options = replace(self.options, kv_cache_bytes=kv_cache_bytes, max_model_len=self.max_model_len)
-        counters, altered, dropped = self._runner.counters, self._runner.altered, self._dropped
+        counters, altered, apart, dropped = self._runner.counters, self._runner.altered, self._runner.apart, self._dropped
         self.slot_table.evict_idle("failed")
         self.close()
         release_memory(self.model.device)
         engine = Engine(self.model, options, lease=self._lease, base_digest=self._base_digest)
-        engine._runner.counters, engine._runner.altered, engine.slot_table.counts = counters, altered, self.slot_table.counts
+        engine._runner.counters, engine._runner.altered, engine._runner.apart = counters, altered, apart
+        engine.slot_table.counts = self.slot_table.counts
         engine.block_pool.times = self.block_pool.times.renewed()
         engine._nonfinite, engine._faulty, engine._dropped = self._nonfinite, self._faulty, dropped
         engine.incidents, engine.num_preemptions, engine.times = self.incidents, self.num_preemptions, self.times

@@ -94,12 +94,14 @@ class ModelRunner:
         # By revision: they outlive the adapter's stay in a slot. Apart, those of requests that had its routers choose otherwise.
         self.counters: dict[str, RouterCounters] = {}
         self.altered: dict[str, RouterCounters] = {}
+        self.apart: dict[tuple[str, bytes], RouterCounters] = {}  # of these, by revision and key, those of rules that somebody looks into
         self._columns: dict[tuple[str, bool], np.ndarray] = {}  # `token_columns` of a revision, without thresholds and with them
 
     def forget(self, revision: str) -> None:
         """The revision is gone for good."""
         self.counters.pop(revision, None)
         self.altered.pop(revision, None)
+        self.apart = {kind: counters for kind, counters in self.apart.items() if kind[0] != revision}
         for with_thresholds in (False, True):
             self._columns.pop((revision, with_thresholds), None)
 
@@ -159,6 +161,8 @@ class ModelRunner:
         if request.is_background:
             return None
         assert request.adapter is not None
+        if request.rules is not None and (apart := self.apart.get((request.adapter, request.rules.key))) is not None:
+            return apart
         kept = self.counters if request.rules is None else self.altered
         return kept.get(request.adapter) or kept.setdefault(request.adapter, RouterCounters(adapter.manifest, self.model.device))
 

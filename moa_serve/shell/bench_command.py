@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from moa_serve.shell.bench_metrics import bench_metrics
+from moa_serve.shell.bench_options import bench_options
 from moa_serve.shell.bench_prefix import bench_prefix
 from moa_serve.shell.bench_quality import bench_quality
 from moa_serve.shell.bench_serve import bench_serve
@@ -21,6 +22,7 @@ bench.command("swap")(bench_swap)
 bench.command("prefix")(bench_prefix)
 bench.command("metrics")(bench_metrics)
 bench.command("quality")(bench_quality)
+bench.command("options")(bench_options)
 
 
 @bench.command("train")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from moa_serve.bench.goals import Judged
     from moa_serve.bench.growth import Growth, GrowthReport
+    from moa_serve.bench.options import OptionsReport
     from moa_serve.bench.reference import ReferenceReport
     from moa_serve.bench.serve import Computed
     from moa_serve.bench.step import StepReport
@@ -31,12 +32,12 @@ if TYPE_CHECKING:
     from moa_serve.model.weights import Base
 
 BackendOption = Annotated[str, typer.Option("--backend", envvar="MOA_BACKEND", help="auto, native or torch.")]
-_Threads = Annotated[int, typer.Option("--threads", min=1, help="Of the backend and of torch.")]
+ThreadsOption = Annotated[int, typer.Option("--threads", min=1, help="Of the backend and of torch.")]
 CoreOption = Annotated[
     int | None, typer.Option("--core", min=0, help="Pin one thread to this processor core.", show_default="wherever the system likes")
 ]
 RoundsOption = Annotated[int, typer.Option("--rounds", min=1, help="In which every case has its turn; medians and quartiles are shown.")]
-_Context = Annotated[int, typer.Option("--context", min=1, help="Tokens that stand before a decoded one.")]
+ContextOption = Annotated[int, typer.Option("--context", min=1, help="Tokens that stand before a decoded one.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 _Plot = Annotated[Path | None, typer.Option("--plot", dir_okay=False, help="Write a figure, as PNG.", metavar="PNG", show_default=False)]
 _BaseDtype = Annotated[str, typer.Option(help="auto (the base's weights are in --dtype) or int8 (native backend only).")]
@@ -55,7 +56,7 @@ def bench_step(
     device: _Device = "cpu",
     dtype: DtypeOption = "auto",
     base_dtype: _BaseDtype = "auto",
-    threads: _Threads = 1,
+    threads: ThreadsOption = 1,
     core: CoreOption = None,
     rows: Annotated[str, typer.Option(help="Sequences that decode a token each, one batch size after the other.")] = "1,2,4,8,16,32",
     prefill: Annotated[str, typer.Option(help="Tokens of one sequence to prefill; empty for none.")] = "256",
@@ -63,7 +64,7 @@ def bench_step(
         str, typer.Option(help="Families to measure beside soft_moa and sparse_moa, as lora,mola; all, or none.")
     ] = "soft_moa_no_prompt",
     adapters: Annotated[int, typer.Option(min=2, help="In a mixed batch, which there is from as many rows on.")] = 8,
-    context: _Context = 128,
+    context: ContextOption = 128,
     rounds: RoundsOption = 15,
     as_json: JsonOption = False,
     plot: _Plot = None,
@@ -82,14 +83,14 @@ def bench_step(
         from moa_serve.native.model import NativeModel
     refuse_two_bases(command, shapes)
     plan = step.Plan(
-        rows=_numbers("rows", rows),
-        prefills=_numbers("prefill", prefill) if prefill else (),
+        rows=numbers("rows", rows),
+        prefills=numbers("prefill", prefill) if prefill else (),
         families=step.OTHERS if families == "all" else () if families == "none" else tuple(families.split(",")),
         num_adapters=adapters,
         rounds=rounds,
         context=context,
     )
-    with _opened(model, backend, dtype, threads, core, shapes, base_dtype, device) as (opened, base):
+    with opened_model(model, backend, dtype, threads, core, shapes, base_dtype, device) as (opened, base):
         plain = None
         if opened.base_dtype == "int8":
             again = opened_base(model, shapes, opened.dtype)
@@ -108,7 +109,7 @@ def bench_growth(
     command: typer.Context,
     backend: BackendOption = "auto",
     dtype: DtypeOption = "auto",
-    threads: _Threads = 1,
+    threads: ThreadsOption = 1,
     core: CoreOption = None,
     rows: Annotated[str, typer.Option(help="Sequences that decode a token each.")] = "1,2,4,8",
     context: Annotated[str, typer.Option(help="Tokens before the decoded one of each of the 8 rows.")] = "128,512,1024,2048,4096",
@@ -133,8 +134,8 @@ def bench_growth(
         from moa_serve.bench import growth
     refuse_two_bases(command, shapes)
     given = {"rows": rows, "context": context, "adapters": adapters, "experts": experts, "active": active}
-    plan = growth.Plan(values={thing: _numbers(thing, text) for thing, text in given.items() if text}, rounds=rounds)
-    with _opened(model, backend, dtype, threads, core, shapes) as (opened, base):
+    plan = growth.Plan(values={thing: numbers(thing, text) for thing, text in given.items() if text}, rounds=rounds)
+    with opened_model(model, backend, dtype, threads, core, shapes) as (opened, base):
         report = growth.measure(opened, plan, on_progress=terminal.note)
     title = title_of(base.name, report)
     if as_json:
@@ -148,11 +149,11 @@ def bench_reference(
     backend: BackendOption = "auto",
     device: _Device = "cpu",
     dtype: Annotated[str, typer.Option(help="bfloat16, float32, or auto (float32 for torch on a CPU, else bfloat16).")] = "bfloat16",
-    threads: _Threads = 1,
+    threads: ThreadsOption = 1,
     core: CoreOption = None,
     rows: Annotated[str, typer.Option(help="Sequences that decode a token each, one batch size after the other.")] = "1,8,16",
     family: Annotated[str, typer.Option(help="Of the adapter: sparse_moa or soft_moa.")] = "sparse_moa",
-    context: _Context = 128,
+    context: ContextOption = 128,
     rounds: RoundsOption = 15,
     as_json: JsonOption = False,
     plot: _Plot = None,
@@ -168,8 +169,8 @@ def bench_reference(
 
         from moa_serve.bench import reference
     logging.disable_progress_bar()
-    sizes = _numbers("rows", rows)
-    with _opened(model, backend, dtype, threads, core, device=device) as (opened, base):
+    sizes = numbers("rows", rows)
+    with opened_model(model, backend, dtype, threads, core, device=device) as (opened, base):
         if base.folder is None:
             raise InvalidRequest(f"{base.name} has no folder that transformers could load", param="model")
         report = reference.compare(
@@ -194,7 +195,7 @@ def _drawing(plot: Path | None) -> Callable[[str, Any, str], None]:
     return lambda write, report, title: write_figure(plot, partial(getattr(plots, write), report, title))
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
+def numbers(option: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -216,7 +217,7 @@ def check_core(core: int | None) -> None:
 
 
 @contextmanager
-def _opened(
+def opened_model(
     model: str | None,
     backend: str,
     dtype: str,
@@ -270,7 +271,7 @@ def _placed(base: str, model: "Model") -> str:
     return base if model.device.type == "cpu" else f"{base} on {torch.cuda.get_device_name(model.device)}"
 
 
-def title_of(base: str, report: "StepReport | GrowthReport | ReferenceReport | Computed") -> str:
+def title_of(base: str, report: "StepReport | GrowthReport | ReferenceReport | OptionsReport | Computed") -> str:
     return f"{base}, {report.backend}, {report.dtype}, {terminal.counted(report.threads, 'thread')}"
 
 

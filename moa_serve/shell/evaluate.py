@@ -5,8 +5,9 @@ The files hold no text of the data: rows by their index, predictions, and whethe
 
 import json
 import platform
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moa_serve.adapter.checkpoint import replace_file
+from moa_serve.adapter.manifest import Manifest
 from moa_serve.errors import InvalidRequest
 from moa_serve.llm import LLM
 from moa_serve.shell import terminal
@@ -26,6 +28,7 @@ from moa_serve.shell.selection import Column
 from moa_serve.shell.terminal import print_table, visible
 from moa_serve.train.evaluate import Evaluation, Round, Score
 from moa_serve.train.scoring import Estimate, Verdict
+from moa_serve.train.variations import Variation, ablations, given, sweep
 
 FORMAT = "moa-eval/1"
 _BATCH_TOKENS = 1024  # in a step; 1.2 times the tokens/s of 256 and 64, the server's sizes (as in train/evaluate.py)
@@ -46,11 +49,54 @@ class Report:
 def errors(report: Report) -> list[tuple[str, list[str]]]:
     """(task and adapter, what its answers ended with), where there is any."""
     return [
-        (f"{found.task.name}, {found.scorer}, {score.adapter or BASE}", score.errors)
+        (f"{found.task.name}, {found.scorer}, {_label(score)}", score.errors)
         for found in report.rounds
         for score in found.scores
         if score.errors
     ]
+
+
+def _label(score: Score) -> str:
+    return f"{score.adapter or BASE}{'' if score.variation is None else f', {score.variation.name}'}"
+
+
+def _given(moa: Mapping[str, Any], manifest: Manifest) -> list[Variation]:
+    return [given(moa, manifest)]
+
+
+def variations(
+    columns: Mapping[str | None, Column],
+    *,
+    moa: Sequence[Mapping[str, Any]] = (),
+    ablate: Sequence[str] = (),
+    is_swept: bool = False,
+    is_explicit: bool = True,
+) -> dict[str | None, list[Variation]]:
+    """How else each adapter is to be asked: as `moa` says, with experts left out, and by a sweep. The base has no routers.
+
+    Args:
+        is_explicit: the adapters were named; else those without a router are passed over, with a warning.
+    Raises:
+        InvalidRequest: what is asked for is not for one of the adapters; the message has its name.
+    """
+    wanted: list[Callable[[Manifest], list[Variation]]] = [partial(_given, options) for options in moa]
+    wanted += [partial(ablations, one) for one in ablate]
+    wanted += [sweep] * is_swept
+    found: dict[str | None, list[Variation]] = {}
+    for name, column in columns.items():
+        if column.manifest is None:
+            continue
+        if not (column.is_routed or is_explicit):
+            if wanted:
+                terminal.warn(f"adapter {column.label!r} has no router: it is scored in its own way alone")
+            continue
+        try:
+            found[name] = [variation for make in wanted for variation in make(column.manifest)]
+        except InvalidRequest as error:
+            raise InvalidRequest(f"adapter {column.label!r}: {error}", param=error.param) from None
+    if wanted and not found:
+        raise InvalidRequest("there is no adapter with a router to ask; name one with --adapter", param="adapter")
+    return found
 
 
 def engine_options(num_rows: int) -> dict[str, int]:
@@ -95,17 +141,26 @@ def heading(found: Round) -> str:
 
 def cost(found: Round) -> str:
     """The speed of the whole mixed batch."""
-    adapters = f"{len(found.scores)} adapters in one batch: " if len(found.scores) > 1 else ""
-    return f"{adapters}{found.num_tokens:,} tokens in {found.seconds:.1f} s, {found.tokens_per_second:,.0f} tokens/s"
+    what = "adapters" if all(score.variation is None for score in found.scores) else "adapters and ways to ask them"
+    together = f"{len(found.scores)} {what} in one batch: " if len(found.scores) > 1 else ""
+    return f"{together}{found.num_tokens:,} tokens in {found.seconds:.1f} s, {found.tokens_per_second:,.0f} tokens/s"
 
 
 def table_rows(found: Round, columns: Mapping[str | None, Column]) -> tuple[list[str], list[list[str]]]:
     """(titles, cells). A column that would be empty is left out."""
     is_loss = found.scorer == "loss"
-    titles = ["adapter", "variant", "nats/token" if is_loss else "right %", "against base", "per\nbyte %", "no\nanswer", "errors"]
-    titles += ["experts\na token", "not\nselected %"]
-    rows = [[columns[score.adapter].label, _variant(columns[score.adapter]), *_cells(score, is_loss)] for score in found.scores]
-    kept = [i for i in range(len(titles)) if i in (0, 2) or any(row[i] not in ("", "0") for row in rows)]
+    titles = ["adapter", "variant", "asked", "nats/token" if is_loss else "right %", "against base", "against\nits own way"]
+    titles += ["per\nbyte %", "no\nanswer", "errors", "experts\na token", "not\nselected %", "not\ncomputed %"]
+    rows = [
+        [
+            columns[score.adapter].label,
+            _variant(columns[score.adapter]),
+            "" if score.variation is None else score.variation.name,
+            *_cells(score, is_loss),
+        ]
+        for score in found.scores
+    ]
+    kept = [i for i in range(len(titles)) if i in (0, 3) or any(row[i] not in ("", "0", "0.0") for row in rows)]
     return [titles[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
@@ -117,13 +172,19 @@ def _cells(score: Score, is_loss: bool) -> list[str]:
     usage, per_byte = score.usage, score.per_byte
     return [
         "-" if score.score is None else _estimate(score.score, is_loss),
-        "" if score.against_base is None else _estimate(score.against_base, is_loss, sign="+") + " *" * score.against_base.is_beyond_chance,
+        _difference(score.against_base, is_loss),
+        _difference(score.against_own, is_loss),
         "" if per_byte is None or per_byte == score.score else _percent(per_byte.value),
         "" if is_loss else str(score.num_unanswered),
         str(len(score.errors)),
         "" if usage is None else f"{usage.experts_per_token:.2f}/{usage.num_experts:.4g}",
         "" if usage is None else _percent(usage.not_selected),
+        "" if usage is None else _percent(usage.not_computed),
     ]
+
+
+def _difference(found: Estimate | None, is_loss: bool) -> str:
+    return "" if found is None else _estimate(found, is_loss, sign="+") + " *" * found.is_beyond_chance
 
 
 def _percent(share: float) -> str:
@@ -136,7 +197,7 @@ def _estimate(found: Estimate, is_loss: bool, sign: str = "") -> str:
     return f"{scale * found.value:{sign}.{digits}f} ± {scale * found.standard_error:.{digits}f}"
 
 
-NOTE = "± one standard error; * more than two of them away from the base, row by row"
+NOTE = "± one standard error; * more than two of them away from what it is held against, row by row"
 
 
 def show(console: Console, found: Round, columns: Mapping[str | None, Column]) -> None:
@@ -146,7 +207,7 @@ def show(console: Console, found: Round, columns: Mapping[str | None, Column]) -
     console.print(Text(visible(heading(found)), style="bold"), soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for title in titles:  # where it is narrow, names are folded and numbers are not
-        if title in ("adapter", "variant"):
+        if title in ("adapter", "variant", "asked"):
             table.add_column(title, overflow="fold", min_width=8)
         else:
             table.add_column(title, justify="right", no_wrap=True)
@@ -200,9 +261,11 @@ def _score_json(score: Score, found: Round) -> dict[str, Any]:
     answers = list(zip(found.rows, score.verdicts, strict=True))
     item: dict[str, Any] = {
         "adapter": score.adapter or BASE,
+        "asked": None if score.variation is None else asdict(score.variation),
         "value": _rounded(score.score.value) if score.score else None,
         "standard_error": _rounded(score.score.standard_error) if score.score else None,
         "against_base": _estimate_json(score.against_base),
+        "against_own": _estimate_json(score.against_own),
         "num_tokens": score.num_tokens,
         "errors": {str(example.row): verdict.error for example, verdict in answers if verdict.error is not None},
         "routing": None,
@@ -217,6 +280,7 @@ def _score_json(score: Score, found: Round) -> dict[str, Any]:
             "experts_per_token": _rounded(usage.experts_per_token),
             "num_experts": _rounded(usage.num_experts),
             "not_selected": _rounded(usage.not_selected),
+            "not_computed": _rounded(usage.not_computed),
         }
     item["answers"] = [_answer_json(verdict, is_loss) for _, verdict in answers]
     return item

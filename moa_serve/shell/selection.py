@@ -3,17 +3,14 @@
 The files are judged by LLM.load_adapter; here is only how adapters are named on a command line.
 """
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moa_serve.adapter.adapter import AdapterSource
 from moa_serve.adapter.importers import has_config
-from moa_serve.adapter.manifest import VARIANTS
-from moa_serve.adapter.rules import RoutingOptions
+from moa_serve.adapter.manifest import VARIANTS, Manifest
 from moa_serve.adapter.store import AdapterStore
 from moa_serve.errors import AdapterError, AdapterNotFound, InvalidRequest
 from moa_serve.llm import LLM
@@ -39,6 +36,7 @@ class Column:
     revision: str | None = None
     is_routed: bool = False
     is_pooled: bool = False
+    manifest: Manifest | None = None
 
     @property
     def label(self) -> str:
@@ -46,22 +44,6 @@ class Column:
 
 
 THE_BASE = Wanted(None, None)
-
-
-def parse_options(text: str | None) -> dict[str, Any] | None:
-    """Routing options as JSON, checked as far as no adapter is needed for it.
-
-    Raises:
-        InvalidRequest: no object, or an option that there is not, or out of its bounds.
-    """
-    if text is None:
-        return None
-    try:
-        options = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f'--moa is no JSON ({error}); it is an object such as {{"mode": "soft"}}', param="moa") from None
-    RoutingOptions.of(options)
-    return None if options is None else dict(options)
 
 
 def parse_adapter(text: str, adapters_dir: Path | None) -> Wanted:
@@ -172,6 +154,11 @@ def load(llm: LLM, wanted: Iterable[Wanted]) -> dict[str | None, Column]:
             warn(f"adapter {one.name!r}: {warning}")
         manifest = adapter.manifest
         columns[one.name] = Column(
-            one.name, manifest.variant, adapter.revision, is_routed=manifest.router.site != "none", is_pooled=manifest.is_pooled
+            one.name,
+            manifest.variant,
+            adapter.revision,
+            is_routed=manifest.router.site != "none",
+            is_pooled=manifest.is_pooled,
+            manifest=manifest,
         )
     return columns

@@ -1,12 +1,14 @@
 """Scoring adapters on data files, through the engine that serves: every question under every adapter, all of them in one mixed batch.
 
-One call of the engine for each task and scorer, so that speed and routing can be told for each. An adapter that overflows loses its own
-questions and nobody else's. What is written from this stands in shell/evaluate.py.
+An adapter may be asked in other ways beside its own (`variations`), in the same batch. One call of the engine for each task and scorer, so
+that speed and routing can be told for each. An adapter that overflows loses its own questions and nobody else's. What is written from this
+stands in shell/evaluate.py.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from moa_serve.engine.request import SamplingParams
 from moa_serve.errors import AdapterQuarantined, DataInvalid, InvalidRequest, MoaError
@@ -28,6 +30,7 @@ from moa_serve.train.scoring import (
     paired_difference,
     rows_by_scorer,
 )
+from moa_serve.train.variations import Variation
 
 MAX_TOKENS = {"choice": 40}  # the authors' max_gen
 LONG_MAX_TOKENS = 200  # theirs for mathematics; we take it for texts too
@@ -37,14 +40,24 @@ Progress = Callable[[str, int], None]  # (what is going on, how many of all pair
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What the routers of one adapter selected, in the mean over tokens and over the layers that have experts."""
+    """What the routers of one adapter selected, in the mean over tokens and over the layers that have experts.
+
+    Args:
+        computed_per_token: experts whose evaluation was not skipped; at least those selected. A backend may compute more: an expert of all
+            tokens of a tile that one of them selected, or every one.
+    """
 
     experts_per_token: float
     num_experts: float
+    computed_per_token: float
 
     @property
     def not_selected(self) -> float:
         return 1 - self.experts_per_token / self.num_experts
+
+    @property
+    def not_computed(self) -> float:
+        return 1 - self.computed_per_token / self.num_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +71,8 @@ class Score:
         against_base: the difference to the base on the same rows; None for the base itself, and where the base did not run.
         num_tokens: computed for it, prompts and answers.
         usage: None for what has no routers.
+        variation: how its routers were asked; None is its own way.
+        against_own: the difference of a variation to the adapter's own way on the same rows.
     """
 
     adapter: str | None
@@ -66,6 +81,8 @@ class Score:
     against_base: Estimate | None
     num_tokens: int
     usage: Usage | None
+    variation: Variation | None = None
+    against_own: Estimate | None = None
 
     @property
     def num_unanswered(self) -> int:
@@ -111,12 +128,28 @@ class Round:
         return self.num_tokens / self.seconds
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Line:
+    """What is scored: an adapter in its own way, or in another."""
+
+    adapter: str | None
+    variation: Variation | None = None
+
+    @property
+    def moa(self) -> Mapping[str, Any] | None:
+        return None if self.variation is None else self.variation.moa
+
+
 @dataclass(frozen=True, slots=True)
 class _Pair:
     """A question under an adapter."""
 
     example: Example
-    adapter: str | None
+    line: _Line
+
+    @property
+    def adapter(self) -> str | None:
+        return self.line.adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +165,25 @@ class Evaluation:
         adapters: names; None is the base.
         scorer: one of `scoring.WANTED`.
         max_tokens: to generate; None for 40 where a choice is to be named, else 200.
+        variations: by adapter, how its routers are asked beside its own way.
     Raises:
         InvalidRequest: the base has no tokenizer.
         DataInvalid: a task has nothing that can be scored like this, or a row does not fit into the served context.
     """
 
     def __init__(
-        self, llm: LLM, tasks: Sequence[Task], adapters: Sequence[str | None], *, scorer: str = "auto", max_tokens: int | None = None
+        self,
+        llm: LLM,
+        tasks: Sequence[Task],
+        adapters: Sequence[str | None],
+        *,
+        scorer: str = "auto",
+        max_tokens: int | None = None,
+        variations: Mapping[str | None, Sequence[Variation]] | None = None,
     ) -> None:
         self._llm, self._adapters, self._max_tokens = llm, tuple(adapters), max_tokens
+        others = variations or {}
+        self._lines = [_Line(adapter, one) for adapter in self._adapters for one in (None, *others.get(adapter, ()))]
         self._tokenizer = _tokenizer_of(llm)
         self._plan = [(task, by, rows) for task in tasks for by, rows in rows_by_scorer(task, scorer).items()]
         self._num_done = 0
@@ -148,7 +191,7 @@ class Evaluation:
     @property
     def num_pairs(self) -> int:
         """Questions under adapters, in all."""
-        return sum(len(rows) for _, _, rows in self._plan) * len(self._adapters)
+        return sum(len(rows) for _, _, rows in self._plan) * len(self._lines)
 
     def run(self, progress: Progress = lambda what, done: None) -> Iterator[Round]:
         """One round after the other."""
@@ -159,7 +202,7 @@ class Evaluation:
     def _round(self, task: Task, scorer: Scorer, rows: list[Example], progress: Progress) -> Round:
         # By adapter, so that a step's tokens are in few segments and no slot is filled twice: 1.15 times the tokens/s of asking each
         # question under all adapters in turn (base, Soft, Sparse, LoRA; 24 ARC-Easy questions, bfloat16, one thread, 2026-11-26).
-        pairs = [_Pair(example, adapter) for adapter in self._adapters for example in rows]
+        pairs = [_Pair(example, line) for line in self._lines for example in rows]
         ask = {"generation": self._generate, "likelihood": self._compare, "loss": self._lose}[scorer]
         what, done = f"{task.name}, {scorer}", self._num_done
         progress(what, done)
@@ -170,7 +213,9 @@ class Evaluation:
         self._num_done += len(pairs)
         progress(what, self._num_done)
         after = self._totals()
-        by_adapter = {adapter: outcomes[i * len(rows) : (i + 1) * len(rows)] for i, adapter in enumerate(self._adapters)}
+        by_line = [outcomes[i * len(rows) : (i + 1) * len(rows)] for i in range(len(self._lines))]
+        own = {line.adapter: found for line, found in zip(self._lines, by_line, strict=True) if line.variation is None}
+        usages = map(_usage, before, after)
         is_guessable = scorer == "likelihood" or all(example.labels for example in rows)
         return Round(
             task,
@@ -178,24 +223,13 @@ class Evaluation:
             tuple(rows),
             chance(rows) if is_guessable else None,
             majority(rows) if is_guessable else None,
-            tuple(self._score(adapter, by_adapter, _usage(before[adapter], after[adapter])) for adapter in self._adapters),
+            tuple(_score(*each, own) for each in zip(self._lines, by_line, usages, strict=True)),
             seconds,
         )
 
-    def _score(self, adapter: str | None, by_adapter: dict[str | None, list[_Outcome]], usage: Usage | None) -> Score:
-        verdicts = [outcome.verdict for outcome in by_adapter[adapter]]
-        base = None if adapter is None or None not in by_adapter else [outcome.verdict for outcome in by_adapter[None]]
-        return Score(
-            adapter,
-            tuple(verdicts),
-            estimate([verdict.value for verdict in verdicts], [verdict.weight for verdict in verdicts]),
-            None if base is None else paired_difference(verdicts, base),
-            sum(outcome.num_tokens for outcome in by_adapter[adapter]),
-            usage,
-        )
-
-    def _totals(self) -> dict[str | None, RoutingTotals | None]:
-        return {adapter: None if adapter is None else self._llm.routing_totals(adapter) for adapter in self._adapters}
+    def _totals(self) -> list[RoutingTotals | None]:
+        """Of each line."""
+        return [None if line.adapter is None else self._llm.routing_totals(line.adapter, line.moa) for line in self._lines]
 
     # -- asking the engine
 
@@ -220,7 +254,8 @@ class Evaluation:
             limit = self._max_tokens or MAX_TOKENS.get(pair.example.kind, LONG_MAX_TOKENS)
             params.append(SamplingParams(max_tokens=limit, temperature=0))
             self._check_fits(pair.example, len(prompts[-1]), limit)
-        completions = self._llm.generate(prompts, params, adapter=[pair.adapter for pair in pairs], on_finished=on_finished)
+        adapters, moa = _asked_for(pairs)
+        completions = self._llm.generate(prompts, params, adapter=adapters, moa=moa, on_finished=on_finished)
         outcomes = []
         for pair, completion in zip(pairs, completions, strict=True):
             if completion.error is not None:
@@ -268,9 +303,8 @@ class Evaluation:
     ) -> list[list[ChoiceScore] | MoaError]:
         """What each pair's choices are worth, or the error that its prompt ended with."""
         errors: dict[int, MoaError] = {}
-        scores = self._llm.score_choices(
-            prompts, choices, adapter=[pair.adapter for pair in pairs], on_finished=on_finished, on_error=errors.__setitem__
-        )
+        adapters, moa = _asked_for(pairs)
+        scores = self._llm.score_choices(prompts, choices, adapter=adapters, moa=moa, on_finished=on_finished, on_error=errors.__setitem__)
         return [errors.get(index, found) for index, found in enumerate(scores)]
 
     def _check_fits(self, example: Example, prompt: int, answer: int) -> None:
@@ -283,6 +317,29 @@ class Evaluation:
 
 
 _Ask = Callable[[Sequence[_Pair], Callable[[int], None]], list[_Outcome]]
+
+
+def _asked_for(pairs: Sequence[_Pair]) -> tuple[list[str | None], list[Mapping[str, Any] | None]]:
+    return [pair.adapter for pair in pairs], [pair.line.moa for pair in pairs]
+
+
+def _score(line: _Line, outcomes: Sequence[_Outcome], usage: Usage | None, own: Mapping[str | None, Sequence[_Outcome]]) -> Score:
+    """`own`: what every adapter did in its own way."""
+    verdicts = [outcome.verdict for outcome in outcomes]
+
+    def against(other: str | None, is_wanted: bool) -> Estimate | None:
+        return paired_difference(verdicts, [outcome.verdict for outcome in own[other]]) if is_wanted else None
+
+    return Score(
+        line.adapter,
+        tuple(verdicts),
+        estimate([verdict.value for verdict in verdicts], [verdict.weight for verdict in verdicts]),
+        against(None, line.adapter is not None and None in own),
+        sum(outcome.num_tokens for outcome in outcomes),
+        usage,
+        line.variation,
+        against(line.adapter, line.variation is not None),
+    )
 
 
 def _tokenizer_of(llm: LLM) -> Tokenizer:
@@ -303,5 +360,8 @@ def _usage(before: RoutingTotals | None, after: RoutingTotals | None) -> Usage |
     layers = [len(names) for names in after.experts if names]
     if tokens <= 0 or not layers:
         return None
-    selected = after.selected.sum() - (before.selected.sum() if before else 0.0)
-    return Usage(float(selected) / tokens / len(layers), sum(layers) / len(layers))
+    selected, computed = after.selected.sum(), after.computed.sum()
+    if before is not None:
+        selected, computed = selected - before.selected.sum(), computed - before.computed.sum()
+    per = tokens * len(layers)
+    return Usage(float(selected) / per, sum(layers) / len(layers), float(computed) / per)

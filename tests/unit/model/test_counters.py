@@ -1,6 +1,7 @@
 """Totals of routing, against the routing itself."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,3 +40,36 @@ def test_totals_are_the_sums_of_what_was_routed(family: str, backend: str, tmp_p
             thresholds = sum(r.threshold.double().sum(1).numpy() for r in routings if r.threshold is not None)
             np.testing.assert_allclose(totals.thresholds, thresholds, rtol=1e-5)
         np.testing.assert_allclose(totals.gate_sum, sum(r.gates.double().sum(1).numpy() for r in routings), rtol=1e-4, atol=1e-4)
+
+
+def test_options_that_are_looked_into_are_counted_by_themselves(tmp_path: Path) -> None:
+    """One sum over all options would tell nobody what his own did; and the adapter's own figures must hold neither."""
+    asked: list[dict[str, Any]] = [{"top_k": 1}, {"top_k": 3}, {"mode": "soft"}]
+    adapters = {"a": write_family(tmp_path / "a", "sparse_fn")}
+    params = SamplingParams(temperature=0, max_tokens=3)
+    with LLM(write_base(tmp_path / "base"), adapters=adapters, device="cpu", kv_cache_bytes=2**20) as llm:
+        for moa in asked[:2]:
+            before = llm.routing_totals("a", moa)
+            assert before is not None
+            assert before.tokens == 0
+        llm.generate([PROMPTS[0]] * 4, params, adapter="a", moa=[*asked, None])
+        own, one, three = llm.routing_totals("a"), *(llm.routing_totals("a", moa) for moa in asked[:2])
+        rest = llm._engine.altered_totals(llm._store.get("a").revision)
+        assert own is not None
+        assert one is not None
+        assert three is not None
+        assert rest is not None
+        tokens = len(PROMPTS[0]) + 2
+        assert [totals.tokens for totals in (own, one, three, rest)] == [tokens] * 4
+        assert one.selected.sum() <= tokens * 3 < three.selected.sum() <= tokens * 9
+        assert rest.selected.sum() == tokens * 27
+        llm._engine = llm._engine.rebuilt()
+        llm.generate([PROMPTS[0]], params, adapter="a", moa=asked[0])
+        again = llm.routing_totals("a", asked[0])
+        assert again is not None
+        assert again.tokens == 2 * tokens
+        llm.unload_adapter("a")
+        llm.load_adapter("a", tmp_path / "a")
+        fresh = llm.routing_totals("a", asked[0])
+        assert fresh is not None
+        assert fresh.tokens == 0

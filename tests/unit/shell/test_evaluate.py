@@ -140,6 +140,20 @@ def test_json_is_one_object_and_the_same_for_one_adapter_alone(run: Run) -> None
         (("--data", "free.jsonl", "--scorer", "generation"), "free.jsonl: no row can be scored by generation; use --scorer likelihood"),
         (("--data", "letters", "--out", "sums.jsonl/x"), "sums.jsonl/x: cannot be made (Not a directory)"),
         (("--data", "letters", "--max-tokens", "400"), "letters/test.json, row 1: "),
+        (("--data", "letters", "--moa", "{top_k: 2}"), "moa is no JSON ("),
+        (("--data", "letters", "--moa", "[3]"), "moa must be a mapping of routing options, not [3]"),
+        (("--data", "letters", "--moa", '{"k": 2}'), "moa.k is no routing option; there are mode, threshold, top_k, disable, force"),
+        (("--data", "letters", "--moa", "{}"), "moa asks for nothing; give a routing option"),
+        (
+            ("--data", "letters", "--adapter", "sparse", "--moa", '{"top_k": 20}'),
+            "adapter 'sparse': moa.top_k is 20, but the largest router",
+        ),
+        (("--data", "letters", "--adapter", "plain", "--moa", '{"top_k": 2}'), "adapter 'plain': moa.top_k needs an adapter with a router"),
+        (("--data", "letters", "--ablate", "heads"), "ablate is 'heads', but must be kinds, experts, layers, or layers:N"),
+        (("--data", "letters", "--adapter", "plain", "--ablate", "kinds"), "adapter 'plain': ablate needs an adapter with a router"),
+        (("--data", "letters", "--adapter", "plain", "--sweep"), "adapter 'plain': sweep needs an adapter with a router"),
+        (("--data", "letters", "--adapter", "base", "--sweep"), "there is no adapter with a router to ask; name one with --adapter"),
+        (("--data", "letters", "--plot", "x.png"), "plot draws what --ablate and --sweep found; give one of them, or leave it out"),
     ],
 )
 def test_wrong_data_and_wrong_flags_are_exit_2(run: Run, arguments: tuple[str, ...], message: str) -> None:
@@ -164,6 +178,26 @@ def test_a_base_without_a_tokenizer_is_exit_2(run: Run) -> None:
     result = run("--data", "letters", "--model", DATA / "bases" / "llama", "--adapter", golden)
     assert result.exit_code == 2
     assert "the base llama has no tokenizer, so it cannot read questions" in result.stderr
+
+
+def test_adapters_are_scored_in_other_ways_beside_their_own(run: Run, tmp_path: Path) -> None:
+    """An adapter that was not named and has no router is scored as it is, and the others' tables are not lost for it."""
+    options = ("--moa", '{"top_k": 2}', "--ablate", "kinds", "--ablate", "layers:2", "--sweep")
+    result = run(*LETTERS, "--limit", "2", "--form", "cloze", *options, "--json", "--plot", tmp_path / "found.png")
+    assert result.exit_code == 0, result.output
+    assert "adapter 'plain' has no router: it is scored in its own way alone" in result.stderr.replace("\n", " ")
+    assert (tmp_path / "found.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for found in json.loads(result.stdout)["rounds"]:
+        base, plain, own, two, *others = found["scores"]
+        assert [score["asked"] for score in (base, plain, own)] == [None, None, None]
+        assert two["asked"] == {"group": "given", "name": "top_k 2", "moa": {"top_k": 2}}
+        assert two["routing"]["experts_per_token"] <= 2
+        names = [score["asked"]["name"] for score in others]
+        assert (names[0], names[4:7]) == ("without LoRA", ["without FFN", "without layers 0-1", "without layer 2"])
+        assert names[7:9] == ["soft", "own threshold x 0.25"]
+        assert names[-1] == "top 1"
+        assert all(score["against_own"] is not None for score in others)
+        assert next(score for score in others if score["asked"]["name"] == "soft")["routing"]["not_selected"] == 0
 
 
 @pytest.mark.parametrize("adapter", ["mola_topk", "unipeft", "sparse_moa_const_prompt", "soft_moa_instance_linear:soft_moa_instance"])
@@ -225,7 +259,7 @@ def score(adapter: str | None, *values: float, usage: Usage | None = None, again
 
 def report(scorer: Scorer = "likelihood") -> Report:
     task = Task("odd|name/test", "odd|name/test.json", "cloze", "12" * 32, 40, EXAMPLES)
-    mine = score("m|ine", 1, 1, 1, 0, usage=Usage(2.5, 9.0), against=Estimate(0.5, 0.2), per_byte=True)
+    mine = score("m|ine", 1, 1, 1, 0, usage=Usage(2.5, 9.0, 4.5), against=Estimate(0.5, 0.2), per_byte=True)
     found = Round(task, scorer, EXAMPLES, 0.5, 0.75, (score(None, 1, 0, 0, 0, per_byte=False), mine), 2.0)
     base = {"name": "tiny", "digest": "34" * 32, "backend": "torch", "device": "cpu", "dtype": "float32"}
     return Report(base, {"form": "cloze", "seed": 0, "limit": None}, COLUMNS, [found])
@@ -255,12 +289,14 @@ def test_json_has_all_that_is_needed_to_count_again() -> None:
     }
     assert played["scores"][1] == {
         "adapter": "m|ine",
+        "asked": None,
         "value": 0.75,
         "standard_error": 0.25,
         "against_base": {"difference": 0.5, "standard_error": 0.2, "beyond_two_standard_errors": True},
+        "against_own": None,
         "num_tokens": 100,
         "errors": {},
-        "routing": {"experts_per_token": 2.5, "num_experts": 9.0, "not_selected": 0.722222},
+        "routing": {"experts_per_token": 2.5, "num_experts": 9.0, "not_selected": 0.722222, "not_computed": 0.5},
         "correct": 3,
         "unanswered": 0,
         "accuracy_per_byte": 1.0,
@@ -286,14 +322,14 @@ def test_markdown_is_a_table_whatever_the_names() -> None:
         "",
         "## odd\\|name/test, likelihood, 4 of 40 rows in cloze form; chance 50.0 %, always the same place 75.0 %",
         "",
-        "| adapter | variant | right % | against base | per byte % | experts a token | not selected % |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        "| base |  | 25.0 ± 25.0 |  | 0.0 |  |  |",
-        "| m\\|ine | sparse_moa | 75.0 ± 25.0 | +50.0 ± 20.0 * | 100.0 | 2.50/9 | 72.2 |",
+        "| adapter | variant | right % | against base | per byte % | experts a token | not selected % | not computed % |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| base |  | 25.0 ± 25.0 |  | 0.0 |  |  |  |",
+        "| m\\|ine | sparse_moa | 75.0 ± 25.0 | +50.0 ± 20.0 * | 100.0 | 2.50/9 | 72.2 | 50.0 |",
         "",
         "2 adapters in one batch: 200 tokens in 2.0 s, 100 tokens/s. `test.json` sha256 `121212121212`.",
         "",
-        "± one standard error; \\* more than two of them away from the base, row by row.",
+        "± one standard error; \\* more than two of them away from what it is held against, row by row.",
         "",
         "Revisions: m\\|ine `abababababab`.",
     ]
@@ -304,8 +340,8 @@ def test_a_table_without_a_terminal_is_whole_and_has_no_escape_sequences(capsys:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("odd|name/test, likelihood, 4 of 40 rows")
     (own,) = [line for line in lines if "m|ine" in line]
-    assert own.split() == ["m|ine", "sparse_moa", "75.0", "±", "25.0", "+50.0", "±", "20.0", "*", "100.0", "2.50/9", "72.2"]
-    assert "± one standard error; * more than two of them away from the base, row by row" in lines
+    assert own.split() == ["m|ine", "sparse_moa", "75.0", "±", "25.0", "+50.0", "±", "20.0", "*", "100.0", "2.50/9", "72.2", "50.0"]
+    assert "± one standard error; * more than two of them away from what it is held against, row by row" in lines
     assert "\x1b" not in "".join(lines)
 
 

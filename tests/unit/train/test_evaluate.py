@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from families import TINY, write_base, write_family, write_overflowing, write_tokenizer
+from families import TINY, raw_manifest, write_base, write_family, write_overflowing, write_tokenizer
 
 from moa_serve import LLM
+from moa_serve.adapter.manifest import Manifest
 from moa_serve.errors import DataInvalid, InvalidRequest
 from moa_serve.train.data import Example, Turn
 from moa_serve.train.evaluate import Evaluation, Round
 from moa_serve.train.prompts import encode, encode_prompt, encode_response
-from moa_serve.train.scoring import Estimate, Task
+from moa_serve.train.scoring import Estimate, Task, paired_difference
+from moa_serve.train.variations import Variation, ablations
 
 WITH_TEXT: dict[str, Any] = TINY | {"vocab_size": 259, "eos_token_id": 2, "max_position_embeddings": 400}
 ADAPTERS = [None, "sparse", "pooled", "plain"]
@@ -32,6 +34,10 @@ CHATS = tuple(Example("text", f"Say {row}", output="a" * (row + 1), row=row) for
 
 def task(examples: Sequence[Example], name: str = "made/test") -> Task:
     return Task(name, f"{name}.json", "cloze", "0" * 64, len(examples), tuple(examples))
+
+
+def manifest_of(family: str) -> Manifest:
+    return Manifest.parse(raw_manifest(family, WITH_TEXT))
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +84,51 @@ def test_all_in_one_batch_is_each_one_alone(llm: LLM) -> None:
             assert (found.usage is None) == (own.usage is None) == (adapter in (None, "plain"))
             if found.usage is not None and own.usage is not None:
                 assert found.usage.experts_per_token == pytest.approx(own.usage.experts_per_token, abs=0.02)
+
+
+def test_all_variations_in_one_batch_are_each_one_alone(llm: LLM) -> None:
+    """Rows of one adapter with many rules share steps: none may choose by a neighbour's."""
+    others = {
+        "sparse": [*ablations("kinds", manifest_of("sparse_fn")), *ablations("layers", manifest_of("sparse_fn"))[1:]],
+        "pooled": [Variation("given", "a threshold", {"threshold": 0.5}), Variation("given", "one", {"top_k": 1})],
+    }
+    tasks = (task(CLOZE, "colours/test"), task(SUMS, "sums/test"))
+    mixed = run(llm, ADAPTERS, *tasks, scorer="both", variations=others)
+    expected = [("sparse", one) for one in (None, *others["sparse"])] + [("pooled", one) for one in (None, *others["pooled"])]
+    for together in mixed:
+        assert [(score.adapter, score.variation) for score in together.scores] == [(None, None), *expected, ("plain", None)]
+    assert any(score.verdicts != mixed[1].scores[1].verdicts for score in mixed[1].scores[2:9]), "the variations matter"
+    for index, (adapter, variation) in enumerate(expected, start=1):
+        if variation is None:
+            continue
+        for together, alone in zip(mixed, run(llm, [adapter], *tasks, scorer="both", variations={adapter: [variation]}), strict=True):
+            plain, own = alone.scores
+            found = together.scores[index]
+            assert (plain.against_own, found.num_tokens) == (None, own.num_tokens)
+            assert [verdict.prediction for verdict in found.verdicts] == [verdict.prediction for verdict in own.verdicts]
+            assert [verdict.value for verdict in found.verdicts] == pytest.approx([verdict.value for verdict in own.verdicts], abs=1e-3)
+            assert found.against_own == own.against_own == paired_difference(own.verdicts, plain.verdicts)
+            assert found.usage is not None
+            assert own.usage is not None
+            assert found.usage.experts_per_token == pytest.approx(own.usage.experts_per_token, abs=0.02)
+
+
+def test_a_variation_has_the_routing_of_its_own_tokens(llm: LLM) -> None:
+    """Told for all options of an adapter together, a sweep would have one share for all of its points."""
+    asked: list[dict[str, Any]] = [{"disable": ["PROMPT", "Q"]}, {"top_k": 2}, {"mode": "soft"}]
+    variations = {"sparse": [Variation("given", str(number), moa) for number, moa in enumerate(asked)]}
+    (row,) = run(llm, ["sparse"], task(CHATS[:1]), scorer="likelihood", variations=variations)
+    assert llm.tokenizer is not None
+    encoded = encode(CHATS[0], llm.tokenizer, max_length=400, eos_token_id=2)
+    assert encoded is not None
+    for score in row.scores:
+        moa = None if score.variation is None else score.variation.moa
+        selected = llm.route(encoded.token_ids[:-1], adapter="sparse", moa=moa).selected
+        assert score.usage is not None
+        assert score.usage.experts_per_token == pytest.approx(float(selected.sum()) / (len(encoded.token_ids) - 1) / 3, abs=1e-3)
+        assert 0 <= score.usage.not_computed <= score.usage.not_selected + 1e-9
+    assert row.scores[3].usage is not None
+    assert row.scores[3].usage.not_selected == 0
 
 
 def test_adapters_differ_and_are_held_against_the_base(llm: LLM) -> None:
