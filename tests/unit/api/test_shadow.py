@@ -271,7 +271,7 @@ def test_a_failure_is_counted_and_the_next_one_is_scored(begun: Callable[..., Se
     serving = begun()
     for _ in range(2):
         serving.ok(COMPLETIONS, **ASK)
-    inject({"at": "forward", "raise": "RuntimeError"})
+    inject({"at": "forward", "raise": "RuntimeError", "times": 2})  # the step, and then the first of its two runs by itself
     rest(serving)
     assert total(serving, "skipped", reason="failed") == 1
     assert total(serving, "requests") == 1

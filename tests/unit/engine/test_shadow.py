@@ -207,7 +207,7 @@ def test_a_shadow_that_fails_costs_its_adapter_nothing(folder: Path, inject: Cal
     sample = sample_of(adapter, PROMPT, PROMPT)
 
     async def body(engine: AsyncEngine) -> None:
-        inject({"at": "forward", "raise": "RuntimeError"})
+        inject({"at": "forward", "raise": "RuntimeError", "times": 2})  # the step, and then the first of its two runs by itself
         streams = [engine.open(request, adapter) for request in sample.requests()]
         ended = [(await events_of(stream))[-1] for stream in streams]
         assert any(event.error is not None for event in ended)
