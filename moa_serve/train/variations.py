@@ -67,7 +67,7 @@ def ablations(wanted: str, manifest: Manifest) -> list[Variation]:
     """What is left out, one thing after the other.
 
     Args:
-        wanted: "kinds": all LoRA experts, the prompt, the parallel adapter; all beside attention, all beside the FFN. "experts": each of
+        wanted: "kinds": all LoRA experts, the prompt, the parallel adapter; all that stand at attention, all at the FFN. "experts": each of
             them in all layers. "layers", "layers:N": all experts of N layers, by default of a sixth of them. Experts that share a weight
             go together, and what would leave nothing is left out, except layers.
     Raises:
