@@ -129,8 +129,11 @@ class Server:
             )
 
     @contextmanager
-    def admit(self, num_rows: int) -> Iterator[None]:
+    def admit(self, num_rows: int, *, what: str = "prompts times n", param: str = "n") -> Iterator[None]:
         """Room for a request, taken before anything is done for it that costs; inside, it counts as waiting.
+
+        Args:
+            what, param: that the rows are, for the message.
 
         Raises:
             InvalidRequest: it could never have room. Overloaded: it has none now. Draining, NotReady.
@@ -140,7 +143,7 @@ class Server:
             raise Overloaded("the server is short of memory and takes no new work; try again later")
         limit = self.max_rows
         if num_rows > limit:
-            raise InvalidRequest(f"prompts times n are {num_rows} rows, but at most {limit} can run and wait; send less at once", param="n")
+            raise InvalidRequest(f"{what} are {num_rows} rows, but at most {limit} can run and wait; send less at once", param=param)
         self.check_room(num_rows)
         self.num_preparing += num_rows
         try:

@@ -1,4 +1,4 @@
-"""OpenAI's routes, and vLLM's for tokens: parse, resolve, call, shape. What generates goes through generation.py."""
+"""OpenAI's routes, vLLM's for tokens, and our own for a prompt's routing: parse, resolve, call, shape. Rows are work.py's."""
 
 import asyncio
 from typing import Any
@@ -14,25 +14,32 @@ from moa_serve.api.context import Server, server_of
 from moa_serve.api.document import GENERATED, body_of
 from moa_serve.api.errors import JsonResponse
 from moa_serve.api.generation import Generation
-from moa_serve.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, read_json
+from moa_serve.api.prompt_routing import ENDPOINT, PromptRouting
+from moa_serve.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, PromptRoutingRequest, TokenizeRequest, read_json
 from moa_serve.errors import InvalidRequest, ModelNotListed
 
-GENERATING = ("/v1/completions", "/v1/chat/completions")  # what takes a place
+WORKING = ("/v1/completions", "/v1/chat/completions", ENDPOINT)  # what takes a place
 
 router = APIRouter()
 _COMPLETIONS, _CHAT = Completions(), Chat()
 
 
-@router.post(GENERATING[0], openapi_extra=body_of(CompletionRequest), responses=GENERATED)
+@router.post(WORKING[0], openapi_extra=body_of(CompletionRequest), responses=GENERATED)
 async def create_completion(request: Request) -> Response:
     """Complete a prompt, or several."""
     return Generation(server_of(request), request, _COMPLETIONS)
 
 
-@router.post(GENERATING[1], openapi_extra=body_of(ChatRequest), responses=GENERATED)
+@router.post(WORKING[1], openapi_extra=body_of(ChatRequest), responses=GENERATED)
 async def create_chat_completion(request: Request) -> Response:
     """Answer a chat, by the base's template."""
     return Generation(server_of(request), request, _CHAT)
+
+
+@router.post(WORKING[2], openapi_extra=body_of(PromptRoutingRequest))
+async def route_prompt(request: Request) -> Response:
+    """What the routers of one adapter, or of several, say of a prompt; nothing is generated."""
+    return PromptRouting(server_of(request), request)
 
 
 @router.get("/v1/models")
