@@ -37,6 +37,14 @@ class Timings(BaseModel):
     tokens_per_second: float | None = Field(description="Of decoding, without the first tokens.")
 
 
+class Auto(BaseModel):
+    """How the adapter was picked."""
+
+    scores: dict[str, float] = Field(
+        description="Of each candidate, best first: mean log-probability of the prompt's tokens among those of its training prompts."
+    )
+
+
 class MoaAnswer(BaseModel):
     """Our extension."""
 
@@ -44,6 +52,7 @@ class MoaAnswer(BaseModel):
     adapter: str | None = Field(description="null for the base alone.")
     variant: str | None
     timings: Timings
+    auto: Auto | None = Field(None, description="Where the model was `auto`.")
     defaults: dict[str, Any] | None = Field(None, description="Fields that the adapter gave, since the request left them out.")
 
 
@@ -86,10 +95,11 @@ _ROUTING = "With `moa.return_routing`."
 class PromptRouted(BaseModel):
     """Of the prompt under one adapter. Lists have an entry for each layer."""
 
-    model: str = Field(description="As the request named it.")
+    model: str = Field(description="As the request named it, or what was picked.")
     adapter: str = Field(description="The adapter's own name.")
     revision: str
     variant: str
+    auto: Auto | None = Field(None, description="Where the model was `auto`.")
     options: dict[str, Any] | None = Field(None, description="How the routers chose, where the request said it.")
     prompt_tokens: int = Field(description="They may differ between adapters with chat templates of their own.")
     experts: list[list[str]]

@@ -8,7 +8,7 @@ All that a request holds is given back in `_serve`, whatever the exit. Belongs t
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from starlette.types import Send
 from moa_serve.adapter.adapter import Adapter
 from moa_serve.adapter.manifest import RequestDefaults
 from moa_serve.adapter.rules import RoutingRules, echo, rules_for
+from moa_serve.api.auto import AUTO, AutoPicker, Picked
 from moa_serve.api.choice import Choice, Delta, Prompt
 from moa_serve.api.context import Server
 from moa_serve.api.errors import dump_json
@@ -45,8 +46,8 @@ _EVENT_STREAM = [
 class Dialect(Protocol):
     """How one route reads its body and shapes its answer. `chunk` objects of a stream are like whole ones, but partial.
 
-    `encode` and `params` run in a worker thread. `whole` and `chunks` get a choice and what of it the client has not got yet; `more` stands
-    beside the choices of a whole answer.
+    `encode`, `asked` and `params` run in a worker thread; `asked` is the tokens of what the client wrote, whatever the adapter. `whole` and
+    `chunks` get a choice and what of it the client has not got yet; `more` stands beside the choices of a whole answer.
     """
 
     endpoint: str
@@ -57,6 +58,7 @@ class Dialect(Protocol):
 
     def num_prompts(self, body: Any) -> int: ...
     def encode(self, server: Server, body: Any, adapter: Adapter | None) -> list[Prompt]: ...
+    def asked(self, server: Server, body: Any) -> list[Sequence[int]]: ...
     def params(self, server: Server, body: Any, prompt: Prompt, adapter: Adapter | None) -> SamplingParams: ...
     def guide_param(self, body: Any) -> str: ...
     def reader(self, server: Server, body: Any, adapter: Adapter | None) -> ToolReader | None: ...
@@ -69,7 +71,8 @@ class Dialect(Protocol):
 
 @dataclass(slots=True)
 class _Progress(Progress):
-    body: GenerationRequest | None = None
+    body: GenerationRequest | None = None  # with the model that was picked
+    picked: Picked | None = None  # where the model was `auto`
     adapter_name: str | None = None
     adapter: Adapter | None = None
     options: dict[str, Any] = field(default_factory=dict)  # of routing, as they were resolved
@@ -149,10 +152,14 @@ class Generation(Work):
         num_rows = self._dialect.num_prompts(body) * body.n
         stack.enter_context(server.claim(self._key_id, num_rows))
         with server.admit(num_rows):
+            if (picker := server.picker(body.model)) is not None:
+                progress.body = body = await self._pick(picker, body)
             if body.model != server.base_name:
                 lease = await server.registry.lease(body.model, revision=body.moa.revision, key=body.user or self._key_id)
                 stack.callback(lease.release)
                 progress.adapter_name, progress.adapter = lease.name, lease.adapter
+                if progress.picked is not None:
+                    server.metrics.observe_pick(lease.name)
                 if lease.adapter.manifest.defaults is not None:
                     progress.defaults = self._defaults(body, lease.adapter.manifest.defaults)
                     progress.body = body = body.model_copy(update=progress.defaults)
@@ -163,6 +170,16 @@ class Generation(Work):
             self._check_routed(body)
             self._resolve_routing(body)
             return await asyncio.to_thread(self._encode, body)
+
+    async def _pick(self, picker: AutoPicker, body: GenerationRequest) -> GenerationRequest:
+        """The request with an adapter in place of `auto`."""
+        candidates = picker.candidates(body.moa.revision)
+
+        def pick() -> Picked:
+            return picker.pick(self._dialect.asked(self._server, body), candidates)
+
+        self._progress.picked = picked = await asyncio.to_thread(pick)
+        return body.model_copy(update={"model": picked.name})
 
     def _check_routed(self, body: GenerationRequest) -> None:
         """Raises InvalidRequest: routing is asked of what has no router."""
@@ -403,6 +420,7 @@ class Generation(Work):
             "adapter": self._progress.adapter_name,
             "variant": adapter.manifest.variant if adapter else None,
             "timings": timings(self._record()),
+            **({"auto": self._progress.picked.told()} if self._progress.picked is not None else {}),
             **({"options": self._progress.options} if self._progress.options else {}),
             **({"defaults": self._progress.defaults} if self._progress.defaults else {}),
         }
@@ -411,7 +429,7 @@ class Generation(Work):
         progress = self._progress
         scheduled, first_token = self._started
         return RequestRecord(
-            model=progress.body.model if progress.body else "",
+            model="" if progress.body is None else AUTO if progress.picked is not None else progress.body.model,
             adapter=progress.adapter_name,
             revision=progress.adapter.revision if progress.adapter else None,
             request_id=self._request_id,

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from moa_serve.api.adapters import AdapterItem, AliasItem
+from moa_serve.api.auto import AUTO
 from moa_serve.api.chat import Chat, encode_chat
 from moa_serve.api.completions import Completions, check_length, encode_prompt
 from moa_serve.api.context import Server, server_of
@@ -44,11 +45,12 @@ async def route_prompt(request: Request) -> Response:
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
-    """The base, and every adapter and alias that a request may name."""
+    """The base, every adapter and alias that a request may name, and `auto` where it is on."""
     server = server_of(request)
-    adapters = [_adapter_model(server, item) for item in server.registry.items() if item.is_listed]
-    aliases = [_alias_model(server, item) for item in server.registry.aliases()]
-    return JsonResponse({"object": "list", "data": [_base_model(server), *adapters, *aliases]})
+    adapters = [_adapter_model(server, item) for item in server.registry.items() if item.is_listed and not server.picker(item.name)]
+    aliases = [_alias_model(server, item) for item in server.registry.aliases() if not server.picker(item.name)]
+    auto = [_auto_model(server)] if server.auto else []
+    return JsonResponse({"object": "list", "data": [_base_model(server), *auto, *adapters, *aliases]})
 
 
 @router.get("/v1/models/{model:path}")
@@ -115,6 +117,8 @@ def _check_model(server: Server, model: str | None) -> None:
 
 def _model_of(server: Server, name: str) -> dict[str, Any]:
     """Raises ModelNotListed."""
+    if server.picker(name) is not None:
+        return _auto_model(server)
     if name == server.base_name:
         return _base_model(server)
     if (alias := server.registry.alias(name)) is not None:
@@ -127,6 +131,10 @@ def _model_of(server: Server, name: str) -> dict[str, Any]:
 
 def _base_model(server: Server) -> dict[str, Any]:
     return _model(server, server.base_name, root=server.base_name, parent=None, max_model_len=server.max_model_len)
+
+
+def _auto_model(server: Server) -> dict[str, Any]:
+    return _model(server, AUTO, root=server.base_name, parent=server.base_name, max_model_len=None)
 
 
 def _adapter_model(server: Server, item: AdapterItem) -> dict[str, Any]:

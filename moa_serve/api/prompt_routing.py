@@ -19,7 +19,8 @@ from torch import Tensor
 from moa_serve.adapter.adapter import Adapter
 from moa_serve.adapter.manifest import Manifest
 from moa_serve.adapter.rules import echo, rules_for
-from moa_serve.api.chat import encode_chat
+from moa_serve.api.auto import AutoPicker, Picked
+from moa_serve.api.chat import encode_chat, encode_contents
 from moa_serve.api.completions import encode_prompt
 from moa_serve.api.context import Server
 from moa_serve.api.errors import dump_json
@@ -60,6 +61,7 @@ class _Row:
 @dataclass(slots=True)
 class _Progress(Progress):
     body: PromptRoutingRequest | None = None
+    picked: Picked | None = None  # where the model was `auto`
     rows: list[_Row] = field(default_factory=list)
     is_done: bool = False
 
@@ -96,15 +98,30 @@ class PromptRouting(Work):
         server = self._server
         stack.enter_context(server.claim(self._key_id, len(body.names)))
         with server.admit(len(body.names), what="models", param="models"):
-            for name in body.names:
+            names = body.names
+            if (picker := server.picker(body.model)) is not None:
+                names = [await self._pick(picker, body)]
+            for name in names:
                 self._progress.rows.append(await self._lease(name, body, stack))
             return await asyncio.to_thread(self._encode, body)
+
+    async def _pick(self, picker: AutoPicker, body: PromptRoutingRequest) -> str:
+        candidates = picker.candidates(body.moa.revision)
+
+        def pick() -> Picked:
+            ids = self._ids(body, None) if body.messages is None else encode_contents(self._server, body.messages)
+            return picker.pick([ids], candidates)
+
+        self._progress.picked = picked = await asyncio.to_thread(pick)
+        return picked.name
 
     async def _lease(self, name: str, body: PromptRoutingRequest, stack: AsyncExitStack) -> _Row:
         if name == self._server.base_name:
             raise InvalidRequest(f"{name!a} is the base alone, which has no router; name an adapter that has one", param="model")
         lease = await self._server.registry.lease(name, revision=body.moa.revision, key=body.user or self._key_id)
         stack.callback(lease.release)
+        if self._progress.picked is not None:
+            self._server.metrics.observe_pick(lease.name)
         manifest = lease.adapter.manifest
         if manifest.router.site == "none":
             raise InvalidRequest(
@@ -197,6 +214,7 @@ class PromptRouting(Work):
             "adapter": row.name,
             "revision": row.adapter.revision,
             "variant": manifest.variant,
+            **({"auto": self._progress.picked.told()} if self._progress.picked is not None else {}),
             **({"options": row.options} if row.options else {}),
             "prompt_tokens": len(ids),
             **summary(manifest, routing),
