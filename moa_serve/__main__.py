@@ -194,6 +194,43 @@ def convert(
 
 
 @app.command()
+def fingerprint(
+    adapter: Annotated[list[str], typer.Argument(help="Names that requests would use: of adapters, or of an alias.", show_default=False)],
+    data: Annotated[
+        list[Path], typer.Option(help="What they were trained on: a file, or a folder with train.json; again for more.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="File to write, or to add to.", dir_okay=False, show_default=False)],
+    form: Annotated[str, typer.Option(help="As in training: authors or cloze.")] = "authors",
+    model: Model = None,
+) -> None:
+    """Count the tokens of an adapter's training prompts, for `serve --auto`: the model `auto` picks the adapter that a prompt is most like.
+
+    Exit code 2 where the data, the file or the base is wrong.
+    """
+    import torch
+
+    from moa_serve.adapter.fingerprint import Fingerprint, read_fingerprints, write_fingerprints
+    from moa_serve.model.weights import load_base
+    from moa_serve.text import Tokenizer
+    from moa_serve.train.data import find_file, read_examples
+    from moa_serve.train.prompts import encode_prompt
+
+    if form not in ("authors", "cloze"):
+        raise InvalidRequest(f"form is {form!r}, but must be authors or cloze", param="form")
+    base = load_base(model, dtype=torch.bfloat16)
+    tokenizer = None if base.folder is None else Tokenizer.from_folder(base.folder)
+    if tokenizer is None:
+        raise InvalidRequest("the base has no tokenizer, so prompts have no tokens", param="model")
+    found = read_fingerprints(out, base.digest) if out.exists() else {}
+    examples = [example for path in data for example in read_examples(find_file(path, "train"), "cloze" if form == "cloze" else "authors")]
+    if any(example.kind == "chat" for example in examples):
+        raise DataInvalid("rows of a chat have no single prompt; give rows with 'instruction'", param="data")
+    made = Fingerprint.of(encode_prompt(example, tokenizer) for example in examples)
+    write_fingerprints(out, base.digest, found | dict.fromkeys(adapter, made))
+    typer.echo(f"{len(examples):,} prompts of {made.counts.sum():,} tokens for {', '.join(adapter)}: {terminal.one_line(str(out))}")
+
+
+@app.command()
 def generate(
     prompt: Annotated[
         list[str] | None, typer.Argument(help="Prompts, taken as they are; - reads one a line from standard input.", show_default=False)

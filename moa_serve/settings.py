@@ -89,6 +89,9 @@ class ServerSettings(BaseSettings):
         False,
         description="Chats with an adapter use the template in its defaults, rendered in a child process with limits; else the base's.",
     )
+    auto: Path | None = Field(
+        None, description="File of `moa-serve fingerprint`: the model `auto` is then the adapter in it that a prompt is most like."
+    )
     strict_state: bool = Field(False, description="Exit with 2 where the file in state_dir cannot be understood, rather than begin anew.")
     backend: Literal["auto", "torch", "native"] = Field("auto", description="What computes; auto is torch where there is no native one.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is CUDA where there is a device.")

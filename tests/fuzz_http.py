@@ -53,6 +53,7 @@ PLAIN: dict[str, dict[str, Any]] = {
         "max_tokens": 2,
         "moa": {"return_routing": True},
     },
+    "POST /v1/moa/route": {"models": ["soft", "sparse_fn"], "prompt": "hi", "detail": "tokens"},
     "POST /tokenize": {"prompt": "hi"},
     "POST /detokenize": {"tokens": [5, 6]},
 }
@@ -107,6 +108,8 @@ class Fuzzer:
     def send(self, label: str, case: Any, client: str) -> None:
         if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
             case.body["model"] = "soft"  # else hardly any request would come further than to its name
+        if isinstance(case.body, dict) and case.body.get("models") and isinstance(case.body["models"], list):
+            case.body["models"][:2] = ["soft", "sparse_fn"][: len(case.body["models"])]
         if label in PLAIN and not sum(self.score.by_operation.get(label, Counter()).values()) % PLAIN_EACH:
             case.body = dict(PLAIN[label])
         if label.endswith(("/reload", "/pin", "/unpin")):

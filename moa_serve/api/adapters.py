@@ -178,6 +178,11 @@ class AdapterRegistry:
         targets = self._state.aliases.get(name)
         return None if targets is None else AliasItem(name, targets)
 
+    def is_served(self, name: str) -> bool:
+        """Whether requests may name it, an adapter or an alias, as far as the last look at the directory tells."""
+        known = self._known.get(name)
+        return name in self._state.aliases or (known is not None and known.is_served)
+
     def _item(self, known: Known) -> AdapterItem:
         path = os.fspath(self.store.get(known.name).source.path) if known.revision else known.name
         if self._root is not None and os.path.isabs(path):

@@ -37,6 +37,14 @@ class Timings(BaseModel):
     tokens_per_second: float | None = Field(description="Of decoding, without the first tokens.")
 
 
+class Auto(BaseModel):
+    """How the adapter was picked."""
+
+    scores: dict[str, float] = Field(
+        description="Of each candidate, best first: mean log-probability of the prompt's tokens among those of its training prompts."
+    )
+
+
 class MoaAnswer(BaseModel):
     """Our extension."""
 
@@ -47,6 +55,7 @@ class MoaAnswer(BaseModel):
     threshold_scale: float | None = Field(
         None, description="What the server, under pressure, multiplied the adapter's thresholds by; only where it did."
     )
+    auto: Auto | None = Field(None, description="Where the model was `auto`.")
     defaults: dict[str, Any] | None = Field(None, description="Fields that the adapter gave, since the request left them out.")
 
 
@@ -60,8 +69,8 @@ class _Generated(BaseModel):
 
 
 class RoutedToken(BaseModel):
-    """What the routers said in the step that gave a token: of the token before it. All lists have an entry for each layer; numbers have
-    four digits, null where a router overflowed."""
+    """What the routers said: of an answer's token in the step that gave it, so of the token before it; of a prompt's token of itself. All
+    lists have an entry for each layer; numbers have four digits, null where a router overflowed."""
 
     id: int
     token: str = Field(description="As text; U+FFFD for a part of a character.")
@@ -84,6 +93,34 @@ class ChoiceMoa(BaseModel):
 
 
 _ROUTING = "With `moa.return_routing`."
+
+
+class PromptRouted(BaseModel):
+    """Of the prompt under one adapter. Lists have an entry for each layer."""
+
+    model: str = Field(description="As the request named it, or what was picked.")
+    adapter: str = Field(description="The adapter's own name.")
+    revision: str
+    variant: str
+    auto: Auto | None = Field(None, description="Where the model was `auto`.")
+    options: dict[str, Any] | None = Field(None, description="How the routers chose, where the request said it.")
+    prompt_tokens: int = Field(description="They may differ between adapters with chat templates of their own.")
+    experts: list[list[str]]
+    weights: list[list[float | None]] = Field(description="Mean weight of each expert, before selection; null where a router overflowed.")
+    selected: list[list[float | None]] = Field(description="Share of the tokens that kept it.")
+    threshold: list[float | None] | None = Field(
+        description="Mean of what a weight had to reach; null where nothing is compared with a threshold of the layer."
+    )
+    evaluations_done: int = Field(description="Experts that were computed, each for one token in one layer.")
+    evaluations_skipped: int = Field(description="Those that the routers left out.")
+    tokens: list[RoutedToken] | None = Field(None, description="With detail 'tokens': what the routers said of each token of the prompt.")
+
+
+class PromptRoutings(BaseModel):
+    id: str
+    object: Literal["moa.route"]
+    data: list[PromptRouted] = Field(description="An entry for each model, in the request's order.")
+    usage: Usage = Field(description="The prompt's tokens, once for each model.")
 
 
 class PromptLogprob(BaseModel):
@@ -364,6 +401,7 @@ class Version(BaseModel):
 ANSWERS: dict[tuple[str, str], type[BaseModel]] = {
     ("post", "/v1/completions"): Completion,
     ("post", "/v1/chat/completions"): ChatCompletion,
+    ("post", "/v1/moa/route"): PromptRoutings,
     ("get", "/v1/models"): ModelList,
     ("get", "/v1/models/{model}"): Model,
     ("post", "/tokenize"): Tokens,

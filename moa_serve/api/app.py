@@ -33,7 +33,7 @@ def build_app(server: Server) -> ASGIApp:
     app.add_exception_handler(Exception, _on_bug)
 
     def check_room(path: str) -> None:
-        if path in openai.GENERATING:
+        if path in openai.WORKING:
             try:
                 server.check_room()
             except Overloaded:

@@ -30,6 +30,9 @@ class Chat:
     def encode(self, server: Server, body: ChatRequest, adapter: Adapter | None) -> list[Prompt]:
         return [Prompt(encode_chat(server, server.template_of(adapter), body.messages, body.shown_tools))]
 
+    def asked(self, server: Server, body: ChatRequest) -> list[Sequence[int]]:
+        return [encode_contents(server, body.messages)]
+
     def params(self, server: Server, body: ChatRequest, prompt: Prompt, adapter: Adapter | None) -> SamplingParams:
         params = body.sampling(body.max_tokens or body.max_completion_tokens, (body.top_logprobs or 0) if body.logprobs else None)
         tools, choice = body.shown_tools, body.tool_choice
@@ -137,6 +140,15 @@ def encode_chat(
         add_generation_prompt=add_generation_prompt,
         check=lambda rendered: check_length(server, rendered, "messages"),
     )
+
+
+def encode_contents(server: Server, messages: list[Message]) -> list[int]:
+    """What the messages say, without what a template writes around it. Raises InvalidRequest: the base has no tokenizer, or too long."""
+    if server.tokenizer is None:
+        raise InvalidRequest("the base has no tokenizer, so it cannot chat; use /v1/completions with token ids", param="messages")
+    text = "\n".join(message.text for message in messages)
+    check_length(server, text, "messages")
+    return server.tokenizer.encode(text, parse_special=False)
 
 
 def _logprobs(tokens: list[ScoredToken], tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """/v1/completions as OpenAI shapes it: prompts as text or ids, `text` and log-probabilities in lists side by side."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from moa_serve.adapter.adapter import Adapter
@@ -26,6 +27,9 @@ class Completions:
 
     def encode(self, server: Server, body: CompletionRequest, adapter: Adapter | None) -> list[Prompt]:
         return [encode_prompt(server, prompt, body.moa.parse_special, echo=body.echo) for prompt in body.prompts]
+
+    def asked(self, server: Server, body: CompletionRequest) -> list[Sequence[int]]:
+        return [prompt.ids for prompt in self.encode(server, body, None)]
 
     def params(self, server: Server, body: CompletionRequest, prompt: Prompt, adapter: Adapter | None) -> SamplingParams:
         """The default of max_tokens yields to the context; a limit that was asked for does not."""

@@ -9,6 +9,7 @@ from starlette.requests import HTTPConnection
 
 from moa_serve.adapter.adapter import Adapter
 from moa_serve.api.adapters import AdapterRegistry
+from moa_serve.api.auto import AUTO, AutoPicker
 from moa_serve.api.errors import KeyOverloaded, NotReady
 from moa_serve.api.overload import ReturnTimes
 from moa_serve.api.shadow import ShadowCheck
@@ -34,6 +35,7 @@ class Server:
         started: Unix time in seconds; the `created` of every model.
         memory: how much of its memory limit the process uses; refuses work before there is none left.
         traces: where the spans of requests go; None where nobody asks for them.
+        auto: picks the adapter where the model is `auto`; None where that is off, and `auto` a name like any other.
         is_draining: SIGTERM has come: health answers 503, and new requests are refused.
     """
 
@@ -48,6 +50,7 @@ class Server:
     started: int
     memory: MemoryWatch = field(default_factory=MemoryWatch)
     traces: Traces | None = None
+    auto: AutoPicker | None = None
     is_draining: bool = False
     num_preparing: int = 0  # rows of requests that are not yet in the engine: their adapter is being read, or their text tokenised
     rows_of_keys: Counter[str] = field(default_factory=Counter)  # of requests that have not ended, by the key's id
@@ -83,6 +86,10 @@ class Server:
         if source is None or self.sandbox is None or self.tokenizer is None:
             return self.chat_template
         return ChatTemplate(self.tokenizer, source, render=self.sandbox.render)
+
+    def picker(self, model: str | None) -> AutoPicker | None:
+        """Where this model is to be picked. It goes before an adapter or alias of the same name."""
+        return self.auto if model == AUTO else None
 
     @property
     def max_model_len(self) -> int:
@@ -153,8 +160,11 @@ class Server:
             )
 
     @contextmanager
-    def admit(self, num_rows: int) -> Iterator[None]:
+    def admit(self, num_rows: int, *, what: str = "prompts times n", param: str = "n") -> Iterator[None]:
         """Room for a request, taken before anything is done for it that costs; inside, it counts as waiting.
+
+        Args:
+            what, param: that the rows are, for the message.
 
         Raises:
             InvalidRequest: it could never have room. Overloaded: it has none now. Draining, NotReady.
@@ -164,7 +174,7 @@ class Server:
             raise Overloaded("the server is short of memory and takes no new work; try again later")
         limit = self.max_rows
         if num_rows > limit:
-            raise InvalidRequest(f"prompts times n are {num_rows} rows, but at most {limit} can run and wait; send less at once", param="n")
+            raise InvalidRequest(f"{what} are {num_rows} rows, but at most {limit} can run and wait; send less at once", param=param)
         self.check_room(num_rows)
         self.engine.end_background()  # a few milliseconds before its first row comes
         self.num_preparing += num_rows

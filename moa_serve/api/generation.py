@@ -1,47 +1,36 @@
 """Generation: one HTTP request for tokens, from its body to the last byte of its answer.
 
-What every route that generates has in common: admission, the adapter's lease, tokenising off the loop, one engine stream for each row, time
-limits, a client that leaves, the answer as one body or as server-sent events, and the one record of how it went. How an answer looks is
-its dialect's matter. All that a request holds is given back in `_serve`, whatever the exit. Belongs to the event loop.
+What every route that generates has in common: admission, the adapter's lease, tokenising off the loop, one engine stream for each row, and
+the answer as one body or as server-sent events. How an answer looks is its dialect's matter; what happens around all of it is in work.py.
+All that a request holds is given back in `_serve`, whatever the exit. Belongs to the event loop.
 """
 
 import asyncio
 import hashlib
-import secrets
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator
-from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Send
 
 from moa_serve.adapter.adapter import Adapter
 from moa_serve.adapter.manifest import RequestDefaults
 from moa_serve.adapter.rules import RoutingRules, echo, rules_for, yields
+from moa_serve.api.auto import AUTO, AutoPicker, Picked
 from moa_serve.api.choice import Choice, Delta, Prompt
 from moa_serve.api.context import Server
-from moa_serve.api.errors import (
-    QueueTimeout,
-    RequestTimeout,
-    as_moa_error,
-    dump_json,
-    error_body,
-    response_of,
-    status_of,
-)
-from moa_serve.api.guard import CHARGE, CLIENT_CLOSED_REQUEST, KEY_ID, OUTCOME, ClientGone
-from moa_serve.api.logs import log_request
+from moa_serve.api.errors import dump_json
 from moa_serve.api.routing import MAX_BYTES, RoutingText
-from moa_serve.api.schemas import GenerationRequest, named, read_json
+from moa_serve.api.schemas import GenerationRequest, named
 from moa_serve.api.tools import ToolReader
+from moa_serve.api.work import JSON_HEADERS, Progress, Work
 from moa_serve.engine.async_engine import PAUSE_AT, Stream
 from moa_serve.engine.engine import TokenEvent
-from moa_serve.engine.request import Request, SamplingParams, Sequence
-from moa_serve.errors import InvalidRequest, MoaError, RevisionNotFound
+from moa_serve.engine.request import Request, SamplingParams
+from moa_serve.errors import InvalidRequest, RevisionNotFound
 from moa_serve.metrics.record import RequestRecord, timings
 
 MAX_GAPS = 64  # between tokens, that are handed to the metrics at once
@@ -50,7 +39,6 @@ MAX_SCORED_CONTEXTS = 4  # prompt tokens that one request may have scored, in co
 THRESHOLD_SCALE = b"x-moa-threshold-scale"
 """Header of an answer whose experts had to reach more than the adapter asks for."""
 
-_JSON = [(b"content-type", b"application/json")]
 _EVENT_STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -61,8 +49,8 @@ _EVENT_STREAM = [
 class Dialect(Protocol):
     """How one route reads its body and shapes its answer. `chunk` objects of a stream are like whole ones, but partial.
 
-    `encode` and `params` run in a worker thread. `whole` and `chunks` get a choice and what of it the client has not got yet; `more` stands
-    beside the choices of a whole answer.
+    `encode`, `asked` and `params` run in a worker thread; `asked` is the tokens of what the client wrote, whatever the adapter. `whole` and
+    `chunks` get a choice and what of it the client has not got yet; `more` stands beside the choices of a whole answer.
     """
 
     endpoint: str
@@ -73,6 +61,7 @@ class Dialect(Protocol):
 
     def num_prompts(self, body: Any) -> int: ...
     def encode(self, server: Server, body: Any, adapter: Adapter | None) -> list[Prompt]: ...
+    def asked(self, server: Server, body: Any) -> list[Sequence[int]]: ...
     def params(self, server: Server, body: Any, prompt: Prompt, adapter: Adapter | None) -> SamplingParams: ...
     def guide_param(self, body: Any) -> str: ...
     def reader(self, server: Server, body: Any, adapter: Adapter | None) -> ToolReader | None: ...
@@ -84,11 +73,9 @@ class Dialect(Protocol):
 
 
 @dataclass(slots=True)
-class _Progress:
-    """How far a request has come: what its record says, at whatever point it ends."""
-
-    arrived: float
-    body: GenerationRequest | None = None
+class _Progress(Progress):
+    body: GenerationRequest | None = None  # with the model that was picked
+    picked: Picked | None = None  # where the model was `auto`
     adapter_name: str | None = None
     adapter: Adapter | None = None
     options: dict[str, Any] = field(default_factory=dict)  # of routing, as they were resolved
@@ -99,11 +86,6 @@ class _Progress:
     max_tokens: int | None = None
     routing: RoutingText | None = None  # where it was asked for
     choices: list[Choice] = field(default_factory=list)
-    status: int = 200
-    is_cancelled: bool = False
-    error: MoaError | None = None
-    is_started: bool = False  # the status is sent
-    is_answered: bool = False  # the last byte is being sent: who leaves now has his answer
 
     @property
     def finish_reason(self) -> str:
@@ -135,45 +117,25 @@ class _Progress:
         return sum(fewest.values())
 
 
-class Generation(Response):
-    """The response of a route that generates. It reads the request itself, so that one place sees every way in which it can end."""
+class Generation(Work):
+    """The response of a route that generates."""
+
+    _progress: _Progress
 
     def __init__(self, server: Server, request: HttpRequest, dialect: Dialect) -> None:
-        super().__init__()
-        self._server, self._request, self._dialect = server, request, dialect
-        self._id, self._created = dialect.id_prefix + secrets.token_hex(12), int(time.time())
-        self._progress = _Progress(time.monotonic())
+        super().__init__(server, request, dialect.schema, dialect.id_prefix, _Progress(time.monotonic()))
+        self._dialect, self._created = dialect, int(time.time())
         self._gaps: list[float] = []
         self._num_charged = 0  # completion tokens
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        progress = self._progress
-        try:
-            body = await read_json(self._request, self._dialect.schema)
-            progress.arrived, progress.body = time.monotonic(), body
-            is_done = await _until_gone(self._serve(body, send), receive)
-            progress.is_cancelled = not (is_done or progress.is_answered)
-        except (ClientDisconnect, ClientGone):
-            progress.is_cancelled = True
-        except asyncio.CancelledError:
-            progress.is_cancelled = True
-            raise
-        except Exception as error:
-            await self._answer_error(error, scope, receive, send)
-        finally:
-            self._observe()
 
     # -- in
 
     async def _serve(self, body: GenerationRequest, send: Send) -> None:
-        settings, progress = self._server.settings, self._progress
-        body.check_limits(settings)
+        progress = self._progress
+        progress.body = body
+        body.check_limits(self._server.settings)
         async with AsyncExitStack() as stack:
-            try:
-                async with asyncio.timeout(settings.request_timeout_seconds):
-                    prepared = await self._prepare(body, stack)
-            except TimeoutError:
-                raise self._late() from None
+            prepared = await self._in_time(self._prepare(body, stack))
             progress.prompts = [prompt for prompt, _ in prepared]
             self._charge(progress.prompt_tokens)
             self._check_scored(prepared)
@@ -195,10 +157,14 @@ class Generation(Response):
         stack.enter_context(server.claim(self._key_id, num_rows))
         with server.admit(num_rows):
             level = server.sparsity.admit(server.num_waiting())
+            if (picker := server.picker(body.model)) is not None:
+                progress.body = body = await self._pick(picker, body)
             if body.model != server.base_name:
                 lease = await server.registry.lease(body.model, revision=body.moa.revision, key=body.user or self._key_id)
                 stack.callback(lease.release)
                 progress.adapter_name, progress.adapter = lease.name, lease.adapter
+                if progress.picked is not None:
+                    server.metrics.observe_pick(lease.name)
                 if lease.adapter.manifest.defaults is not None:
                     progress.defaults = self._defaults(body, lease.adapter.manifest.defaults)
                     progress.body = body = body.model_copy(update=progress.defaults)
@@ -208,6 +174,16 @@ class Generation(Response):
                 )
             self._check_routed(body)
             return await asyncio.to_thread(self._encode, body, level)
+
+    async def _pick(self, picker: AutoPicker, body: GenerationRequest) -> GenerationRequest:
+        """The request with an adapter in place of `auto`."""
+        candidates = picker.candidates(body.moa.revision)
+
+        def pick() -> Picked:
+            return picker.pick(self._dialect.asked(self._server, body), candidates)
+
+        self._progress.picked = picked = await asyncio.to_thread(pick)
+        return body.model_copy(update={"model": picked.name})
 
     def _check_routed(self, body: GenerationRequest) -> None:
         """Raises InvalidRequest: routing is asked of what has no router."""
@@ -324,36 +300,6 @@ class Generation(Response):
         choice = Choice(index, prompt, stream, tokenizer, echo=echo, num_prompt_logprobs=scores, reader=reader, routing=routing)
         self._progress.choices.append(choice)
 
-    @contextmanager
-    def _time_limits(self) -> Iterator[None]:
-        """End every stream with an error when the request has waited or run for too long."""
-        loop, settings, choices = asyncio.get_running_loop(), self._server.settings, self._progress.choices
-
-        def end_all(error: MoaError) -> None:
-            for choice in choices:
-                _fail(choice.stream, error)
-
-        def end_queued() -> None:
-            if all(choice.stream.sequence is None or choice.stream.sequence.scheduled_at is None for choice in choices):
-                end_all(QueueTimeout(f"the request waited {settings.queue_timeout_seconds:g} s for a row; try again later"))
-
-        def end_late() -> None:
-            end_all(self._late())
-
-        elapsed = time.monotonic() - self._progress.arrived
-        timers = [
-            loop.call_later(max(0.0, settings.queue_timeout_seconds - elapsed), end_queued),
-            loop.call_later(max(0.0, settings.request_timeout_seconds - elapsed), end_late),
-        ]
-        try:
-            yield
-        finally:
-            for timer in timers:
-                timer.cancel()
-
-    def _late(self) -> RequestTimeout:
-        return RequestTimeout(f"the request took more than {self._server.settings.request_timeout_seconds:g} s; ask for fewer tokens")
-
     # -- out
 
     async def _news(self) -> AsyncGenerator[list[Choice], None]:
@@ -397,7 +343,7 @@ class Generation(Response):
         # the GIL.
         choices = [await asyncio.to_thread(self._dump_whole, choice) for choice in self._progress.choices]
         payload = dump_json(rest)[:-1] + b',"choices":[' + b",".join(choices) + b"]}"
-        await self._start(send, [*_JSON, (b"content-length", str(len(payload)).encode())])
+        await self._start(send, [*JSON_HEADERS, (b"content-length", str(len(payload)).encode())])
         self._progress.is_answered = True
         self._charge_completion()
         await send({"type": "http.response.body", "body": payload})
@@ -450,33 +396,15 @@ class Generation(Response):
         await send({"type": "http.response.body", "body": payload, "more_body": not is_last})
 
     async def _start(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
-        self._progress.is_started = True
         if (scale := self._progress.threshold_scale) is not None:
             headers = [*headers, (THRESHOLD_SCALE, f"{scale:.10g}".encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-
-    async def _answer_error(self, error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
-        """A status, or, where one is sent already, an event after which nothing comes."""
-        progress = self._progress
-        progress.error = as_moa_error(error)
-        if progress.error.param == "adapter":  # the engine's word for what the client calls the model
-            progress.error.param = "model"
-        progress.status = status_of(progress.error)
-        if not progress.is_started:
-            await response_of(progress.error)(scope, receive, send)
-            return
-        scope.setdefault("state", {})[OUTCOME] = progress.status
-        content = error_body(progress.status, progress.error.code, str(progress.error), progress.error.param)
-        with suppress(OSError):  # the client may be gone as well
-            await send({"type": "http.response.body", "body": b"data: " + dump_json(content) + b"\n\n", "more_body": False})
+        await super()._start(send, headers)
 
     # -- what is said of it
 
     @property
-    def _key_id(self) -> str | None:
-        """Of the API key that it came with; None on a server without keys."""
-        key_id: str | None = self._request.scope.get("state", {}).get(KEY_ID)
-        return key_id
+    def _streams(self) -> list[Stream]:
+        return [choice.stream for choice in self._progress.choices]
 
     @property
     def _revision(self) -> str:
@@ -510,6 +438,7 @@ class Generation(Response):
             "adapter": self._progress.adapter_name,
             "variant": adapter.manifest.variant if adapter else None,
             "timings": timings(self._record()),
+            **({"auto": self._progress.picked.told()} if self._progress.picked is not None else {}),
             **({"options": self._progress.options} if self._progress.options else {}),
             **({"threshold_scale": self._progress.threshold_scale} if self._progress.threshold_scale is not None else {}),
             **({"defaults": self._progress.defaults} if self._progress.defaults else {}),
@@ -517,12 +446,12 @@ class Generation(Response):
 
     def _record(self) -> RequestRecord:
         progress = self._progress
-        sequences = [choice.stream.sequence for choice in progress.choices if choice.stream.sequence is not None]
+        scheduled, first_token = self._started
         return RequestRecord(
-            model=progress.body.model if progress.body else "",
+            model="" if progress.body is None else AUTO if progress.picked is not None else progress.body.model,
             adapter=progress.adapter_name,
             revision=progress.adapter.revision if progress.adapter else None,
-            request_id=self._request.scope.get("state", {}).get("request_id") or self._id,
+            request_id=self._request_id,
             endpoint=self._dialect.endpoint,
             prompt_tokens=progress.prompt_tokens,
             completion_tokens=progress.completion_tokens,
@@ -530,13 +459,13 @@ class Generation(Response):
             longest_completion=max((choice.num_tokens for choice in progress.choices), default=0),
             finish_reason=progress.finish_reason,
             arrived=progress.arrived,
-            scheduled=min((sequence.scheduled_at for sequence in sequences if sequence.scheduled_at is not None), default=None),
-            first_token=min((sequence.first_token_at for sequence in sequences if sequence.first_token_at is not None), default=None),
+            scheduled=scheduled,
+            first_token=first_token,
             finished=time.monotonic(),
             n=progress.body.n if progress.body else 1,
             max_tokens=progress.max_tokens,
             threshold_scale=progress.threshold_scale,
-            status=CLIENT_CLOSED_REQUEST if progress.is_cancelled and not progress.is_started else progress.status,
+            status=self._status,
         )
 
     def _charge_completion(self) -> None:
@@ -544,25 +473,11 @@ class Generation(Response):
         self._charge(self._progress.completion_tokens - self._num_charged)
         self._num_charged = self._progress.completion_tokens
 
-    def _charge(self, num_tokens: int) -> None:
-        """To the account of the key, where tokens are limited."""
-        charge = self._request.scope.get("state", {}).get(CHARGE)
-        if charge is not None:
-            charge(num_tokens)
-
     def _observe(self) -> None:
         self._hand_gaps()
         self._charge_completion()
-        record = self._record()
-        self._server.metrics.observe_request(record)
-        if record.scheduled is not None:
-            self._server.return_times.observe(record.finished - record.scheduled)
-        log_request(record)
+        super()._observe()
         self._offer_to_shadow()
-        if self._server.traces is not None:
-            error = self._progress.error
-            code = None if error is None else error.code
-            self._server.traces.add(record, response_id=self._id, error=code, headers=self._request.headers)
 
     def _offer_to_shadow(self) -> None:
         """Where answers are sampled for the shadow check: those of a request that ended well."""
@@ -612,32 +527,6 @@ async def _merged(choices: list[Choice]) -> AsyncGenerator[_Bundle, None]:
     finally:
         for task in waiting:
             task.cancel()
-
-
-async def _until_gone(work: Coroutine[Any, Any, None], receive: Receive) -> bool:
-    """Run `work` to its end, or cancel it when the client leaves; whether it came to its end."""
-    task, gone = asyncio.create_task(work), asyncio.create_task(_disconnect(receive))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            task.result()
-            return True
-        return False
-    finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def _fail(stream: Stream, error: MoaError) -> None:
-    """End a stream from this side: its reader gets `error`, and closing it frees the row."""
-    sequence = stream.sequence or Sequence(stream.request, list(stream.request.prompt_ids), b"")
-    stream.deliver(TokenEvent(sequence, None, finish_reason="error", error=error))
 
 
 def _row_seed(seed: int, index: int) -> int:

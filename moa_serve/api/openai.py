@@ -1,4 +1,4 @@
-"""OpenAI's routes, and vLLM's for tokens: parse, resolve, call, shape. What generates goes through generation.py."""
+"""OpenAI's routes, vLLM's for tokens, and our own for a prompt's routing: parse, resolve, call, shape. Rows are work.py's."""
 
 import asyncio
 from typing import Any
@@ -8,40 +8,49 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from moa_serve.api.adapters import AdapterItem, AliasItem
+from moa_serve.api.auto import AUTO
 from moa_serve.api.chat import Chat, encode_chat
 from moa_serve.api.completions import Completions, check_length, encode_prompt
 from moa_serve.api.context import Server, server_of
 from moa_serve.api.document import GENERATED, body_of
 from moa_serve.api.errors import JsonResponse
 from moa_serve.api.generation import Generation
-from moa_serve.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, read_json
+from moa_serve.api.prompt_routing import ENDPOINT, PromptRouting
+from moa_serve.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, PromptRoutingRequest, TokenizeRequest, read_json
 from moa_serve.errors import InvalidRequest, ModelNotListed
 
-GENERATING = ("/v1/completions", "/v1/chat/completions")  # what takes a place
+WORKING = ("/v1/completions", "/v1/chat/completions", ENDPOINT)  # what takes a place
 
 router = APIRouter()
 _COMPLETIONS, _CHAT = Completions(), Chat()
 
 
-@router.post(GENERATING[0], openapi_extra=body_of(CompletionRequest), responses=GENERATED)
+@router.post(WORKING[0], openapi_extra=body_of(CompletionRequest), responses=GENERATED)
 async def create_completion(request: Request) -> Response:
     """Complete a prompt, or several."""
     return Generation(server_of(request), request, _COMPLETIONS)
 
 
-@router.post(GENERATING[1], openapi_extra=body_of(ChatRequest), responses=GENERATED)
+@router.post(WORKING[1], openapi_extra=body_of(ChatRequest), responses=GENERATED)
 async def create_chat_completion(request: Request) -> Response:
     """Answer a chat, by the base's template."""
     return Generation(server_of(request), request, _CHAT)
 
 
+@router.post(WORKING[2], openapi_extra=body_of(PromptRoutingRequest))
+async def route_prompt(request: Request) -> Response:
+    """What the routers of one adapter, or of several, say of a prompt; nothing is generated."""
+    return PromptRouting(server_of(request), request)
+
+
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
-    """The base, and every adapter and alias that a request may name."""
+    """The base, every adapter and alias that a request may name, and `auto` where it is on."""
     server = server_of(request)
-    adapters = [_adapter_model(server, item) for item in server.registry.items() if item.is_listed]
-    aliases = [_alias_model(server, item) for item in server.registry.aliases()]
-    return JsonResponse({"object": "list", "data": [_base_model(server), *adapters, *aliases]})
+    adapters = [_adapter_model(server, item) for item in server.registry.items() if item.is_listed and not server.picker(item.name)]
+    aliases = [_alias_model(server, item) for item in server.registry.aliases() if not server.picker(item.name)]
+    auto = [_auto_model(server)] if server.auto else []
+    return JsonResponse({"object": "list", "data": [_base_model(server), *auto, *adapters, *aliases]})
 
 
 @router.get("/v1/models/{model:path}")
@@ -108,6 +117,8 @@ def _check_model(server: Server, model: str | None) -> None:
 
 def _model_of(server: Server, name: str) -> dict[str, Any]:
     """Raises ModelNotListed."""
+    if server.picker(name) is not None:
+        return _auto_model(server)
     if name == server.base_name:
         return _base_model(server)
     if (alias := server.registry.alias(name)) is not None:
@@ -120,6 +131,10 @@ def _model_of(server: Server, name: str) -> dict[str, Any]:
 
 def _base_model(server: Server) -> dict[str, Any]:
     return _model(server, server.base_name, root=server.base_name, parent=None, max_model_len=server.max_model_len)
+
+
+def _auto_model(server: Server) -> dict[str, Any]:
+    return _model(server, AUTO, root=server.base_name, parent=server.base_name, max_model_len=None)
 
 
 def _adapter_model(server: Server, item: AdapterItem) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The routing of an answer's tokens as JSON: `moa.routing` of a choice, and what of the experts was computed, `usage.moa`.
+"""The routing of tokens as JSON: `moa.routing` of a choice, `tokens` of a prompt's routing.
 
 A token's routing is a few hundred numbers, or, with a router at each linear, thousands, which as Python objects would cost the event loop
 more than the rest of the token. So the text is written once for each request, all numbers of one width, and a token puts its digits in.
@@ -61,8 +61,11 @@ class RoutingText:
     def write(self, tokens: Iterable[tuple[int, Packed]], tokenizer: Tokenizer | None, *, has_names: bool) -> bytes:
         """`{"routing": ...}` of some tokens, id and words of each; `has_names` says the experts' names too."""
         names = b'"experts":' + self._experts + b"," if has_names else b""
-        entries = b",".join(self._entry(token_id, packed, tokenizer) for token_id, packed in tokens)
-        return b'{"routing":{' + names + b'"tokens":[' + entries + b"]}}"
+        return b'{"routing":{' + names + b'"tokens":' + self.write_tokens(tokens, tokenizer) + b"}}"
+
+    def write_tokens(self, tokens: Iterable[tuple[int, Packed]], tokenizer: Tokenizer | None) -> bytes:
+        """A list with an entry for each token, id and words of each."""
+        return b"[" + b",".join(self._entry(token_id, packed, tokenizer) for token_id, packed in tokens) + b"]"
 
     def _entry(self, token_id: int, packed: Packed, tokenizer: Tokenizer | None) -> bytes:
         text, count = self._text.copy(), self.num_experts

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -77,6 +77,7 @@ class Schema(BaseModel):
     """An object of a request."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, hide_input_in_errors=True)
+    expected: ClassVar[Mapping[str, str]] = {}  # said of its fields in place of `_EXPECTED`
 
     @model_validator(mode="before")
     @classmethod
@@ -143,10 +144,13 @@ class RoutingChoice(Schema):
         )
 
 
+Revision = Annotated[str, StringConstraints(pattern="^[0-9a-f]{8,64}$")]
+
+
 class Moa(RoutingChoice):
     """Our extension."""
 
-    revision: Annotated[str, StringConstraints(pattern="^[0-9a-f]{8,64}$")] | None = Field(
+    revision: Revision | None = Field(
         None, description="The revision that must answer, of the adapter or the base: its hex digits, all or the first 8 or more."
     )
     return_routing: bool = Field(
@@ -154,8 +158,11 @@ class Moa(RoutingChoice):
     )
 
 
+ParseSpecial = Annotated[bool, Field(description="Control tokens written out in the prompt become those tokens; else they are text.")]
+
+
 class CompletionMoa(Moa):
-    parse_special: bool = Field(False, description="Control tokens written out in the prompt become those tokens; else they are text.")
+    parse_special: ParseSpecial = False
 
 
 _SAME = {"max_tokens": {"max_tokens", "max_completion_tokens"}}  # fields that mean the same
@@ -493,6 +500,8 @@ class ChatRequest(GenerationRequest):
 class TokenizeRequest(Schema):
     """Either a text or a chat. A text that is nothing but one control token is that token: how clients ask for its id."""
 
+    expected: ClassVar[Mapping[str, str]] = {"prompt": "must be a string"}
+
     model: Name | None = Field(None, description="All have the base's tokenizer.")
     prompt: str | None = Field(None, description="A text.")
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = Field(
@@ -524,6 +533,52 @@ class TokenizeRequest(Schema):
             if getattr(self.moa, name) not in (None, []):
                 _refuse(f"moa.{name}", "is not for this route: nothing is computed here")
         return self
+
+
+class PromptRoutingMoa(RoutingChoice):
+    """Our extension."""
+
+    revision: Revision | None = Field(None, description="The revision that must answer: its hex digits, all or the first 8 or more.")
+    parse_special: ParseSpecial = False
+
+
+MAX_MODELS = 16
+
+
+class PromptRoutingRequest(Schema):
+    """One prompt, a text, token ids or a chat, under one adapter or several."""
+
+    expected: ClassVar[Mapping[str, str]] = {"prompt": "must be a string or a list of token ids (0 or more), which is not empty"}
+
+    model: Name | None = Field(None, description="An adapter with a router.")
+    models: Annotated[list[Name], Field(min_length=1, max_length=MAX_MODELS, fail_fast=True)] | None = Field(
+        None, description="Several, each once; they share one batch."
+    )
+    prompt: str | TokenIds | None = Field(None, description="A text, or token ids.")
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = Field(
+        None, description="A chat, by the template that the chat route takes for the adapter."
+    )
+    detail: Literal["summary", "tokens"] = Field("summary", description="What is told: means over the prompt, or each token as well.")
+    user: str | None = Field(None, description="Where a model is an alias, the same user gets the same adapter each time.")
+    moa: PromptRoutingMoa = Field(PromptRoutingMoa(), description="How the routers choose, for all the models.")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if (self.model is None) == (self.models is None):
+            _refuse("model", "or models must be given, one of the two")
+        if len(set(self.names)) < len(self.names):
+            _refuse("models", "has one name twice")
+        if (self.prompt is None) == (self.messages is None):
+            _refuse("prompt", "or messages must be given, one of the two")
+        if self.models is not None and self.moa.revision is not None:
+            _refuse("moa.revision", "goes with model; models each answer with the revision that they have")
+        if self.messages is not None and self.moa.parse_special:
+            _refuse("moa.parse_special", "is only for a prompt; in messages control tokens are always text")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        return self.models or [self.model or ""]
 
 
 class DetokenizeRequest(Schema):
@@ -568,7 +623,8 @@ def parse(schema: type[_Schema], body: bytes) -> _Schema:
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
-        raise _as_error(error.errors(include_url=False), raw) from None
+        expected = {**_EXPECTED, **(schema.expected if issubclass(schema, Schema) else {})}
+        raise _as_error(error.errors(include_url=False), raw, expected) from None
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -597,7 +653,7 @@ _PYDANTIC = re.compile("^(Input|String|List|Dictionary) should ")
 _ONLY_NEUTRAL = frozenset({"include_obfuscation", "modalities"})
 
 
-def _as_error(findings: list[ErrorDetails], raw: Mapping[str, Any]) -> InvalidRequest:
+def _as_error(findings: list[ErrorDetails], raw: Mapping[str, Any], expected: Mapping[str, str]) -> InvalidRequest:
     """The first finding, in words that name the field as the client wrote it."""
     finding = findings[0]
     kind, place = finding["type"], finding["loc"]
@@ -614,10 +670,10 @@ def _as_error(findings: list[ErrorDetails], raw: Mapping[str, Any]) -> InvalidRe
     if kind == "missing":
         return InvalidRequest(f"{param} is missing", param=param)
     for depth, name in enumerate(place):
-        if name in _EXPECTED:
+        if name in expected:
             param = _path(place[: depth + 1], raw)
             error = UnsupportedParameter if name in _ONLY_NEUTRAL else InvalidRequest
-            return error(f"{param} {_EXPECTED[str(name)]}", param=param)
+            return error(f"{param} {expected[str(name)]}", param=param)
     if kind == "refused":
         return InvalidRequest(f"{param} {finding['msg']}", param=param)
     if kind in ("model_type", "dict_type"):

@@ -219,7 +219,8 @@ class ModelRunner:
     def _keep_trace(self, output: StepOutput, layout: _Layout, first: int, last: int, trace: SegmentTrace) -> None:
         """Give the sequences [first, last) of `work`, which have one adapter, what each asked for."""
         group = layout.work[first:last]
-        told = self._told(group[0][0], trace) if any(sequence.request.return_routing for sequence, _ in group) else None
+        is_told = any(sequence.request.return_routing and _draws(sequence, count) for sequence, count in group)
+        told = self._told(group[0][0], trace) if is_told else None
         end = 0
         for (sequence, count), start in zip(group, layout.starts[first:last], strict=True):
             place, begin = start - layout.starts[first], end
@@ -227,10 +228,9 @@ class ModelRunner:
             if sequence.request.collect_routing:
                 output.collected_routing.append((sequence, trace.layers(slice(begin, end))))
             if sequence.request.return_routing:
-                assert told is not None
                 assert trace.evaluations is not None, "every segment of a step has counters"
                 num_evaluations = int(trace.evaluations[place : place + count].sum())
-                words = told[end - 1].copy() if _draws(sequence, count) else None
+                words = told[end - 1].copy() if told is not None and _draws(sequence, count) else None
                 output.token_routing[sequence] = TokenRouting(count, num_evaluations, words)
 
     def _told(self, sequence: Sequence, trace: SegmentTrace) -> np.ndarray:

@@ -94,6 +94,10 @@ class Metrics:
         if self._vllm is not None:
             self._vllm.observe(record, label)
 
+    def observe_pick(self, adapter: str) -> None:
+        """An adapter was picked for a request whose model was `auto`."""
+        self._requests.observe_pick(self._label(adapter, self._base_name))
+
     def observe_unread(self) -> None:
         """A request was refused for want of a place before anybody looked for whom it was."""
         self._requests.observe_unread(OTHER)

@@ -28,6 +28,7 @@ class RequestMetrics:
         self._raised = counter(
             "moa_raised_threshold_requests", "Requests that came under pressure, so that their experts had to reach more.", whose
         )
+        self._picks = counter("moa_auto_picks", "Requests for the model `auto` that the adapter was picked for.", whose)
         self._trouble = counter("moa_registry_trouble", "State of the registry that could not be written, or not be understood.", "kind")
         for kind in REGISTRY_TROUBLE:
             self._trouble.labels(kind)
@@ -51,6 +52,9 @@ class RequestMetrics:
         self._e2e.labels(label).observe(record.finished - record.arrived)
         if record.first_token is not None:
             self._ttft.labels(label).observe(record.first_token - record.arrived)
+
+    def observe_pick(self, label: str) -> None:
+        self._picks.labels(label).inc()
 
     def observe_unread(self, label: str) -> None:
         self._ended.labels(label, "error").inc()

@@ -27,10 +27,12 @@ from pathlib import Path
 import uvicorn
 
 from moa_serve import faults
+from moa_serve.adapter.fingerprint import read_fingerprints
 from moa_serve.adapter.state import StateDirectory
 from moa_serve.adapter.store import AdapterStore
 from moa_serve.api.adapters import AdapterRegistry
 from moa_serve.api.app import build_app
+from moa_serve.api.auto import AutoPicker
 from moa_serve.api.context import Server
 from moa_serve.api.logs import configure_logs, log_event, log_settings
 from moa_serve.api.protocol import uvicorn_config
@@ -168,6 +170,7 @@ def compose(settings: ServerSettings, base: Base, backend: str, directory: State
         store.cache.evict_idle()
         engine.trim()
 
+    fingerprints = read_fingerprints(settings.auto, base.digest) if settings.auto else None
     return Server(
         engine=engine,
         registry=registry,
@@ -178,6 +181,7 @@ def compose(settings: ServerSettings, base: Base, backend: str, directory: State
         base_digest=base.digest,
         version=version_of("moa_serve"),
         started=int(time.time()),
+        auto=None if fingerprints is None else AutoPicker(fingerprints, registry.is_served),
         memory=MemoryWatch(settings.memory_limit_bytes, evict, is_idle=lambda: not engine.num_open),
     )
 

@@ -95,6 +95,36 @@ def test_it_is_refused_where_there_is_no_router(client: OpenAI) -> None:
         assert "router" in refused.value.message
 
 
+def test_a_prompts_routing_is_what_route_tells_of_every_family(server: Running, llm: LLM) -> None:
+    """All in one batch, beside each other; on the backend that serves."""
+    prompt = "Tom has 3 apples and buys 4 more ."
+    body = {"models": list(FAMILIES), "prompt": prompt, "detail": "tokens"}
+    answer = httpx.post(f"{server.url}/v1/moa/route", json=body).json()
+    ids = httpx.post(f"{server.url}/tokenize", json={"prompt": prompt}).json()["tokens"]
+    is_native = httpx.get(f"{server.url}/version").json()["backend"] == "native"
+    assert [data["model"] for data in answer["data"]] == list(FAMILIES)
+    for data in answer["data"]:
+        _, manifest = llm._resolve(data["model"])
+        assert manifest is not None
+        names, routing = expert_names(manifest), llm.route(ids, adapter=data["model"])
+        assert (data["experts"], data["prompt_tokens"]) == (names, len(ids))
+        num_skipped = 0
+        for layer, experts in enumerate(names):
+            weights, selected = routing.weights[layer, :, : len(experts)], routing.selected[layer, :, : len(experts)]
+            num_skipped += int((~selected).sum())
+            assert data["weights"][layer] == pytest.approx(weights.mean(0).tolist(), abs=1e-5)
+            assert data["selected"][layer] == pytest.approx(selected.float().mean(0).tolist(), abs=1e-5)
+            for place, token in enumerate(data["tokens"]):
+                assert token["id"] == ids[place]
+                assert token["weights"][layer] == pytest.approx(weights[place].tolist(), abs=5.1e-5)
+                assert token["selected"][layer] == selected[place].int().tolist()
+        assert data["evaluations_done"] + data["evaluations_skipped"] == len(ids) * sum(map(len, names))
+        if is_native:
+            assert data["evaluations_skipped"] == num_skipped
+    page = Scrape(httpx.get(f"{server.url}/metrics").text)
+    assert page.total("moa_expert_evaluations_skipped_total") >= sum(data["evaluations_skipped"] for data in answer["data"])
+
+
 def test_a_mixed_crowd_is_told_all_that_is_counted(folder: Path) -> None:
     """Forty requests of all adapters at once, whole and streamed: their sums are the metrics', skipped ones included."""
     with running(folder) as server:

@@ -141,8 +141,11 @@ def test_json_is_one_object_and_the_same_for_one_adapter_alone(run: Run) -> None
         (("--data", "letters", "--out", "sums.jsonl/x"), "sums.jsonl/x: cannot be made (Not a directory)"),
         (("--data", "letters", "--max-tokens", "400"), "letters/test.json, row 1: "),
         (("--data", "letters", "--moa", "{top_k: 2}"), "moa is no JSON ("),
-        (("--data", "letters", "--moa", "[3]"), "moa must be a mapping of routing options, not [3]"),
-        (("--data", "letters", "--moa", '{"k": 2}'), "moa.k is no routing option; there are mode, threshold, top_k, disable, force"),
+        (("--data", "letters", "--moa", "[3]"), "moa must be an object of routing options, not [3]"),
+        (
+            ("--data", "letters", "--moa", '{"k": 2}'),
+            "moa has 'k', which is no routing option; there are mode, threshold, top_k, disable, force",
+        ),
         (("--data", "letters", "--moa", "{}"), "moa asks for nothing; give a routing option"),
         (
             ("--data", "letters", "--adapter", "sparse", "--moa", '{"top_k": 20}'),
