@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from moa_serve import LLM
-from moa_serve.adapter.fingerprint import buckets_of
+from moa_serve.adapter.fingerprint import Fingerprint, buckets_of
 from moa_serve.engine.engine import Collected, TokenEvent
 from moa_serve.engine.routing import Routing
 from moa_serve.engine.self_test import read_scores, score_request
@@ -95,6 +95,12 @@ def naive_bayes(known: Known, buckets: int | None) -> Method:
     return lambda prompt: max(logs, key=lambda task: float(counted(prompt.ids[:PREFIX]) @ logs[task]))
 
 
+def fingerprint(known: Known) -> Method:
+    """What `model: "auto"` does."""
+    prints = {task: Fingerprint.of([list(counts.elements())]) for task, counts in known.training.items()}
+    return lambda prompt: min(prints, key=lambda task: prints[task].cost(prompt.ids))
+
+
 def nearest_mean(known: Known, embed: Counts) -> Method:
     """The task whose training prompts' mean embedding is nearest by cosine, the mean of all tasks taken away."""
     means = {task: _mean(embed, list(counts.elements())) for task, counts in known.training.items()}
@@ -164,8 +170,8 @@ class _Job:
     def __init__(self, known: Known, prompt: Prompt, name: str) -> None:
         revision, manifest = known.llm._resolve(name)
         self._prompt, self._name, self._manifest = prompt, name, manifest
-        request = score_request(prompt.ids[:PREFIX], revision, manifest, logits=False)
-        self.request = replace(request, prompt_logprobs=0)
+        request = score_request(prompt.ids[:PREFIX], revision, manifest)
+        self.request = replace(request, collect_logits=False, prompt_logprobs=0)
 
     def take(self, event: TokenEvent, collected: Collected | None) -> bool:
         assert event.error is None, event.error
@@ -224,6 +230,7 @@ def make_methods(known: Known, embed: Counts) -> dict[str, tuple[Method, int]]:
     """By name, each with how many forwards of a prompt it takes."""
     found: dict[str, tuple[Method, int]] = {"token counts": (naive_bayes(known, None), 0)}
     found |= {f"token counts, {buckets} buckets": (naive_bayes(known, buckets), 0) for buckets in BUCKETS}
+    found["fingerprint (served)"] = fingerprint(known), 0
     found["mean embedding"] = nearest_mean(known, embed), 0
     if known.tasks:
         routed = [name for name in known.tasks if known.profile(name) is not None]

@@ -5,7 +5,6 @@ model is computed. `python -m tests.auto_accuracy` measures it against routing, 
 """
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from moa_serve.errors import InvalidRequest
 
 FORMAT = "moa-prompts/1"
 BUCKETS = 4096
+UNSEEN = 0.1
+"""A share, and no count that is added to each bucket, which would weigh more the less an adapter was trained on."""
 PREFIX = 512
 """Tokens of a prompt that are looked at: where it begins, it says what it wants."""
 
@@ -39,9 +40,10 @@ class Fingerprint:
         return cls(counts)
 
     def cost(self, ids: Sequence[int]) -> float:
-        """Mean nats of the first PREFIX tokens of a prompt, each on its own; every bucket has one token more than was counted."""
+        """Mean nats of the first PREFIX tokens of a prompt, each on its own, where a share UNSEEN of all tokens is any token alike."""
         places = buckets_of(np.array(ids[:PREFIX], dtype=np.int64), BUCKETS)
-        return float(math.log(int(self.counts.sum()) + BUCKETS) - np.log(self.counts[places] + 1.0).mean())
+        shares = self.counts[places] / max(1, int(self.counts.sum()))
+        return -float(np.log((1 - UNSEEN) * shares + UNSEEN / BUCKETS).mean())
 
 
 def buckets_of(ids: npt.NDArray[np.int64], buckets: int) -> npt.NDArray[np.int64]:

@@ -16,9 +16,15 @@ BASE = "ab" * 32
 def test_a_prompts_cost_is_that_of_counting_by_hand() -> None:
     """The formula, with tokens that share no bucket."""
     found = Fingerprint.of([[1, 2, 2], [2]])
-    counted = [4, 2, 1]  # one more than there are
-    assert found.cost([2, 1, 9]) == pytest.approx(-sum(math.log(count / (4 + BUCKETS)) for count in counted) / 3)
+    shares = [0.9 * 3 / 4 + 0.1 / BUCKETS, 0.9 * 1 / 4 + 0.1 / BUCKETS, 0.1 / BUCKETS]
+    assert found.cost([2, 1, 9]) == pytest.approx(-sum(map(math.log, shares)) / 3)
     assert found.cost([2] * PREFIX + [9] * PREFIX) == pytest.approx(found.cost([2]))
+
+
+def test_how_much_an_adapter_was_trained_on_does_not_matter() -> None:
+    """One that has seen little is not to lose every prompt to one that has seen much."""
+    little, much = Fingerprint.of([[1, 2, 3]]), Fingerprint.of([[1, 2, 3]] * 1000)
+    assert little.cost([1, 2, 9]) == pytest.approx(much.cost([1, 2, 9]))
 
 
 def test_tokens_are_spread_over_all_buckets() -> None:
