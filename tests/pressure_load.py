@@ -54,6 +54,7 @@ MADE_UP = {
 }
 OFF, CONTROL = "off", "control"
 _AGAIN_SECONDS = 0.05  # a place is free a moment after its answer's last byte
+_SPREAD = 4.0
 _EXPERTS = ("experts", "router")
 
 
@@ -172,7 +173,7 @@ def _text(transcript: Transcript) -> tuple[str, float | None]:
 
 
 def write_adapters(folder: Path, shipped: str, names: Sequence[str]) -> None:
-    """The shipped one, and those that are made up, which select as many experts as the paper's Sparse MoA where thresholds are layers'."""
+    """The shipped one, and those that are made up; a Sparse MoA selects as many of its experts as the paper's."""
     shutil.copytree(SHIPPED / shipped, folder / shipped)
     if not names:
         return
@@ -181,8 +182,11 @@ def write_adapters(folder: Path, shipped: str, names: Sequence[str]) -> None:
     pages = Pages(model, [16], spare=SPARE_TOKENS)
     for name in names:
         made = of_recipe(MADE_UP[name], base.config, seed=1)
-        made = tuned(pages, made) if made.manifest.variant == "sparse_moa" else made
-        write_adapter(folder / name, made.manifest, made.tensors)
+        if made.manifest.variant == "sparse_moa":
+            made = tuned(pages, made)
+        # AdaMoLE's fresh scores are all alike, so that no small factor would leave anything out; spread, 83 % of them are above the threshold.
+        spread = {key: tensor * (_SPREAD if key.endswith(".router.weight") else 1) for key, tensor in made.tensors.items()}
+        write_adapter(folder / name, made.manifest, spread if made.manifest.variant == "adamole" else made.tensors)
 
 
 def measure(servers: dict[str, Running], examples: Sequence[Example], options: argparse.Namespace, console: Console) -> dict[str, Any]:
