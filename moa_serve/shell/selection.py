@@ -5,7 +5,7 @@ The files are judged by LLM.load_adapter; here is only how adapters are named on
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from moa_serve.adapter.adapter import AdapterSource
@@ -36,7 +36,7 @@ class Column:
     revision: str | None = None
     is_routed: bool = False
     is_pooled: bool = False
-    manifest: Manifest | None = None
+    manifest: Manifest | None = field(default=None, compare=False)  # it cannot be hashed, and the revision stands for it
 
     @property
     def label(self) -> str:
