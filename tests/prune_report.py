@@ -129,6 +129,7 @@ def steps_of(versions: Sequence[Version], options: argparse.Namespace) -> dict[s
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--data", type=Path, required=True, help="folder with mawps/train_clean.json and mawps/test.json")
+    arguments.add_argument("--adapter", choices=list(BOUNDS), action="append", help="again for more; all if omitted")
     arguments.add_argument("--routed-rows", type=int, default=200, help="of the training file, to make the suggestions from")
     arguments.add_argument("--rows", type=int, help="of the test file; all if omitted")
     arguments.add_argument("--rounds", type=int, default=0, help="in which every version has its turn; 0 times nothing")
@@ -138,7 +139,7 @@ def main() -> int:
     torch.manual_seed(0)
     report: dict[str, Any] = {}
     sizes: dict[str, Any] = engine_options(64)
-    for name in BOUNDS:
+    for name in options.adapter or BOUNDS:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             with LLM(backend=options.backend, dtype=options.dtype, prefix_cache=False, **sizes) as llm:
