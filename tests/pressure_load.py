@@ -184,7 +184,7 @@ def write_adapters(folder: Path, shipped: str, names: Sequence[str]) -> None:
         made = of_recipe(MADE_UP[name], base.config, seed=1)
         if made.manifest.variant == "sparse_moa":
             made = tuned(pages, made)
-        # AdaMoLE's fresh scores are all alike, so that no small factor would leave anything out; spread, 83 % of them are above the threshold.
+        # AdaMoLE's fresh scores are all alike, so that no small factor would leave anything out; spread, 83 % reach the threshold.
         spread = {key: tensor * (_SPREAD if key.endswith(".router.weight") else 1) for key, tensor in made.tensors.items()}
         write_adapter(folder / name, made.manifest, spread if made.manifest.variant == "adamole" else made.tensors)
 
