@@ -45,6 +45,16 @@ class Auto(BaseModel):
     )
 
 
+class ResolvedOptions(BaseModel):
+    """Routing options as they were understood; what was not given is left out."""
+
+    mode: Literal["soft", "sparse"] = Field(description="That the options came to.")
+    threshold: dict[Literal["scale", "constant"], float] | None = None
+    top_k: int | None = None
+    disable: list[str] | None = None
+    force: list[str] | None = None
+
+
 class MoaAnswer(BaseModel):
     """Our extension."""
 
@@ -52,6 +62,7 @@ class MoaAnswer(BaseModel):
     adapter: str | None = Field(description="null for the base alone.")
     variant: str | None
     timings: Timings
+    options: ResolvedOptions | None = Field(None, description="Routing options of the request; only where it had some.")
     threshold_scale: float | None = Field(
         None, description="What the server, under pressure, multiplied the adapter's thresholds by; only where it did."
     )
