@@ -1,5 +1,6 @@
 """Tiny bases and one manifest for each family of adapters, with random weights: what the golden folders do not cover is covered here."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
 
 
 def raw_manifest(family: str, config: dict[str, Any] | None = None) -> dict[str, Any]:
-    variant, router, experts = FAMILIES[family]
+    """To be changed at will: nobody else has it."""
+    variant, router, experts = copy.deepcopy(FAMILIES[family])
     base = BaseShape.of(ModelConfig.from_hf(config or TINY)).model_dump(exclude_none=True)
     return {"format": FORMAT, "base": base, "variant": variant, "router": router, "experts": experts}
 
