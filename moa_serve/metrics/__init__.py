@@ -127,6 +127,8 @@ class Metrics:
                 self._names.add(name)
             profile, experts = (None, ()) if manifest is None else (Profile.of(manifest), expert_names(manifest))
             self._routing.loaded(name, revision, profile, experts)
+        else:
+            self._routing.sweep()  # what its self-test counted; a scrape would, but nobody may ask for one
 
     def adapter_unloaded(self, name: str) -> None:
         """A name is gone: its series go too."""
