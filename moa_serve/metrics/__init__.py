@@ -10,6 +10,7 @@ make a series.
 
 import asyncio
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from prometheus_client import Metric, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -64,6 +65,8 @@ class Metrics:
         self._shown: tuple[Shown[Now], ...] = STATE + VLLM_STATE if has_vllm else STATE
         self._routing = RoutingMetrics(grid_adapters)
         self._process = ProcessCollector(registry=None)
+        # One thread for all pages: the C library keeps for each that has written one what that took, a megabyte for 8,000 series.
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="metrics")
 
     def attach(self, engine: AsyncEngine, adapters: Adapters, cache: AdapterCache | None = None) -> None:
         """Watch an engine, the adapters it serves and the host memory they are in; before the engine starts."""
@@ -153,6 +156,8 @@ class Metrics:
                 self._names.add(name)
             profile, experts = (None, ()) if manifest is None else (Profile.of(manifest), expert_names(manifest))
             self._routing.loaded(name, revision, profile, experts)
+        else:
+            self._routing.sweep()  # what its self-test counted; a scrape would, but nobody may ask for one
 
     def adapter_unloaded(self, name: str) -> None:
         """A name is gone: its series go too."""
@@ -195,7 +200,9 @@ class Metrics:
         """The same for a server at work: the counters of requests, most of the page and a tenth of a second of it, are written in a thread,
         for they have locks of their own."""
         wanted = Wanted(names)
-        return self._render_now(wanted) + await asyncio.to_thread(self._registered.text, wanted), CONTENT_TYPE_PLAIN_0_0_4
+        now = self._render_now(wanted)
+        text = await asyncio.get_running_loop().run_in_executor(self._writer, self._registered.text, wanted)
+        return now + text, CONTENT_TYPE_PLAIN_0_0_4
 
     def _render_now(self, wanted: Wanted) -> bytes:
         now = self._state.look()

@@ -204,15 +204,19 @@ class RoutingMetrics:
         """Of several names of one revision the first, for which its totals count."""
         return next(adapter for adapter in self._adapters.values() if adapter.revision == revision)
 
+    def sweep(self) -> None:
+        """Let go of revisions that no name has: of a self-test, or of what was replaced."""
+        for revision in {*self._totals, *self._altered, *self._published} - {adapter.revision for adapter in self._adapters.values()}:
+            self._drop(revision)
+            self._published.pop(revision, None)
+
     def _drop(self, revision: str) -> None:
         self._totals.pop(revision, None)
         self._altered.pop(revision, None)
 
     def _settle(self) -> None:
         """Give what was added since the last time to the series that it belongs to."""
-        for revision in {*self._totals, *self._altered} - {adapter.revision for adapter in self._adapters.values()}:
-            self._drop(revision)  # of a self-test, or of what was replaced
-            self._published.pop(revision, None)
+        self.sweep()
         owners: dict[str, str] = {}
         for name, adapter in self._adapters.items():
             # Two names of one revision share its totals; they count for the one that was loaded first.

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from moa_serve.engine.engine import Engine, EngineOptions
 from moa_serve.engine.request import Request
 from moa_serve.metrics import Metrics, RequestRecord, timings
 from moa_serve.metrics.drift import Profile
+from moa_serve.metrics.family import Wanted
+from moa_serve.metrics.registered import Registered
 from moa_serve.metrics.routing import DECIDE_SECONDS, RoutingMetrics
 from moa_serve.metrics.vllm import lengths
 from moa_serve.model.counters import RoutingTotals
@@ -504,6 +507,27 @@ def test_a_scrape_of_a_full_grid_is_short() -> None:
     ours = min(_seconds(grid.metrics.render) for _ in range(3))
     theirs = min(_seconds(lambda: generate_latest(registry)) for _ in range(3))
     assert ours < theirs, f"{ours:.4f} s for three families, {theirs:.4f} s for one"
+
+
+@pytest.mark.case(89)
+def test_scrapers_at_once_have_their_pages_written_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page is a megabyte and more, which glibc keeps for each thread that ever wrote one: for ten minutes that looks like a leak."""
+    threads = []
+
+    def text(self: Registered, wanted: Wanted) -> bytes:
+        threads.append(threading.get_ident())
+        time.sleep(0.01)  # so that another thread, if there were one, would take the next page
+        return b""
+
+    monkeypatch.setattr(Registered, "text", text)
+    metrics = Metrics("base")
+
+    async def scrape() -> None:
+        await asyncio.gather(*(metrics.page() for _ in range(4)))
+
+    asyncio.run(scrape())
+    assert len(threads) == 4
+    assert len({*threads, threading.get_ident()}) == 2
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -30,6 +30,7 @@ from moa_serve.errors import (
     ModelNotListed,
     Overloaded,
 )
+from moa_serve.model.counters import RoutingTotals
 from moa_serve.model.transformer import Transformer
 
 pytestmark = pytest.mark.usefixtures("looks_always")
@@ -237,6 +238,27 @@ def test_a_broken_folder_is_read_once_until_it_changes(base: Path, tmp_path: Pat
         write_family(place.folder / "a", "soft")
         await place.use("a")
         assert place.states() == {"a": "loaded"}
+
+    serve(base, tmp_path / "adapters", body)
+
+
+def test_refused_loads_leave_nothing_behind_though_nobody_scrapes(base: Path, tmp_path: Path) -> None:
+    """What the routers did in each self-test was kept until the next scrape, so for ever where no Prometheus asks."""
+    manifest, tensors = random_adapter("soft")
+    for number in range(3):
+        overflowing = {name: tensor * (1e30 + number * 1e28) for name, tensor in tensors.items()}
+        write_adapter(tmp_path / "adapters" / f"hot{number}", manifest, overflowing)
+
+    def num_totals() -> int:
+        gc.collect()
+        return sum(type(found) is RoutingTotals for found in gc.get_objects())
+
+    async def body(place: Place) -> None:
+        before = num_totals()
+        for number in range(3):
+            refused(await place.load(f"hot{number}"), 400, "adapter_not_finite")
+        await place.settle()
+        assert num_totals() == before
 
     serve(base, tmp_path / "adapters", body)
 
