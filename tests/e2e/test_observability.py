@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -78,14 +79,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     room = 5 * (folder / "adapters" / SPARSE / "adapter.safetensors").stat().st_size
     flags = ["--served-model-name", BASE, "--grid-adapters", "3", "--num-slots", "3", "--adapter-cache-bytes", str(room)]
     flags += ["--memory-limit-bytes", str(2**34), "--max-num-seqs", "16", "--max-waiting", "16", "--shadow-share", "1"]
+    flags += ["--pressure-threshold-scale", "1.2", "--pressure-waiting", "2"]
     with running(folder, *flags) as server, prometheus(folder / "prometheus", server.url) as started:
         found = World(server, started)
         asyncio.run(live(found))
-        wait_until(lambda: Scrape(httpx.get(f"{server.url}/metrics").text).total("moa_shadow_tokens_total", adapter=SPARSE) > 0)
+        wait_until(lambda: has_scored_all(server.url))
         told = httpx.get(f"{server.url}/metrics").text
         wait_until(lambda: counted(started.page(found.instance)) == counted(Scrape(told)))
         wait_until(lambda: bool(started.query('ALERTS{alertname="MoaAdapterBroken"}')))  # the rules have seen it too
         yield found
+
+
+def has_scored_all(url: str) -> bool:
+    """The shadow check has nothing left to do, and so holds nothing."""
+    before = Scrape(httpx.get(f"{url}/metrics").text)
+    time.sleep(1.0)  # it begins when it was quiet for half as long
+    after = Scrape(httpx.get(f"{url}/metrics").text)
+    is_done = after.total("moa_shadow_requests_total") == before.total("moa_shadow_requests_total") > 0
+    return is_done and after.total("moa_kv_usage_ratio") == 0
 
 
 def counted(page: Scrape) -> tuple[float, ...]:
@@ -101,6 +112,9 @@ async def live(world: World) -> None:
         assert refused.status_code == 400
         world.models = [BASE, *FAMILIES, SWAPPED]
         await asyncio.gather(*(client.send(canary(BASE, None)) for _ in range(80)))  # more than it has places for
+        longer = json.dumps({"model": SPARSE, "prompt": "wait", "max_tokens": 400, "ignore_eos": True}).encode()
+        crowd = replace(canary(SPARSE, SPARSE), content=longer, max_tokens=400)
+        await asyncio.gather(*(client.send(crowd) for _ in range(28)))  # some of which wait, and find thresholds raised
         for job in what_panels_need():
             await client.send(job)
         stop = asyncio.Event()
