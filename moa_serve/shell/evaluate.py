@@ -91,9 +91,11 @@ def variations(
                 terminal.warn(f"adapter {column.label!r} has no router: it is scored in its own way alone")
             continue
         try:
-            found[name] = [variation for make in wanted for variation in make(column.manifest)]
+            asked = [variation for make in wanted for variation in make(column.manifest)]
         except InvalidRequest as error:
             raise InvalidRequest(f"adapter {column.label!r}: {error}", param=error.param) from None
+        # A kind of one expert is an expert, too: what was asked before is not asked again.
+        found[name] = [one for place, one in enumerate(asked) if one.moa not in [other.moa for other in asked[:place]]]
     if wanted and not found:
         raise InvalidRequest("there is no adapter with a router to ask; name one with --adapter", param="adapter")
     return found

@@ -185,20 +185,20 @@ def test_a_base_without_a_tokenizer_is_exit_2(run: Run) -> None:
 
 def test_adapters_are_scored_in_other_ways_beside_their_own(run: Run, tmp_path: Path) -> None:
     """An adapter that was not named and has no router is scored as it is, and the others' tables are not lost for it."""
-    options = ("--moa", '{"top_k": 2}', "--ablate", "kinds", "--ablate", "layers:2", "--sweep")
+    options = ("--moa", '{"top_k": 3}', "--ablate", "kinds", "--ablate", "layers:2", "--ablate", "experts", "--sweep")
     result = run(*LETTERS, "--limit", "2", "--form", "cloze", *options, "--json", "--plot", tmp_path / "found.png")
     assert result.exit_code == 0, result.output
     assert "adapter 'plain' has no router: it is scored in its own way alone" in result.stderr.replace("\n", " ")
     assert (tmp_path / "found.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     for found in json.loads(result.stdout)["rounds"]:
-        base, plain, own, two, *others = found["scores"]
+        base, plain, own, three, *others = found["scores"]
         assert [score["asked"] for score in (base, plain, own)] == [None, None, None]
-        assert two["asked"] == {"group": "given", "name": "top_k 2", "moa": {"top_k": 2}}
-        assert two["routing"]["experts_per_token"] <= 2
+        assert three["asked"] == {"group": "given", "name": "top_k 3", "moa": {"top_k": 3}}
+        assert three["routing"]["experts_per_token"] <= 3
         names = [score["asked"]["name"] for score in others]
         assert (names[0], names[4:7]) == ("without LoRA", ["without FFN", "without layers 0-1", "without layer 2"])
-        assert names[7:9] == ["soft", "own threshold x 0.25"]
-        assert names[-1] == "top 1"
+        assert names[7:16] == [*(f"without {name}" for name in ("Q", "K", "V", "O", "UP", "GATE", "DOWN")), "soft", "own threshold x 0.25"]
+        assert names[-4:] == ["top 5", "top 4", "top 2", "top 1"], "nothing is asked twice"
         assert all(score["against_own"] is not None for score in others)
         assert next(score for score in others if score["asked"]["name"] == "soft")["routing"]["not_selected"] == 0
 
