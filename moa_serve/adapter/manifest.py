@@ -267,6 +267,11 @@ class RouterPlan:
         return cls(layer, site, num_outputs, own, bits)
 
     @property
+    def outputs(self) -> tuple[int, ...]:
+        """The output that weighs each expert, in their order."""
+        return tuple(bit.bit_length() - 1 for bit in self.experts.values())
+
+    @property
     def used(self) -> int:
         """The outputs that weigh an expert."""
         return functools.reduce(operator.or_, self.experts.values(), 0)

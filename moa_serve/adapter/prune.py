@@ -48,8 +48,8 @@ def units_of(manifest: Manifest) -> list[Unit]:
             units.append(Unit(layer, site, tuple(router.experts), tuple(range(router.num_outputs))))
             continue
         owners: dict[int, list[str]] = {}
-        for name, bit in router.experts.items():
-            owners.setdefault(bit.bit_length() - 1, []).append(name)
+        for name, output in zip(router.experts, router.outputs, strict=True):
+            owners.setdefault(output, []).append(name)
         units += [Unit(layer, site, tuple(names), (output,)) for output, names in owners.items()]
     return units
 

@@ -18,7 +18,7 @@ from starlette.types import Send
 
 from moa_serve.adapter.adapter import Adapter
 from moa_serve.adapter.manifest import RequestDefaults
-from moa_serve.adapter.rules import RoutingRules, echo, rules_for, yields
+from moa_serve.adapter.rules import RoutingOptions, RoutingRules, echo, rules_for, yields
 from moa_serve.api.auto import AUTO, AutoPicker, Picked
 from moa_serve.api.choice import Choice, Delta, Prompt
 from moa_serve.api.context import Server
@@ -78,6 +78,7 @@ class _Progress(Progress):
     picked: Picked | None = None  # where the model was `auto`
     adapter_name: str | None = None
     adapter: Adapter | None = None
+    asked: RoutingOptions | None = None
     options: dict[str, Any] = field(default_factory=dict)  # of routing, as they were resolved
     rules: RoutingRules | None = None
     threshold_scale: float | None = None  # that the server put on the adapter's own thresholds
@@ -204,7 +205,7 @@ class Generation(Work):
         """
         adapter, name = self._progress.adapter, self._progress.adapter_name
         manifest = None if adapter is None else adapter.manifest
-        options = body.moa.options()
+        self._progress.asked = options = body.moa.options()
         scale = self._server.sparsity.scale(name, level) if name is not None and yields(options, manifest) else 1.0
         self._progress.rules = rules_for(options, manifest, pressure=scale)
         self._progress.threshold_scale = scale if scale > 1 else None
@@ -490,7 +491,7 @@ class Generation(Work):
             prompt_ids, sequence = choice.prompt.ids, choice.stream.sequence
             if sequence is not None and choice.num_tokens:
                 answers.append((prompt_ids, sequence.token_ids[len(prompt_ids) : len(prompt_ids) + choice.num_tokens]))
-        shadow.offer(progress.adapter_name, progress.adapter, progress.rules, progress.body.moa.options(), answers)
+        shadow.offer(progress.adapter_name, progress.adapter, progress.rules, progress.asked, answers)
 
 
 def _with_routing(pieces: list[bytes], choice: Choice, delta: Delta) -> list[bytes]:

@@ -49,7 +49,8 @@ class _Row:
     name: str
     adapter: Adapter
     options: dict[str, Any]
-    request: Request | None = None  # None until its prompt is tokenised
+    request: Request | None = None  # None until its prompt is tokenised, as is `text`
+    text: RoutingText | None = None
     stream: Stream | None = None
     last: TokenEvent | None = None
 
@@ -132,6 +133,7 @@ class PromptRouting(Work):
         return _Row(name, lease.name, lease.adapter, {} if options is None else echo(options, manifest))
 
     def _encode(self, body: PromptRoutingRequest) -> list[Request]:
+        options = body.moa.options()
         usual: list[int] | None = None  # by the base's template, which most adapters have: made once
         found = []
         for row in self._progress.rows:
@@ -142,13 +144,14 @@ class PromptRouting(Work):
             else:
                 ids = usual = usual or self._ids(body, template)
             try:
-                rules = rules_for(body.moa.options(), row.adapter.manifest)
+                rules = rules_for(options, row.adapter.manifest)
             except InvalidRequest as error:
                 if body.models is not None:
                     raise type(error)(f"{row.model!a}: {error}", param=error.param) from None
                 raise
             request = score_request(ids, row.adapter.revision, row.adapter.manifest, rules=rules, logits=False)
             row.request = replace(request, return_routing=True, tenant=self._key_id, arrival=self._progress.arrived)
+            row.text = RoutingText(row.adapter.manifest, rules)
             found.append(row.request)
         return found
 
@@ -161,7 +164,7 @@ class PromptRouting(Work):
     def _check_size(self, body: PromptRoutingRequest) -> None:
         """Raises InvalidRequest: more would have to be held than one request is worth."""
         less = "send a shorter prompt" + (" or fewer models" if len(body.names) > 1 else "")
-        texts = [(row.num_tokens, RoutingText(row.adapter.manifest)) for row in self._progress.rows]
+        texts = [(row.num_tokens, row.text) for row in self._progress.rows if row.text is not None]
         held = sum(num_tokens * text.num_experts * _BYTES_PER_EXPERT for num_tokens, text in texts)
         if held > MAX_HELD_BYTES:
             raise InvalidRequest(
@@ -201,13 +204,14 @@ class PromptRouting(Work):
         assert row.stream is not None
         assert row.stream.collected is not None, "a row that ended well has what it collected"
         assert row.request is not None
+        assert row.text is not None
         assert row.last is not None
         assert row.last.routing is not None, "the request asks for it"
         manifest, ids = row.adapter.manifest, row.request.prompt_ids
         _, routing = read_scores(row.stream.collected, manifest, len(ids), row.request.rules)
         row.stream.collected = None
         assert routing is not None, "the adapter has a router"
-        text = RoutingText(manifest, row.request.rules)
+        text = row.text
         done, met = row.last.routing.num_evaluations, row.last.routing.num_tokens * text.num_experts
         shown = {
             "model": row.model,

@@ -64,8 +64,10 @@ def has_thresholds(manifest: Manifest, rules: RoutingRules | None = None) -> boo
     """Whether a layer has one threshold that its experts' weights are compared with, under a request's `rules`."""
     if manifest.router.site != "layer":
         return False
-    chosen = [None if rules is None else rules.get(router.layer, router.site) for router in manifest.routers]
     own = manifest.router.select.kind in ("constant", "threshold_fn")
+    if rules is None:  # asked for every token
+        return own
+    chosen = (rules.get(router.layer, router.site) for router in manifest.routers)
     return any(own if rule is None else rule.threshold is not None for rule in chosen)
 
 

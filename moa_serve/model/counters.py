@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moa_serve.adapter.manifest import KINDS, Manifest
+from moa_serve.adapter.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,18 +53,11 @@ class Counted:
 
 def counted_outputs(manifest: Manifest) -> list[dict[str, Counted]]:
     """Per layer, the routers that are counted, by site ("layer" or a target); routers inside nested experts are not."""
-    layers: list[dict[str, Counted]] = []
-    for index in range(manifest.base.num_layers):
-        plan, counted = manifest.layer(index), {}
-        if manifest.router.site == "layer":
-            counted["layer"] = Counted(0, plan.columns)
-        elif manifest.router.site == "linear":
-            first = 0
-            for site in KINDS:
-                if count := len(plan.at(site)):
-                    counted[site] = Counted(first, tuple(range(count)))
-                    first += count
-        layers.append(counted)
+    layers: list[dict[str, Counted]] = [{} for _ in range(manifest.base.num_layers)]
+    for router in manifest.routers:
+        counted = layers[router.layer]
+        first = sum(len(before.outputs) for before in counted.values())
+        counted[router.site] = Counted(first, router.outputs)
     return layers
 
 

@@ -74,8 +74,8 @@ def test_a_stream_says_its_options_at_its_end(client: OpenAI) -> None:
     assert "options" not in list(ask(client, "sparse_fn", "streamed", None, stream=True))[-1].moa
 
 
-def test_requests_of_one_batch_keep_their_own_rules(client: OpenAI) -> None:
-    """Forty at once, by the adapters' own rules and by others: each answer is the one that it gets alone, to the last bit."""
+def test_requests_of_one_batch_keep_their_own_rules(server: Running, client: OpenAI) -> None:
+    """Forty at once, by the adapters' own rules and by others: each answer is the one that it gets alone, natively to the last bit."""
     jobs = [(FAMILIES[number % len(FAMILIES)], f"one of many {number}", number % 3) for number in range(40)]
 
     def run(job: tuple[str, str, int]) -> tuple[str, list[float]]:
@@ -89,6 +89,8 @@ def test_requests_of_one_batch_keep_their_own_rules(client: OpenAI) -> None:
     assert [text for text, _ in together] == [text for text, _ in alone]
     for (_, found), (_, expected) in zip(together, alone, strict=True):
         assert found == pytest.approx(expected, abs=1e-4)
+    if httpx.get(f"{server.url}/version").json()["backend"] == "native":
+        assert [found for _, found in together] == [expected for _, expected in alone]
 
 
 @pytest.mark.parametrize(
