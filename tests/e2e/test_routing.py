@@ -28,17 +28,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Running]:
-    with running(folder) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
-
-
-@pytest.fixture(scope="module")
 def llm(folder: Path) -> Iterator[LLM]:
     adapters = {name: folder / "adapters" / name for name in FAMILIES}
     with LLM(folder / "base", adapters=adapters, device="cpu", kv_cache_bytes=2**22) as made:

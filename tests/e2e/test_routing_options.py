@@ -1,14 +1,13 @@
 """Routing options of the real process with the real OpenAI client, on the backend that serves here."""
 
 import concurrent.futures
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
-from servers import Running, running, write_adapters, write_talking_base
+from servers import Running, write_adapters, write_talking_base
 
 from moa_serve import LLM, SamplingParams
 
@@ -30,17 +29,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_talking_base(place / "base")
     write_adapters(place / "adapters", *FAMILIES, "lora")
     return place
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Running]:
-    with running(folder) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
 
 
 def ask(client: OpenAI, model: str, prompt: str, moa: dict[str, Any] | None, **more: Any) -> Any:

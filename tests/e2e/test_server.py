@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_talking_base(place / "base")
     write_adapters(place / "adapters", *FAMILIES)
     return place
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Running]:
-    with running(folder) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
 
 
 @pytest.fixture(scope="module")
