@@ -74,7 +74,7 @@ AdaptersDir = Annotated[
         show_default="./adapters where it exists",
     ),
 ]
-Backend = Annotated[str, typer.Option("--backend", envvar="MOA_BACKEND", help="auto, native or torch.")]
+Backend = Annotated[str, typer.Option("--backend", envvar="MOA_BACKEND", help="auto, native, triton or torch.")]
 Device = Annotated[str, typer.Option("--device", envvar="MOA_DEVICE", help="auto, cpu or cuda.")]
 Dtype = Annotated[
     str, typer.Option("--dtype", envvar="MOA_DTYPE", help="auto (float32 for torch on a CPU, else bfloat16), float32 or bfloat16.")

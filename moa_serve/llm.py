@@ -9,7 +9,7 @@ Composition of store, engine and tokenizer for one process and one thread.
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
@@ -22,15 +22,19 @@ import torch
 from torch import Tensor
 
 from moa_serve.adapter.adapter import Adapter, AdapterSource
+from moa_serve.adapter.importers import read_manifest
 from moa_serve.adapter.manifest import Manifest
 from moa_serve.adapter.rules import RoutingOptions, RoutingRules, rules_for
 from moa_serve.adapter.store import AdapterStore
+from moa_serve.config import ModelConfig
 from moa_serve.engine.engine import Collected, Engine, EngineOptions, TokenEvent
 from moa_serve.engine.guide import GrammarCompiler
 from moa_serve.engine.request import Request, SamplingParams, TokenLogprob
 from moa_serve.engine.routing import Routing
 from moa_serve.engine.self_test import judge, read_scores, score_request, trial_prompt
-from moa_serve.errors import AdapterNotFound, InvalidRequest, MoaError, shown
+from moa_serve.errors import AdapterError, AdapterNotFound, InvalidRequest, MoaError, shown
+from moa_serve.gpu.available import why_no_kernels
+from moa_serve.gpu.layout import SlotShape
 from moa_serve.model.backend import Backend
 from moa_serve.model.counters import RoutingTotals
 from moa_serve.model.similarity import Similarity, expert_similarity
@@ -162,7 +166,7 @@ class LLM:
     Args:
         model: a folder, a GGUF file, a hub id, or None for the default base.
         adapters: name -> folder, or AdapterSource where the files alone cannot tell the variant.
-        backend: "auto" (native on a CPU where the library was built, else torch), "native" or "torch".
+        backend: "auto" (native on a CPU where the library was built, triton on a GPU, else torch), "native", "triton" or "torch".
         device: "auto" (CUDA where there is a device), "cpu" or "cuda".
         dtype: "auto" (bfloat16 for native and on CUDA, float32 for torch on a CPU), "float32" or "bfloat16".
         base_dtype: "auto" (the base's weights are kept in `dtype`), or "int8": in eight bits with scales, computed in bfloat16 by the
@@ -197,7 +201,8 @@ class LLM:
         self._store = AdapterStore(base.config, base_name=base.name, base_digest=base.digest, max_bytes=options.adapter_cache_bytes)
         self._manifests: dict[str, Manifest] = {}  # by name; tensors may leave memory, these stay
         self._on_trial: dict[str, Adapter] = {}
-        self._engine = Engine(new_model(self.backend, base, base_dtype), options, lease=self._lease, base_digest=base.digest)
+        model = new_model(self.backend, base, base_dtype, options=options, adapters=sources.values())
+        self._engine = Engine(model, options, lease=self._lease, base_digest=base.digest)
         self._is_open = True
         try:
             for name, source in sources.items():
@@ -661,14 +666,23 @@ def _options(given: Mapping[str, Any]) -> EngineOptions:
 
 
 def resolve_backend(backend: str, device: torch.device, block_size: int = PAGE) -> str:
-    """ "native" or "torch". `auto` is native on a CPU that the library was built for and with pages as it has them, else torch.
+    """ "native", "triton" or "torch". `auto` is native on a CPU that the library was built for and with pages as it has them, triton on a
+    GPU whose kernels can be compiled, else torch.
 
     Raises:
-        InvalidRequest: "native" was asked for and cannot be had, and why.
+        InvalidRequest: "native" or "triton" was asked for and cannot be had, and why.
     """
-    if backend not in ("auto", "native", "torch"):
-        raise InvalidRequest(f"backend {shown(backend)} is unknown; use 'auto', 'native' or 'torch'", param="backend")
-    if backend == "torch" or (backend == "auto" and device.type != "cpu"):
+    if backend not in ("auto", "native", "torch", "triton"):
+        raise InvalidRequest(f"backend {shown(backend)} is unknown; use 'auto', 'native', 'triton' or 'torch'", param="backend")
+    if backend == "torch":
+        return "torch"
+    if backend == "triton" or (backend == "auto" and device.type != "cpu"):
+        reason = why_no_kernels(device)
+        if reason is None:
+            return "triton"
+        if backend == "triton":
+            raise InvalidRequest(f"backend 'triton' cannot be used: {reason}", param="backend")
+        logger.warning("the torch backend serves, because %s", reason)
         return "torch"
     try:
         if device.type != "cpu":
@@ -711,11 +725,41 @@ def open_base(
     return load_base(model, device=where, dtype=computed), resolved
 
 
-def new_model(backend: str, base: Base, base_dtype: str = "auto") -> Backend:
-    """What computes the base. It takes the weights over: they are packed, and `base` has none then that another could read."""
+def new_model(
+    backend: str,
+    base: Base,
+    base_dtype: str = "auto",
+    *,
+    options: EngineOptions | None = None,
+    adapters: Iterable[AdapterSource] = (),
+) -> Backend:
+    """What computes the base. It takes the weights over: they are packed, and `base` has none then that another could read.
+
+    Args:
+        options: what the engine is to have: a GPU's slots are as many, and a step's buffers hold as many tokens.
+        adapters: those that are known now: a GPU's slots are made as large as the largest of them.
+    """
     if backend == "torch":
         return Transformer.packed(base.config, base.weights)
+    if backend == "triton":
+        from moa_serve.gpu.model import FusedTransformer  # here: Triton is not everywhere, and takes a second to import
+
+        options = options or EngineOptions()
+        shape = slot_shape(adapters, base.config)
+        return FusedTransformer(base.config, base.weights, num_slots=options.num_slots, shape=shape, max_tokens=options.max_batch_tokens)
     return NativeModel(base.config, base.weights, digest=base.digest, is_int8=base_dtype == "int8")
+
+
+def slot_shape(adapters: Iterable[AdapterSource], config: ModelConfig) -> SlotShape:
+    """Of a slot that takes each of these adapters, as far as their headers tell; the usual one where there are none that can be read."""
+    found: list[SlotShape] = []
+    for source in adapters:
+        try:
+            manifest = read_manifest(source, config)
+        except AdapterError:
+            continue  # who loads it is told what is wrong with it
+        found.append(SlotShape.usual() if manifest is None else SlotShape.of(manifest))
+    return SlotShape.union(found) if found else SlotShape.usual()
 
 
 def resolve_device(device: str) -> torch.device:

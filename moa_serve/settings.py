@@ -93,7 +93,9 @@ class ServerSettings(BaseSettings):
         None, description="File of `moa-serve fingerprint`: the model `auto` is then the adapter in it that a prompt is most like."
     )
     strict_state: bool = Field(False, description="Exit with 2 where the file in state_dir cannot be understood, rather than begin anew.")
-    backend: Literal["auto", "torch", "native"] = Field("auto", description="What computes; auto is torch where there is no native one.")
+    backend: Literal["auto", "torch", "native", "triton"] = Field(
+        "auto", description="What computes; auto is native on a CPU, triton on a GPU, and torch where that cannot be had."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is CUDA where there is a device.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto is bfloat16 on CUDA and on the native backend, else float32."

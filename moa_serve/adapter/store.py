@@ -16,7 +16,7 @@ from pathlib import Path
 from moa_serve.adapter.adapter import Adapter, AdapterSource
 from moa_serve.adapter.cache import AdapterCache
 from moa_serve.adapter.counts import EvictionReason
-from moa_serve.adapter.importers import MAX_FILE_BYTES, Signature, check_adapter, has_config, read_adapter, signature_of
+from moa_serve.adapter.importers import MAX_FILE_BYTES, Signature, has_config, read_adapter, read_manifest, signature_of
 from moa_serve.config import ModelConfig
 from moa_serve.errors import (
     AdapterChanging,
@@ -196,7 +196,8 @@ class AdapterStore:
         """
         source = self._resolved(source)
         try:
-            return check_adapter(source, self.config, max_file_bytes=self.max_file_bytes)
+            manifest = read_manifest(source, self.config, max_file_bytes=self.max_file_bytes)
+            return None if manifest is None else manifest.variant
         except AdapterError as error:
             raise self._told(name, error) from None
 

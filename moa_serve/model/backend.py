@@ -68,8 +68,8 @@ class Backend(Protocol):
         """The cache that every later `forward` reads and writes; one a backend."""
         ...
 
-    def prepare(self, adapter: Adapter) -> PreparedAdapter:
-        """What stands in a slot: an adapter in the layout that the forward reads."""
+    def prepare(self, adapter: Adapter, slot: int | None = None) -> PreparedAdapter:
+        """What stands in a slot, of this number or, by default, in a free one: an adapter in the layout that the forward reads."""
         ...
 
     def warm(self, adapter: Adapter) -> None:

@@ -31,7 +31,7 @@ class AdapterBank:
 
     def upload(self, slot: int, adapter: Adapter) -> None:
         """Put an adapter into the layout that the model computes with."""
-        self._slots[slot] = self._model.prepare(adapter)
+        self._slots[slot] = self._model.prepare(adapter, slot)
 
     def clear(self, slot: int) -> None:
         self._slots[slot] = None

@@ -124,7 +124,9 @@ class _Builder:
         if expert.inner:
             owner = [e for e in range(expert.inner.num_experts) for _ in range(expert.length or 0)]
             mixture = Mixture(column, self._inner_router(prefix), self._index(owner))
-        keys, values = PromptExpert.project(rows, self.base.layers[layer], self.config)
+        base = self.base.layers[layer]
+        # Where the base stands, which may not be where the adapter is laid out.
+        keys, values = (part.to(self.device) for part in PromptExpert.project(rows.to(base.qkv.device), base, self.config))
         return PromptExpert(rows, self._get(f"{prefix}.gate", torch.float32), mixture, keys, values)
 
 

@@ -208,7 +208,7 @@ class Transformer:
         self._forget_graphs()
         return KVCache(self.config, num_blocks, block_size, self.dtype, self.device)
 
-    def prepare(self, adapter: Adapter) -> MoaWeights:
+    def prepare(self, adapter: Adapter, slot: int | None = None) -> MoaWeights:
         """Stack the adapter's tensors on the base's device, where it was not done before."""
         with self._warming:
             warmed = self._warmed.pop(adapter.revision, None)

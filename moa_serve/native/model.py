@@ -250,7 +250,7 @@ class NativeModel:
         self._process = os.getpid()
         return self._cache
 
-    def prepare(self, adapter: Adapter) -> NativeAdapter:
+    def prepare(self, adapter: Adapter, slot: int | None = None) -> NativeAdapter:
         """Packed before, or now. Safe in any thread."""
         return self._packed.get(adapter.revision, adapter.manifest, lambda: self._pack(adapter))
 

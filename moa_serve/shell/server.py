@@ -27,6 +27,7 @@ from pathlib import Path
 import uvicorn
 
 from moa_serve import faults
+from moa_serve.adapter.adapter import AdapterSource
 from moa_serve.adapter.fingerprint import read_fingerprints
 from moa_serve.adapter.state import StateDirectory
 from moa_serve.adapter.store import AdapterStore
@@ -138,8 +139,6 @@ def compose(settings: ServerSettings, base: Base, backend: str, directory: State
         max_num_seqs_per_adapter=settings.max_num_seqs_per_adapter,
         max_num_seqs_per_tenant=settings.max_num_seqs_per_key,
     )
-    model = new_model(backend, base, settings.base_dtype)
-    engine = AsyncEngine(lambda lease: Engine(model, options, lease=lease, base_digest=base.digest), max_waiting=settings.max_waiting)
     store = AdapterStore(
         base.config,
         base_name=name,
@@ -149,6 +148,8 @@ def compose(settings: ServerSettings, base: Base, backend: str, directory: State
         max_adapters=settings.max_adapters,
         isolate=True,
     )
+    model = new_model(backend, base, settings.base_dtype, options=options, adapters=_known(store))
+    engine = AsyncEngine(lambda lease: Engine(model, options, lease=lease, base_digest=base.digest), max_waiting=settings.max_waiting)
     metrics = Metrics(
         name,
         max_model_len=engine.engine.max_model_len,
@@ -184,6 +185,14 @@ def compose(settings: ServerSettings, base: Base, backend: str, directory: State
         auto=None if fingerprints is None else AutoPicker(fingerprints, registry.is_served),
         memory=MemoryWatch(settings.memory_limit_bytes, evict, is_idle=lambda: not engine.num_open),
     )
+
+
+def _known(store: AdapterStore) -> list[AdapterSource]:
+    """The adapters that lie in the folder now; who serves them tells what is wrong with it."""
+    try:
+        return [AdapterSource(store.adapters_dir / name) for name in store.scan()] if store.adapters_dir else []
+    except AdapterError:
+        return []
 
 
 async def _run(

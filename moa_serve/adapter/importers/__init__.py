@@ -73,11 +73,11 @@ def read_adapter(
     return Adapter(imported.manifest, imported.tensors, revision, label, tuple(warnings))
 
 
-def check_adapter(source: AdapterSource, config: ModelConfig, *, max_file_bytes: int = MAX_FILE_BYTES) -> str | None:
+def read_manifest(source: AdapterSource, config: ModelConfig, *, max_file_bytes: int = MAX_FILE_BYTES) -> Manifest | None:
     """Judge a folder by its config and the header of its tensors, without reading their values: whether it fits the base.
 
     Returns:
-        The variant; None where the weights are a pickle: it has no header, so only `read_adapter` can tell.
+        None where the weights are a pickle: it has no header, so only `read_adapter` can tell.
     Raises:
         AdapterError: as `read_adapter`, but for what only the values show (NaN).
     """
@@ -85,7 +85,7 @@ def check_adapter(source: AdapterSource, config: ModelConfig, *, max_file_bytes:
     _check_folder(folder)
     _, read = _format_of(folder)
     try:
-        return read(folder, source.variant, config, ReadOptions(True, max_file_bytes, is_header_only=True)).manifest.variant
+        return read(folder, source.variant, config, ReadOptions(True, max_file_bytes, is_header_only=True)).manifest
     except NoHeader:
         return None
 

@@ -1,0 +1,604 @@
+"""The step on a GPU: `FusedTransformer` computes what transformer.py defines, with an adapter's work inside the base's launches.
+
+Per layer nine launches (ten where rows' keys are shared out to several programs), with and without adapters: four products of torch, and
+between them the kernels of kernels.py and attention.py. Adapters stand in slots (slots.py); one that fits into no slot is computed by the
+definition on the same weights and the same cache, apart from the rest of the batch. Owned by the engine thread.
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moa_serve.adapter.adapter import Adapter
+from moa_serve.config import ModelConfig
+from moa_serve.gpu import kernels
+from moa_serve.gpu.constants import Constants, Site
+from moa_serve.gpu.layout import PRODUCTS, SlotLayout, SlotShape, block
+from moa_serve.gpu.rules import RuleTable
+from moa_serve.gpu.slots import Images, SlotBank, SlottedAdapter, image, slotted
+from moa_serve.gpu.step import HostNumbers, StepBuffers, host_numbers, runs_of
+from moa_serve.model.attention import CachedSpan, KVCache, PagedAttention
+from moa_serve.model.batch import ForwardBatch, PreparedAdapter, RoutingTrace, Segment, SegmentTrace
+from moa_serve.model.build import build
+from moa_serve.model.clock import PartClock
+from moa_serve.model.moa import MoaWeights
+from moa_serve.model.ops import inverse_frequencies, on_device
+from moa_serve.model.transformer import Transformer
+from moa_serve.model.weights import BaseWeights, LayerWeights
+
+logger = logging.getLogger(__name__)
+
+_TILE = 128  # columns of a program of `residual`, `act` and `embed`
+_ATTRIBUTES = {"QKV": "qkv", "O": "o", "GATE_UP": "gate_up", "DOWN": "down"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CachedSpans:
+    """How the tokens of a step attend: sequences and their pages."""
+
+    spans: Sequence[CachedSpan]
+
+
+class FusedCache(KVCache):
+    """The definition's pages, read by kernels of the own backend."""
+
+    def attention(self, spans: Sequence[CachedSpan]) -> Any:
+        return CachedSpans(spans)
+
+    def definition(self, spans: Sequence[CachedSpan]) -> PagedAttention:
+        return super().attention(spans)
+
+
+class Workspace:
+    """Intermediate results of up to `max_tokens` tokens, at fixed addresses, so that a step allocates nothing."""
+
+    def __init__(
+        self, config: ModelConfig, layout: SlotLayout, rows: dict[str, int], max_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._rows, self._config = rows, config
+        self.num_tiles = -(-config.hidden_size // _TILE)
+        doubled = 2 if layout.shape.residual else 1  # rows of the first product: its norm's, and the residual stream's
+        most = max(doubled * rows["QKV"], rows["O"], rows["DOWN"])
+
+        def new(numbers: int, kind: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(max_tokens * numbers, dtype=kind, device=device)
+
+        self._narrow, self._wide = new(most), new(rows["GATE_UP"])
+        self._stream = new(2 * config.hidden_size, dtype)
+        self._q, self._k, self._v = (new(size, dtype) for size in (config.q_size, config.kv_size, config.kv_size))
+        self._mixed, self._z = new(config.q_size, dtype), new(config.intermediate_size, dtype)
+        self._squares, self._m_squares = new(self.num_tiles), new(self.num_tiles)
+        self._words = new(config.num_layers * max(layout.word_width, 1))
+        self._word_width = max(layout.word_width, 1)
+        self.max_tokens = max_tokens
+
+    def views(self, tokens: int) -> "Views":
+        """For a step of so many tokens."""
+        config = self._config
+
+        def view(flat: Tensor, *shape: int) -> Tensor:
+            return flat[: int(np.prod(shape))].view(shape)
+
+        stream = view(self._stream, 2 * tokens, config.hidden_size)
+        return Views(
+            a=stream[:tokens],
+            x=stream[tokens:],
+            both=stream,
+            q=view(self._q, tokens, config.num_heads, config.head_dim),
+            k=view(self._k, tokens, config.num_kv_heads, config.head_dim),
+            v=view(self._v, tokens, config.num_kv_heads, config.head_dim),
+            mixed=view(self._mixed, tokens, config.num_heads, config.head_dim),
+            z=view(self._z, tokens, config.intermediate_size),
+            squares=view(self._squares, tokens, self.num_tiles),
+            m_squares=view(self._m_squares, tokens, self.num_tiles),
+            words=view(self._words, config.num_layers, tokens, self._word_width),
+            narrow=self._narrow,
+            wide=self._wide,
+        )
+
+    @staticmethod
+    def bytes_per_token(config: ModelConfig, layout: SlotLayout, rows: dict[str, int], itemsize: int) -> int:
+        doubled = 2 if layout.shape.residual else 1
+        floats = max(doubled * rows["QKV"], rows["O"], rows["DOWN"]) + rows["GATE_UP"]
+        floats += 2 * -(-config.hidden_size // _TILE) + config.num_layers * max(layout.word_width, 1)
+        return 4 * floats + itemsize * (2 * config.hidden_size + 2 * config.q_size + 2 * config.kv_size + config.intermediate_size)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Views:
+    """Of a workspace: x the residual stream and a = x * g, what a product reads; one behind the other in `both`."""
+
+    a: Tensor
+    x: Tensor
+    both: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mixed: Tensor
+    z: Tensor
+    squares: Tensor
+    m_squares: Tensor
+    words: Tensor
+    narrow: Tensor
+    wide: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Low:
+    """Products of a slot's rows: where the first row of slot 0 stands, and how far apart tokens, slots and partial sums are."""
+
+    first: Tensor
+    stride: int
+    slot: int
+    split: int = 0
+    splits: int = 1
+
+
+class FusedTransformer:
+    """`forward(batch, attention)` -> logits of the wanted rows.
+
+    Args:
+        weights: on the device; taken over: they move into buffers that have the slots' rows behind the base's.
+        num_slots: adapters at once. shape: the largest that a slot takes.
+        max_tokens: of a step.
+    """
+
+    name = "triton"
+
+    def __init__(self, config: ModelConfig, weights: BaseWeights, *, num_slots: int, shape: SlotShape, max_tokens: int) -> None:
+        self.config, self.device = config, weights.embed.device
+        self._dtype = weights.embed.dtype
+        self.layout = SlotLayout(config, shape, is_exact=self._dtype == torch.float32)
+        self._constants = Constants.of(self.layout)
+        self._base_rows = {product: len(getattr(weights.layers[0], name)) for product, name in _ATTRIBUTES.items()}
+        self._buffers = _augmented(weights, self.layout, num_slots)
+        self.weights = weights
+        self.bank = SlotBank(self.layout, num_slots, self._buffers, self._base_rows, self._dtype, self.device)
+        self._rules = RuleTable(self.layout, num_slots, self.device)
+        self._images = Images()
+        self._standing: WeakValueDictionary[int, SlottedAdapter] = WeakValueDictionary()
+        self._definition = Transformer(config, weights)
+        self._workspace = self._new_workspace(max_tokens)
+        self._frequencies = inverse_frequencies(config.rope, config.head_dim, self.device)
+        self._cache: FusedCache | None = None
+        self._clock: PartClock | None = None
+        self._layers_done = 0
+
+    # -- what the engine asks
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def base_dtype(self) -> str:
+        return str(self._dtype).removeprefix("torch.")
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.weights.num_bytes
+
+    def step_bytes(self, num_tokens: int, context: int) -> int:
+        """Of logits, and of what attention of a long prompt gathers; the rest was allocated with the model."""
+        gathered, mask = 2 * context * self.config.kv_size, num_tokens * context
+        return (gathered + mask) * self._dtype.itemsize + 2 * num_tokens * self.config.vocab_size * 4
+
+    def bytes_per_block(self, block_size: int) -> int:
+        return KVCache.bytes_per_block(self.config, block_size, self._dtype)
+
+    def new_cache(self, num_blocks: int, block_size: int) -> FusedCache:
+        self._cache = FusedCache(self.config, num_blocks, block_size, self._dtype, self.device)
+        return self._cache
+
+    def _built(self, adapter: Adapter) -> MoaWeights:
+        """On the CPU in float32; a prompt's keys and values are made where the base stands."""
+        base = BaseWeights(torch.empty(0), self.weights.layers, torch.empty(0), torch.empty(0))
+        return build(adapter.manifest, adapter.tensors, base, self.config, torch.float32)
+
+    def prepare(self, adapter: Adapter, slot: int | None = None) -> PreparedAdapter:
+        if not self.layout.shape.holds(SlotShape.of(adapter.manifest)):
+            return self._definition.prepare(adapter, slot)
+        if slot is None:
+            slot = next((free for free in range(self.bank.num_slots) if free not in self._standing), None)
+            assert slot is not None, "more adapters are prepared than there are slots"
+        self.warm(adapter)
+        found = self._images.get(adapter.revision)
+        assert found is not None, "it was just made"
+        weights, packed = found
+        self.bank.fill(slot, packed)
+        self._rules.fill(slot, adapter.manifest)
+        self._standing[slot] = standing = slotted(weights, self.layout, slot)
+        return standing
+
+    def warm(self, adapter: Adapter) -> None:
+        if self._images.get(adapter.revision) is not None:
+            return
+        if not self.layout.shape.holds(SlotShape.of(adapter.manifest)):
+            logger.warning(
+                "adapter revision %s is larger than a slot of the fused step; its tokens are computed one operation at a time",
+                adapter.revision[:12],
+            )
+            return
+        weights = self._built(adapter)
+        packed = image(weights, self.layout, self._dtype)
+        if self.device.type == "cuda":
+            packed = packed.pinned()
+        self._images.put(adapter.revision, weights, packed)
+
+    def cool(self, revision: str) -> None:
+        self._images.drop(revision)
+
+    def forget(self, revision: str) -> None:
+        self._images.drop(revision)
+        self._definition.forget(revision)
+
+    def trim(self) -> None:
+        self._definition.trim()
+
+    def close(self) -> None:
+        self._definition.close()
+
+    @property
+    def layers_done(self) -> int:
+        return self._layers_done + self._definition.layers_done
+
+    timing_is_free = False
+
+    def start_timing(self) -> None:
+        self._clock = PartClock(self.device)
+
+    def take_timing(self) -> dict[str, float]:
+        """Routers and experts are inside the base's launches: their time is not told apart."""
+        assert self._clock is not None, "timing was not started"
+        clock, self._clock = self._clock, None
+        return clock.seconds
+
+    def _part(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self._clock is None else self._clock.part(name)
+
+    # -- a step
+
+    def forward(self, batch: ForwardBatch, attention: Any) -> Tensor:
+        assert isinstance(attention, CachedSpans), "a step attends through the own cache"
+        assert batch.observer is None, "experts are observed in the torch backend"
+        if all(isinstance(segment.adapter, SlottedAdapter) for segment in batch.segments):
+            return self._fused(batch, attention.spans)
+        return self._apart(batch, attention.spans)
+
+    def _apart(self, batch: ForwardBatch, spans: Sequence[CachedSpan]) -> Tensor:
+        """The tokens of adapters that stand in no slot by the definition, the others fused; no sequence knows of another."""
+        assert self._cache is not None, "a step needs a cache"
+        slow = [segment for segment in batch.segments if not isinstance(segment.adapter, SlottedAdapter)]
+        is_slow = np.zeros(sum(span.count for span in spans), dtype=np.bool_)
+        for segment in slow:
+            is_slow[segment.start : segment.end] = True
+        wanted = np.arange(len(is_slow)) if batch.logit_rows is None else batch.logit_rows.cpu().numpy()
+        out = torch.empty(len(wanted), self.config.vocab_size, device=self.device)
+        for chosen, is_own in ((np.flatnonzero(~is_slow), False), (np.flatnonzero(is_slow), True)):
+            part = _Part.of(batch, spans, chosen, wanted, self.device)
+            if not len(chosen):
+                continue
+            if is_own:
+                logits = self._definition.forward(part.batch, self._cache.definition(part.spans))
+            else:
+                logits = self._fused(part.batch, part.spans)
+            out[part.rows] = logits
+            if batch.trace is not None and part.batch.trace is not None:
+                for number, found in part.batch.trace.segments.items():
+                    batch.trace.segments[part.numbers[number]] = found
+        return out
+
+    def _fused(self, batch: ForwardBatch, spans: Sequence[CachedSpan]) -> Tensor:
+        assert self._cache is not None, "a step needs a cache"
+        runs, counted = runs_of(batch, spans, self._rules)
+        numbers = host_numbers(runs, counted, spans, self._cache.block_size)
+        step = self._eager(batch, numbers)
+        views = self._space(len(batch.token_ids)).views(len(batch.token_ids))
+        paged = self._cache.definition(spans)
+        self._compute(step, views, paged, bool(batch.segments), _pooled(batch.segments))
+        with self._part("head"):
+            logits = self._logits(step, views)
+        self._after(batch, views, step)
+        return logits
+
+    def _space(self, tokens: int) -> Workspace:
+        """The own one; for a step of more tokens than are planned for (a prompt that must be whole), one that goes with it."""
+        return self._workspace if tokens <= self._workspace.max_tokens else self._new_workspace(tokens)
+
+    def _new_workspace(self, tokens: int) -> Workspace:
+        rows = {product: len(self._buffers[product][0]) for product in PRODUCTS}
+        return Workspace(self.config, self.layout, rows, tokens, self._dtype, self.device)
+
+    def _eager(self, batch: ForwardBatch, numbers: HostNumbers) -> StepBuffers:
+        """A step's numbers, as they come."""
+        tokens, layout = len(batch.token_ids), self.layout
+        given = torch.zeros(0, device=self.device)
+        if any(segment.pooled is not None for segment in batch.segments):
+            given = torch.zeros(self.config.num_layers, tokens, 2 * layout.output_block, device=self.device)
+            _give(given, batch.segments, layout.output_block)
+        rows = torch.arange(tokens, device=self.device) if batch.logit_rows is None else batch.logit_rows
+        arrays = (numbers.chunks, numbers.places, numbers.lengths, numbers.slots, numbers.tables, numbers.counters)
+        chunks, places, lengths, slots, tables, counters = (on_device(array, self.device) for array in arrays)
+        return StepBuffers(batch.token_ids, batch.positions, chunks, places, lengths, slots, tables, counters, given, rows)
+
+    def _compute(self, step: StepBuffers, views: Views, attention: PagedAttention, has_adapter: bool, pooled: Sequence["_Pooled"]) -> None:
+        """All layers; what is left in `views` is the last one's output, times the final norm's weight."""
+        config, weights = self.config, self.weights
+        angles = step.positions.float()[:, None] * self._frequencies
+        cos, sin = (part.to(self._dtype).float() for part in (angles.cos(), angles.sin()))
+        num_tiles = self._workspace.num_tiles
+        grid = (len(step.chunks), num_tiles)
+        kernels.embed[grid](
+            step.chunks, step.token_ids, weights.embed, weights.layers[0].attention_norm, views.x, views.a, views.squares,
+            config.hidden_size, num_tiles, C=kernels.CHUNK, N=min(_TILE, block(config.hidden_size)),
+        )  # fmt: skip
+        for index, layer in enumerate(weights.layers):
+            is_last = index + 1 == config.num_layers
+            next_norm = weights.norm if is_last else weights.layers[index + 1].attention_norm
+            self._layer(index, layer, next_norm, step, views, attention, has_adapter, cos, sin, pooled)
+            self._layers_done += 1
+
+    def _layer(
+        self, index: int, layer: LayerWeights, next_norm: Tensor, step: StepBuffers, views: Views, attention: PagedAttention,
+        has_adapter: bool, cos: Tensor, sin: Tensor, pooled: Sequence["_Pooled"],
+    ) -> None:  # fmt: skip
+        with self._part("base"):
+            self._attend_in(index, layer, step, views, has_adapter, cos, sin, pooled)
+        with self._part("attention"):
+            self._attend(index, step, views, attention, has_adapter)
+        with self._part("base"):
+            y, low = self._product("O", index, views.mixed.flatten(1), views.narrow, has_adapter)
+            self._residual(index, layer.o_bias, layer.ffn_norm, y, low, None, self._constants.o, step, views, views.m_squares, has_adapter)
+            y, m_low = self._product("GATE_UP", index, views.a, views.wide, has_adapter)
+            self._act(index, layer, y, m_low, step, views, has_adapter)
+            y, low = self._product("DOWN", index, views.z, views.narrow, has_adapter)
+            self._residual(index, layer.down_bias, next_norm, y, low, m_low, self._constants.down, step, views, views.squares, has_adapter)
+
+    def _product(self, product: str, index: int, inputs: Tensor, out: Tensor, has_adapter: bool) -> tuple[Tensor, Low]:
+        """(rows of inputs, outputs) float32 in `out`: the base's, and behind them the slots' rows."""
+        weight, base = self._buffers[product][index], self._base_rows[product]
+        if not has_adapter:
+            weight = weight[:base]
+        y = out[: len(inputs) * len(weight)].view(len(inputs), len(weight))
+        multiply(inputs, weight, y)
+        return y, Low(y[:, base:], len(weight), self.layout.sections[product].rows)
+
+    def _slot_arguments(self, index: int, step: StepBuffers, views: Views) -> tuple[Any, ...]:
+        """What kernels read of slots and rules in a layer."""
+        bank, rules = self.bank, self._rules
+        return (
+            bank.ints[:, index], bank.ints.stride(0), bank.floats[:, index], bank.floats.stride(0),
+            bank.matrices[:, index], bank.matrices.stride(0), rules.ints[:, index], rules.thresholds[:, index], rules.stride,
+        )  # fmt: skip
+
+    def _attend_in(
+        self, index: int, layer: LayerWeights, step: StepBuffers, views: Views, has_adapter: bool, cos: Tensor, sin: Tensor,
+        pooled: Sequence["_Pooled"],
+    ) -> None:  # fmt: skip
+        assert self._cache is not None, "a step needs a cache"
+        config, tokens = self.config, len(views.a)
+        reads_residual = has_adapter and self.layout.shape.residual
+        y, low = self._product("QKV", index, views.both if reads_residual else views.a, views.narrow, has_adapter)
+        router = low
+        if reads_residual:
+            router = replace(low, first=low.first[tokens:])
+            for part in pooled:
+                part.average(router.first, self.layout)
+        given = step.given[index] if len(step.given) else step.given
+        kernels.attend_in[(len(step.chunks), config.num_heads + 2 * config.num_kv_heads)](
+            step.chunks, y, y.stride(0), views.squares, _or(layer.qkv_bias, y), _or(layer.q_norm, y), _or(layer.k_norm, y), cos, sin,
+            step.places, views.q, views.k, views.v, self._cache.keys[index], self._cache.values[index],
+            low.first, low.stride, low.slot, low.split, router.first, router.stride, router.slot, router.split,
+            *self._slot_arguments(index, step, views), given, 2 * self.layout.output_block, views.words[index], views.words.shape[2],
+            config.hidden_size, self._workspace.num_tiles, config.rms_norm_eps,
+            L=self._constants, H=config.num_heads, KV=config.num_kv_heads, P=config.head_dim, HALF=block(config.head_dim // 2),
+            TILES=block(self._workspace.num_tiles), C=kernels.CHUNK, HAS_BIAS=layer.qkv_bias is not None,
+            HAS_QK_NORM=layer.q_norm is not None, HAS_ADAPTER=has_adapter, SPLITS=low.splits, ROUTER_SPLITS=router.splits,
+        )  # fmt: skip
+
+    def _attend(self, index: int, step: StepBuffers, views: Views, attention: PagedAttention, has_adapter: bool) -> None:
+        views.mixed.copy_(attention(index, views.q, views.k, views.v))
+        if has_adapter and self.layout.shape.prompt:
+            self._prompt(index, step, views)
+
+    def _prompt(self, index: int, step: StepBuffers, views: Views) -> None:
+        config, bank = self.config, self.bank
+        kernels.prompt[(len(step.chunks), config.num_heads)](
+            step.chunks, views.q, views.mixed, bank.prompt[:, index], bank.prompt.stride(0), bank.ints[:, index], bank.ints.stride(0),
+            bank.floats[:, index], bank.floats.stride(0), views.words[index], views.words.shape[2], config.head_dim**-0.5,
+            L=self._constants, H=config.num_heads, KV=config.num_kv_heads, P=config.head_dim, P_BLOCK=block(config.head_dim),
+            C=kernels.CHUNK,
+        )  # fmt: skip
+
+    def _residual(
+        self, index: int, bias: Tensor | None, norm: Tensor, y: Tensor, low: Low, m_low: Low | None, site: Site, step: StepBuffers,
+        views: Views, squares: Tensor, has_adapter: bool,
+    ) -> None:  # fmt: skip
+        config = self.config
+        parallel = self._constants.parallel if m_low is not None else Site()
+        m_low = m_low or low
+        kernels.residual[(len(step.chunks), self._workspace.num_tiles)](
+            step.chunks, y, y.stride(0), _or(bias, y), norm, views.x, views.a, squares,
+            low.first, low.stride, low.slot, low.split, views.m_squares, m_low.first, m_low.stride, m_low.slot, m_low.split,
+            *self._slot_arguments(index, step, views), views.words[index], views.words.shape[2],
+            config.hidden_size, self._workspace.num_tiles, config.rms_norm_eps,
+            L=self._constants, S=site, PA=parallel, TILES=block(self._workspace.num_tiles), C=kernels.CHUNK,
+            N=min(_TILE, block(config.hidden_size)), HAS_BIAS=bias is not None, HAS_ADAPTER=has_adapter,
+            SPLITS=low.splits, M_SPLITS=m_low.splits,
+        )  # fmt: skip
+
+    def _act(self, index: int, layer: LayerWeights, y: Tensor, low: Low, step: StepBuffers, views: Views, has_adapter: bool) -> None:
+        config = self.config
+        tile = min(_TILE, block(config.intermediate_size))
+        kernels.act[(len(step.chunks), -(-config.intermediate_size // tile))](
+            step.chunks, y, y.stride(0), views.m_squares, _or(layer.gate_up_bias, y), views.z,
+            low.first, low.stride, low.slot, low.split, *self._slot_arguments(index, step, views),
+            views.words[index], views.words.shape[2], config.hidden_size, config.intermediate_size, self._workspace.num_tiles,
+            config.rms_norm_eps, L=self._constants, TILES=block(self._workspace.num_tiles), C=kernels.CHUNK, N=tile,
+            HAS_BIAS=layer.gate_up_bias is not None, HAS_ADAPTER=has_adapter, SPLITS=low.splits,
+        )  # fmt: skip
+
+    def _logits(self, step: StepBuffers, views: Views) -> Tensor:
+        """(N, V) float32."""
+        rows = views.a.index_select(0, step.logit_rows)
+        squares = views.squares.index_select(0, step.logit_rows).sum(1, keepdim=True)
+        out = torch.empty(len(rows), len(self.weights.head), device=self.device)
+        multiply(rows, self.weights.head, out)
+        return out.mul_(torch.rsqrt(squares / self.config.hidden_size + self.config.rms_norm_eps))
+
+    # -- what is to be known of a step
+
+    def _after(self, batch: ForwardBatch, views: Views, step: StepBuffers) -> None:
+        if not batch.segments or not self._constants.num_routers:
+            return
+        bank, words = self.bank, views.words
+        if any(segment.counters is not None for segment in batch.segments):
+            kernels.count[(len(step.chunks), self.config.num_layers, self._constants.num_routers)](
+                step.chunks, words, words.stride(0), words.shape[2], bank.ints, bank.ints.stride(0), bank.ints.stride(1),
+                bank.floats, bank.floats.stride(0), bank.floats.stride(1), step.counters, L=self._constants, C=kernels.CHUNK,
+            )  # fmt: skip
+        for segment in batch.segments:
+            if segment.pooled is not None:
+                self._keep_pooled(segment, words)
+        if batch.trace is not None:
+            for number, segment in enumerate(batch.segments):
+                self._trace(batch.trace, number, segment, words)
+
+    def _keep_pooled(self, segment: Segment, words: Tensor) -> None:
+        pooled, width = segment.pooled, self.layout.output_block
+        assert pooled is not None, "an instance-level segment has its sequences' weights"
+        outputs = pooled.words.shape[3]
+        for row, span in enumerate(pooled.spans):
+            if span is not None:
+                own = words[:, segment.start + span[0]]
+                pooled.words[row, :, 0] = own[:, 2 * width + 1 :][:, :outputs]
+                pooled.words[row, :, 1] = own[:, :outputs]
+
+    def _trace(self, trace: RoutingTrace, number: int, segment: Segment, words: Tensor) -> None:
+        adapter, length = segment.adapter, segment.end - segment.start
+        assert isinstance(adapter, SlottedAdapter), "the batch has adapters that stand in slots only"
+        wanted = trace.wanted(number, length)
+        if wanted is None or not adapter.traced:
+            return
+        own = words[:, segment.start : segment.end]
+        told = own[:, wanted.to(self.device)].transpose(0, 1).flatten(1)[:, on_device(adapter.words, self.device)]
+        evaluations = None
+        if segment.counters is not None:
+            evaluations = torch.full((length,), segment.counters.num_experts, dtype=torch.int32)
+        trace.segments[number] = SegmentTrace(told, adapter.traced, evaluations)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pooled:
+    """Prompts [start, end) in a slot whose layer router reads the mean of their tokens."""
+
+    slot: int
+    spans: tuple[tuple[int, int], ...]
+
+    def average(self, low: Tensor, layout: SlotLayout) -> None:
+        """The mean of products is the product of the mean: every token of a prompt gets it."""
+        first = self.slot * layout.sections["QKV"].rows + layout.sections["QKV"].gate
+        rows = slice(first, first + layout.parts * layout.gate_rows)
+        for start, end in self.spans:
+            low[start:end, rows] = low[start:end, rows].mean(0)
+
+
+def _pooled(segments: Sequence[Segment]) -> list[_Pooled]:
+    found = []
+    for segment in segments:
+        if segment.pooled is not None and any(segment.pooled.spans):
+            assert isinstance(segment.adapter, SlottedAdapter), "the batch has adapters that stand in slots only"
+            spans = tuple((segment.start + span[0], segment.start + span[1]) for span in segment.pooled.spans if span is not None)
+            found.append(_Pooled(segment.adapter.slot, spans))
+    return found
+
+
+def _give(given: Tensor, segments: Sequence[Segment], width: int) -> None:
+    for segment in segments:
+        if (pooled := segment.pooled) is not None:
+            words = pooled.words[pooled.row_of_token].permute(1, 0, 2, 3)  # (L, t, 2, E)
+            outputs = words.shape[3]
+            given[:, segment.start : segment.end, :outputs] = words[:, :, 0]
+            given[:, segment.start : segment.end, width : width + outputs] = words[:, :, 1]
+
+
+def multiply(inputs: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out (M, N) float32 = inputs (M, K) times weight (N, K), added up in float32 and not rounded."""
+    if inputs.dtype == torch.float32:
+        torch.mm(inputs, weight.T, out=out)
+    elif inputs.is_cuda:
+        torch.ops.aten.mm.dtype_out(inputs, weight.T, torch.float32, out=out)
+    else:  # torch has no such product on a CPU; widened numbers have the same one
+        torch.mm(inputs.float(), weight.float().T, out=out)
+
+
+def _or(found: Tensor | None, other: Tensor) -> Tensor:
+    """A kernel's argument that it does not read where there is none."""
+    return other if found is None else found
+
+
+def _augmented(weights: BaseWeights, layout: SlotLayout, num_slots: int) -> dict[str, list[Tensor]]:
+    """By product the layers' weights with the slots' rows behind them; `weights` are views of them then. No more than a layer stands twice."""
+    found: dict[str, list[Tensor]] = {product: [] for product in PRODUCTS}
+    for layer in weights.layers:
+        for product, name in _ATTRIBUTES.items():
+            old = getattr(layer, name)
+            new = old.new_zeros(len(old) + num_slots * layout.sections[product].rows, old.shape[1])
+            new[: len(old)] = old
+            setattr(layer, name, new[: len(old)])
+            found[product].append(new)
+            del old
+        if weights.embed.is_cuda:
+            torch.cuda.empty_cache()  # what a layer leaves is too small for the next one's
+    return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """Some of a batch's sequences as a batch of their own.
+
+    Args:
+        rows: of the whole batch's logits, those of this part, in its order.
+        numbers: of its segments in the whole batch.
+    """
+
+    batch: ForwardBatch
+    spans: list[CachedSpan]
+    rows: Tensor
+    numbers: list[int]
+
+    @classmethod
+    def of(cls, batch: ForwardBatch, spans: Sequence[CachedSpan], chosen: np.ndarray, wanted: np.ndarray, device: torch.device) -> "_Part":
+        """
+        Args:
+            chosen: tokens of whole sequences, ascending. wanted: all tokens whose logits are wanted.
+        """
+        place = {int(token): index for index, token in enumerate(chosen)}
+        numbers = [number for number, segment in enumerate(batch.segments) if segment.start in place]
+        segments = [
+            replace(batch.segments[number], start=place[batch.segments[number].start], end=place[batch.segments[number].end - 1] + 1)
+            for number in numbers
+        ]
+        rows = np.array([row for row, token in enumerate(wanted) if int(token) in place], dtype=np.int64)
+        own = np.array([place[int(wanted[row])] for row in rows], dtype=np.int64)
+        trace = None
+        if batch.trace is not None:
+            tokens = batch.trace.tokens
+            kept = None if tokens is None else {index: tokens[number] for index, number in enumerate(numbers) if number in tokens}
+            trace = RoutingTrace(kept)
+        index = on_device(chosen, device)
+        inner = ForwardBatch(batch.token_ids[index], batch.positions[index], tuple(segments), on_device(own, device), trace)
+        return cls(
+            inner, [replace(span, start=place[span.start]) for span in spans if span.start in place], on_device(rows, device), numbers
+        )
