@@ -232,6 +232,14 @@ class AdapterQuarantined(AdapterError):
     code = "adapter_quarantined"
 
 
+def sized(num_bytes: int) -> str:
+    """A number of bytes for a message: "1000 bytes", "3.20 MiB", "14.96 GiB"."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(num_bytes) >= size:
+            return f"{num_bytes / size:.2f} {unit}"
+    return f"{num_bytes} bytes"
+
+
 def shown(value: object) -> str:
     """A user's value for a message: short, and never failing as the repr of a number of 10,000 digits does."""
     try:

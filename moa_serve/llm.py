@@ -37,6 +37,7 @@ from moa_serve.gpu.available import why_no_kernels
 from moa_serve.gpu.layout import SlotShape
 from moa_serve.model.backend import Backend
 from moa_serve.model.counters import RoutingTotals
+from moa_serve.model.devices import has_gpu, why_no_cuda
 from moa_serve.model.similarity import Similarity, expert_similarity
 from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import Base, load_base
@@ -764,12 +765,16 @@ def slot_shape(adapters: Iterable[AdapterSource], config: ModelConfig) -> SlotSh
 
 def resolve_device(device: str) -> torch.device:
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if has_gpu():
+            logger.warning("the CPU computes, because %s", why_no_cuda())
+        return torch.device("cpu")
     if device == "cpu":
         return torch.device("cpu")
     if device == "cuda":
         if not torch.cuda.is_available():
-            raise InvalidRequest("device 'cuda' was asked for, but torch finds no CUDA device; use 'cpu' or 'auto'", param="device")
+            raise InvalidRequest(f"device 'cuda' was asked for, but {why_no_cuda()}; 'cpu' and 'auto' do without", param="device")
         return torch.device("cuda")
     raise InvalidRequest(f"device {device!r} is unknown; use 'auto', 'cpu' or 'cuda'", param="device")
 

@@ -137,7 +137,16 @@ class ServerSettings(BaseSettings):
     max_waiting: int = Field(64, ge=0, le=100_000, description="Requests that may wait for a row; more get 503 at once.")
     max_batch_tokens: int = Field(256, ge=1, le=2**20, description="Tokens in one step; longer prompts are prefilled in chunks.")
     num_slots: int = Field(8, ge=1, le=1024, description="Adapters that one batch can mix; more of them queue.")
-    kv_cache_bytes: int | None = Field(None, ge=1, description="Memory for the KV cache; a quarter of what is free if omitted.")
+    kv_cache_bytes: int | None = Field(
+        None, ge=1, description="Memory for the KV cache; if omitted a quarter of what is free, on CUDA what gpu_memory_utilization leaves."
+    )
+    gpu_memory_utilization: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Share of a GPU's memory that all may hold together; the KV cache gets what is left. 0.9 if omitted; CUDA only.",
+    )
     max_model_len: int | None = Field(None, ge=1, description="Tokens of prompt and completion together; the base's own if omitted.")
     adapter_cache_bytes: int = Field(8 * 2**30, gt=0, description="Host memory for adapters; the least recently used leave first.")
     max_adapters: int = Field(10_000, ge=0, description="Adapters that may be found or loaded, so that a scan stays short.")

@@ -403,6 +403,7 @@ class Version(BaseModel):
     base_digest: str
     backend: str
     native: str | None = Field(description="The native library: what it computes with, or why it is not used.")
+    cuda: str = Field(description="The GPU that there is, or why none can be used.")
     device: str
     dtype: str
     base_dtype: str

@@ -16,6 +16,7 @@ from moa_serve.api.document import describe
 from moa_serve.api.errors import FAILED, JsonResponse, NotReady, error_response, response_of
 from moa_serve.api.guard import CLIENT_CLOSED_REQUEST, NO_ROUTE, Guard
 from moa_serve.errors import EngineError, MoaError, Overloaded
+from moa_serve.model.devices import cuda_status
 from moa_serve.native.library import status
 
 router = APIRouter()
@@ -105,6 +106,7 @@ async def version(request: Request) -> Response:
             "base_digest": server.base_digest,
             "backend": engine.backend,
             "native": status(),
+            "cuda": cuda_status(),
             "device": str(engine.model.device),
             "dtype": str(engine.model.dtype).removeprefix("torch."),
             "base_dtype": engine.model.base_dtype,

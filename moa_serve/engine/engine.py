@@ -7,7 +7,7 @@ Not thread-safe: one thread calls it. A request ends exactly once, and its block
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from moa_serve.adapter.adapter import Adapter
 from moa_serve.adapter.counts import EvictionReason
 from moa_serve.adapter.manifest import Manifest
 from moa_serve.adapter.rules import RoutingRules
-from moa_serve.engine.pools import SLOT_BYTES, BlockPool, SlotTable
+from moa_serve.engine.pools import SLOT_BYTES, BlockPool, SlotTable, kv_cache_room
 from moa_serve.engine.recovery import Chunks, Failure, Recovery
 from moa_serve.engine.request import Request, SamplingParams, Sequence, TokenLogprob, kv_root
 from moa_serve.engine.routing import RoutedLayers, TokenRouting
@@ -37,11 +37,12 @@ from moa_serve.errors import (
     InvalidRequest,
     MoaError,
     shown,
+    sized,
 )
 from moa_serve.model.backend import Backend
 from moa_serve.model.bank import AdapterBank, bytes_per_slot
 from moa_serve.model.counters import RouterCounters, RoutingTotals
-from moa_serve.model.memory import available_bytes, release_memory
+from moa_serve.model.memory import available_bytes, release_memory, total_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ Lease = Callable[[str], AbstractContextManager[Adapter]]
 INCIDENTS = (  # the kinds that `Engine.incidents` counts; base_nonfinite and rebuilt are for an alert
     "base_nonfinite", "adapter_nonfinite", "forward_error", "sampler_error", "out_of_memory", "failed_step", "rebuilt",
 )  # fmt: skip
+GPU_MEMORY_UTILIZATION = 0.9  # the rest is for what nobody can count: the driver, fragments, kernels that are loaded later
 QUARANTINE_AFTER = 3  # requests of one revision that ended in NaN or infinity
 
 
@@ -62,7 +64,10 @@ class EngineOptions:
         max_mixed_prefill_tokens: prompt tokens in a step that also decodes, so that running rows keep their pace.
         num_slots: adapters that one batch can mix; more of them queue.
         block_size: tokens in a page of the KV cache.
-        kv_cache_bytes: memory for the KV cache; None for 25 % of what is free, and at least one full context.
+        kv_cache_bytes: memory for the KV cache; None for 25 % of what is free, and at least one full context, and on CUDA for what
+            `gpu_memory_utilization` leaves.
+        gpu_memory_utilization: on CUDA, the share of the device's memory that may be held, by anybody, beside which the KV cache gets
+            what weights, slots and steps leave; None for `GPU_MEMORY_UTILIZATION`, and on a CPU, where it means nothing.
         max_model_len: tokens of prompt and completion together; None for the base's own, or what the KV cache holds.
         max_instance_prompt: longest prompt of an instance-level adapter, which must be prefilled in one step.
         max_scored_tokens: tokens of a prompt and all choices that are scored behind it, which are computed in one step.
@@ -79,6 +84,7 @@ class EngineOptions:
     num_slots: int = 8
     block_size: int = 16
     kv_cache_bytes: int | None = None
+    gpu_memory_utilization: float | None = None
     max_model_len: int | None = None
     max_instance_prompt: int = 8192
     max_scored_tokens: int = 4096
@@ -90,9 +96,14 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.prefix_cache, bool):
             raise InvalidRequest(f"prefix_cache is {shown(self.prefix_cache)}, but must be true or false", param="prefix_cache")
+        share = self.gpu_memory_utilization
+        if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1):
+            raise InvalidRequest(
+                f"gpu_memory_utilization is {shown(share)}, but must be a number above 0 and at most 1", param="gpu_memory_utilization"
+            )
         for name in self.__slots__:
             value = getattr(self, name)
-            if name == "prefix_cache":
+            if name in ("prefix_cache", "gpu_memory_utilization"):
                 continue
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise InvalidRequest(f"{name} is {shown(value)}, but must be a whole number of at least 1", param=name)
@@ -572,36 +583,78 @@ def plan_memory(model: Backend, options: EngineOptions) -> tuple[int, int]:
             f"max_model_len {context} is more than the {model.config.max_position} tokens that the base was made for; lower it",
             param="max_model_len",
         )
-    free = available_bytes(model.device)
+    is_gpu = model.device.type == "cuda"
+    if options.gpu_memory_utilization is not None and not is_gpu:
+        raise InvalidRequest(
+            f"gpu_memory_utilization is a share of a GPU's memory, but this engine computes on {model.device}; leave it out, or give "
+            f"kv_cache_bytes",
+            param="gpu_memory_utilization",
+        )
     parts = {
         "max_batch_tokens": model.step_bytes(options.max_batch_tokens, context),
         "num_slots": options.num_slots * (bytes_per_slot(model.config, model.adapter_dtype) + SLOT_BYTES),
+        "max_num_seqs": model.recorded_bytes(options.max_num_seqs, context),
     }
+    free = available_bytes(model.device)
     one_context = -(-context // options.block_size)
+    most = options.max_num_seqs * one_context  # more could never be used
     if options.kv_cache_bytes is not None:
         blocks = options.kv_cache_bytes // per_block
+    elif is_gpu:
+        room = _gpu_room(model, options, parts, free, per_block)
+        blocks = min(room // per_block, most * (2 if options.prefix_cache else 1))  # half of them may be kept for who begins the same
     else:
-        most = max((free - sum(parts.values())) * 3 // 4 // per_block, 1)
-        blocks = min(max(free // 4 // per_block, one_context), most, options.max_num_seqs * one_context)  # more could never be used
+        left = max((free - sum(parts.values())) * 3 // 4 // per_block, 1)
+        blocks = min(max(free // 4 // per_block, one_context), left, most)
     parts["kv_cache_bytes"] = options.kv_cache_bytes or blocks * per_block
     if sum(parts.values()) > free:
         largest = max(parts, key=lambda name: parts[name])
         raise InvalidRequest(
-            f"memory is short on {model.device}: beside the base's {model.weight_bytes} bytes of weights {free} are free, but buffers for "
-            f"max_batch_tokens {options.max_batch_tokens} take {parts['max_batch_tokens']} bytes, num_slots {options.num_slots} takes "
-            f"{parts['num_slots']}, and the KV cache {parts['kv_cache_bytes']}; lower {largest}",
+            f"memory is short on {model.device}: beside the base's {sized(model.weight_bytes)} of weights {sized(free)} are free, but "
+            f"{_parts_text(parts, options)}, and the KV cache {sized(parts['kv_cache_bytes'])}; lower {largest}",
             param=largest,
         )
     if blocks < 1:
         raise InvalidRequest(
-            f"the KV cache has no room for a page of {options.block_size} tokens ({per_block} bytes); raise kv_cache_bytes",
+            f"the KV cache has no room for a page of {options.block_size} tokens ({sized(per_block)}); raise kv_cache_bytes",
             param="kv_cache_bytes",
         )
     served = min(context, blocks * options.block_size)
     if options.max_model_len is not None and served < options.max_model_len:
         raise InvalidRequest(
-            f"max_model_len {options.max_model_len} needs {one_context * per_block} bytes of KV cache, but it has {blocks * per_block}; "
-            f"lower it or raise kv_cache_bytes",
+            f"max_model_len {options.max_model_len} needs {sized(one_context * per_block)} of KV cache, but it has "
+            f"{sized(blocks * per_block)}; lower it or raise kv_cache_bytes",
             param="max_model_len",
         )
     return blocks + 1, served  # page 0 is padding
+
+
+def _gpu_room(model: Backend, options: EngineOptions, parts: Mapping[str, int], free: int, per_block: int) -> int:
+    """Bytes for the KV cache, at least a page. Raises InvalidRequest: there is no room for one."""
+    total = total_bytes(model.device)
+    share = GPU_MEMORY_UTILIZATION if options.gpu_memory_utilization is None else options.gpu_memory_utilization
+    room = kv_cache_room(total, share, total - free, *parts.values())
+    if room >= per_block:
+        return room
+    others = max(0, total - free - model.weight_bytes)
+    largest = max(parts, key=lambda name: parts[name])
+    remedies = [f"lower {largest}"]
+    if share < 1:
+        remedies.append("raise gpu_memory_utilization")
+    if others > parts[largest]:
+        remedies.append("end who else holds the device")
+    raise InvalidRequest(
+        f"memory is short on {model.device}: gpu_memory_utilization {share:g} allows {sized(int(total * share))} of {sized(total)}, of "
+        f"which the base's weights hold {sized(model.weight_bytes)} and all else that runs there {sized(others)}; "
+        f"{_parts_text(parts, options)}, and a page of the KV cache {sized(per_block)}; {', or '.join(remedies)}",
+        param=largest,
+    )
+
+
+def _parts_text(parts: Mapping[str, int], options: EngineOptions) -> str:
+    """What there must be room for beside the KV cache."""
+    recorded = f", recorded steps of max_num_seqs {options.max_num_seqs} {sized(parts['max_num_seqs'])}" if parts["max_num_seqs"] else ""
+    return (
+        f"buffers for max_batch_tokens {options.max_batch_tokens} take {sized(parts['max_batch_tokens'])}, num_slots {options.num_slots} "
+        f"takes {sized(parts['num_slots'])}{recorded}"
+    )

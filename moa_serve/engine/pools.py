@@ -15,6 +15,18 @@ from moa_serve.errors import EngineError
 SLOT_BYTES = 256  # of the table for each slot, about
 
 
+def kv_cache_room(total_bytes: int, utilization: float, held_bytes: int, *other_bytes: int) -> int:
+    """Bytes that a GPU has for the KV cache; below 0, how many are missing.
+
+    Args:
+        total_bytes: of the device.
+        utilization: share of them that may be held in the end, by anybody; 0 < utilization <= 1.
+        held_bytes: what weights, CUDA itself and other processes hold already.
+        other_bytes: what will be needed beside the cache: adapters in slots, buffers of a step, recorded steps.
+    """
+    return int(total_bytes * utilization) - held_bytes - sum(other_bytes)
+
+
 class BlockPool:
     """Block ids 1 .. num_blocks - 1, each held by one sequence, shared by several, or free.
 

@@ -4,13 +4,12 @@
 - The forward raises: it is tried adapter by adapter, the base's rows one by one. Who fails while others get through is the cause, and an
   adapter that is leaves service. Where nobody gets through, a probe of the base alone decides: if that fails too, the engine is broken,
   and the exception comes out.
-- Drawing tokens raises: row by row, likewise.
+- Drawing tokens raises, for whatever reason: row by row, likewise.
 
 Computing twice is harmless: keys and values are written to the same places, and nothing advances before the step is over. Owned by the
 engine thread.
 """
 
-import errno
 import logging
 from bisect import bisect_left
 from collections.abc import Callable
@@ -18,18 +17,17 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, groupby
 
-import torch
 from torch import Tensor
 
 from moa_serve.engine.request import Sequence, TokenLogprob
 from moa_serve.engine.runner import StepOutput
 from moa_serve.engine.sampler import SampledTokens
 from moa_serve.errors import EngineError, MoaError, OutOfMemory
+from moa_serve.model.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
 Chunks = list[tuple[Sequence, int]]
-_SHORT = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory", "std::bad_alloc")  # torch's words
 
 
 @dataclass(eq=False, slots=True)
@@ -49,14 +47,6 @@ class Failure:
     error: MoaError
     kind: str
     is_adapters: bool = False
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError | OutOfMemory):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _SHORT)
 
 
 class Recovery:
@@ -84,11 +74,15 @@ class Recovery:
         try:
             output = self._run(chunks)
         except Exception as error:
-            return self._in_halves(chunks) if is_out_of_memory(error) else self._apart(chunks, error)
-        return self._drawn(chunks, output)
+            if not is_out_of_memory(error):
+                return self._apart(chunks, error)
+            count = sum(count for _, count in chunks)
+            logger.warning("memory is short for a step of %d tokens; it is computed in two", count, exc_info=True)
+        else:
+            return self._drawn(chunks, output)
+        return self._in_halves(chunks)  # out here, for while an error is handled it keeps the tensors of the step that failed
 
     def _in_halves(self, chunks: Chunks) -> tuple[list[Part], list[Failure]]:
-        logger.warning("memory is short for a step of %d tokens; it is computed in two", sum(count for _, count in chunks), exc_info=True)
         self._trim()
         parts: list[Part] = []
         failures: list[Failure] = []
@@ -133,15 +127,16 @@ class Recovery:
 
     def _drawn_apart(self, chunks: Chunks, output: StepOutput, error: Exception) -> tuple[list[Part], list[Failure]]:
         """What a row draws does not depend on its neighbours, so the others draw what they would have drawn."""
+        if is_out_of_memory(error):
+            self._trim()
         rows: list[int] = []
         drawn: list[SampledTokens] = []
         failures: list[Failure] = []
         for row, sequence in enumerate(output.sampling):
             try:
                 drawn.append(self._sample(output.logits[row : row + 1], [sequence]))
-            except Exception:
-                message = "the server failed while it chose a token for this request; its log has the details"
-                failures.append(Failure(sequence, EngineError(message), "sampler_error"))
+            except Exception as again:
+                failures += _short_of_memory([(sequence, 1)]) if is_out_of_memory(again) else [_undrawn(sequence)]
                 continue
             rows.append(row)
         if not rows and not self._is_healthy():
@@ -171,6 +166,11 @@ def _halves(chunks: Chunks) -> list[Chunks]:
 def _short_of_memory(chunks: Chunks) -> list[Failure]:
     message = "there is no memory for a step of this request; try again later, or send less at once"
     return [Failure(sequence, OutOfMemory(message), "out_of_memory") for sequence, _ in chunks]
+
+
+def _undrawn(sequence: Sequence) -> Failure:
+    message = "the server failed while it chose a token for this request; its log has the details"
+    return Failure(sequence, EngineError(message), "sampler_error")
 
 
 def _raised(sequence: Sequence) -> Failure:

@@ -60,6 +60,10 @@ class Backend(Protocol):
         """Of a step's buffers, about: `num_tokens` of sequences of up to `context`, all of whose logits are wanted; adapters add little."""
         ...
 
+    def recorded_bytes(self, num_rows: int, context: int) -> int:
+        """Of recorded decode steps of up to `num_rows` sequences, about, when all are there that are kept; 0 where none are recorded."""
+        ...
+
     def bytes_per_block(self, block_size: int) -> int:
         """Of the cache: a page of all layers."""
         ...

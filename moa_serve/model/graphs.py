@@ -16,12 +16,13 @@ from torch import Tensor
 
 from moa_serve.model.attention import PagedAttention
 from moa_serve.model.batch import ForwardBatch
+from moa_serve.model.memory import is_out_of_memory
 from moa_serve.model.stacked import Part
 
 logger = logging.getLogger(__name__)
 
 RECORDED_AT = 4  # sightings of a layout: recording takes as long as a few steps
-_MOST = 16  # recorded layouts; each holds the inputs and logits of a step and its adapters' stacks; the rest shares its memory
+MOST = 16  # recorded layouts; each holds the inputs and logits of a step and its adapters' stacks; the rest shares its memory
 _MOST_SEEN = 256
 
 Parts = Callable[[ForwardBatch], list[Part]]
@@ -86,7 +87,7 @@ class DecodeGraphs:
             if self._seen[key] < RECORDED_AT or (step := self._recorded(batch, attention, inputs, parts, compute)) is None:
                 return compute(batch, parts(batch), attention)
             self._steps[key] = step
-            while len(self._steps) > _MOST:
+            while len(self._steps) > MOST:
                 left, _ = self._steps.popitem(last=False)
                 self._seen.pop(left, None)  # else it would be recorded anew at its next sighting, and another one lost
         self._steps.move_to_end(key)
@@ -103,7 +104,7 @@ class DecodeGraphs:
         try:
             replay = self._recorder.record(lambda: compute(fixed_batch, fixed_parts, fixed_attention))
         except RuntimeError as error:
-            if _is_out_of_memory(error):  # the step itself may still fit, once what was recorded has gone
+            if _was_short_of_memory(error):  # the step itself may still fit, once what was recorded has gone
                 self.clear()
                 return None
             logger.warning("a decode step cannot be recorded as a CUDA graph; steps are computed one operation at a time", exc_info=True)
@@ -113,9 +114,9 @@ class DecodeGraphs:
         return _Step(own, replay, (fixed_batch, fixed_attention, fixed_parts))
 
 
-def _is_out_of_memory(error: BaseException | None) -> bool:
+def _was_short_of_memory(error: BaseException | None) -> bool:
     """Also where ending the capture failed because of it."""
-    return error is not None and (isinstance(error, torch.OutOfMemoryError) or _is_out_of_memory(error.__context__))
+    return error is not None and (is_out_of_memory(error) or _was_short_of_memory(error.__context__))
 
 
 def _is_decode(batch: ForwardBatch, attention: Any) -> bool:

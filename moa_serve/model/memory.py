@@ -1,6 +1,8 @@
-"""How much memory a new allocation may take, of the GPU or of the machine within the limits of its control groups; how much was held."""
+"""How much memory a new allocation may take, of the GPU or of the machine within the limits of its control groups; how much was held;
+whether an error says that there was too little."""
 
 import ctypes
+import errno
 import gc
 import resource
 from contextlib import suppress
@@ -9,7 +11,26 @@ from pathlib import Path
 import psutil
 import torch
 
+from moa_serve.errors import OutOfMemory
 from moa_serve.model.control_groups import groups
+
+_SHORT = (  # what torch, CUDA's libraries and Triton say where an allocation failed
+    "can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory", "std::bad_alloc", "_status_alloc_failed",
+)  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short, of the machine or of a GPU: less at once may work."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | OutOfMemory):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _SHORT)
+
+
+def total_bytes(device: torch.device) -> int:
+    """Of a GPU."""
+    return int(torch.cuda.mem_get_info(device)[1])
 
 
 def available_bytes(device: torch.device) -> int:

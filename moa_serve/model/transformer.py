@@ -23,7 +23,7 @@ from moa_serve.model.attention import Attention, KVCache
 from moa_serve.model.batch import Expert, ForwardBatch, PooledRows
 from moa_serve.model.build import build
 from moa_serve.model.clock import PartClock
-from moa_serve.model.graphs import DecodeGraphs
+from moa_serve.model.graphs import MOST, DecodeGraphs
 from moa_serve.model.moa import Mixture, MoaLayer, MoaWeights, Routed, Router
 from moa_serve.model.ops import inverse_frequencies, linear, prepacked, rms_norm, rotate
 from moa_serve.model.stacked import Part, Stacks, join, parts_of
@@ -200,6 +200,12 @@ class Transformer:
         layer = 4 * c.hidden_size + 2 * c.q_size + 4 * c.kv_size + 3 * c.intermediate_size  # what is alive of one at once, about
         gathered, mask = 2 * context * c.kv_size, num_tokens * context  # of one sequence
         return (num_tokens * layer + gathered + mask) * self.dtype.itemsize + 2 * num_tokens * c.vocab_size * 4
+
+    def recorded_bytes(self, num_rows: int, context: int) -> int:
+        """They share the buffers of one step, beside those of steps that are not recorded; each has logits of its own."""
+        if self._graphs is None:
+            return 0
+        return self.step_bytes(num_rows, context) + MOST * num_rows * self.config.vocab_size * 4
 
     def bytes_per_block(self, block_size: int) -> int:
         return KVCache.bytes_per_block(self.config, block_size, self.dtype)

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from moa_serve.config import ModelConfig, token_ids
-from moa_serve.errors import ModelCorrupt, ModelNotFound, ModelUnsupported
+from moa_serve.errors import ModelCorrupt, ModelNotFound, ModelUnsupported, sized
 from moa_serve.model.cache import file_sha256
 from moa_serve.model.memory import available_bytes
 from moa_serve.model.safetensors_file import SafetensorsFile
@@ -271,8 +271,8 @@ def _check_room(name: str, needed: int, device: torch.device, dtype: torch.dtype
     if needed > free:
         smaller = ", dtype bfloat16" if dtype == torch.float32 else ""
         raise ModelUnsupported(
-            f"model {name}: its weights take {needed} bytes in {str(dtype).removeprefix('torch.')}, but {free} bytes are free on {device}; "
-            f"free some{smaller}, or choose a smaller base",
+            f"model {name}: its weights take {sized(needed)} in {str(dtype).removeprefix('torch.')}, but {sized(free)} are free on "
+            f"{device}; free some{smaller}, or choose a smaller base",
             param="model",
         )
 

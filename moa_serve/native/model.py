@@ -226,6 +226,9 @@ class NativeModel:
         scratch = max(queries + 4 * longest, 32 * head + 16 * longest, 4 * max(hidden, inner, query), num_tokens)
         return num_tokens * token + self.threads * 4 * scratch
 
+    def recorded_bytes(self, num_rows: int, context: int) -> int:
+        return 0
+
     def bytes_per_block(self, block_size: int) -> int:
         if block_size != PAGE:
             raise InvalidRequest(f"block_size is {block_size}, but the native backend has pages of {PAGE} tokens", param="block_size")

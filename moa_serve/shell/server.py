@@ -46,6 +46,7 @@ from moa_serve.engine.watchdog import Watchdog
 from moa_serve.errors import AdapterError, InvalidRequest
 from moa_serve.llm import new_model, open_base
 from moa_serve.metrics import Metrics
+from moa_serve.model.devices import cuda_status
 from moa_serve.model.weights import Base
 from moa_serve.native.library import status
 from moa_serve.settings import ServerSettings, strange_variables
@@ -133,6 +134,7 @@ def compose(settings: ServerSettings, base: Base, backend: str, directory: State
         max_batch_tokens=settings.max_batch_tokens,
         num_slots=settings.num_slots,
         kv_cache_bytes=settings.kv_cache_bytes,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
         max_model_len=settings.max_model_len,
         adapter_cache_bytes=settings.adapter_cache_bytes,
         prefix_cache=settings.prefix_cache,
@@ -252,6 +254,7 @@ def _facts(server: Server, listener: socket.socket) -> dict[str, object]:
         "base": server.base_name,
         "backend": engine.backend,
         "native": status(),
+        "cuda": cuda_status(),
         "device": str(engine.model.device),
         "dtype": str(engine.model.dtype).removeprefix("torch."),
         "base_dtype": engine.model.base_dtype,

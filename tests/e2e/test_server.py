@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 from families import write_family
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
@@ -319,6 +320,11 @@ def test_sigterm_drains_and_exits_with_zero(folder: Path) -> None:
         (["--model", "/does/not/exist"], "/does/not/exist"),
         (["--max-waitng", "5"], "max-waitng"),
         (["--backend", "native", "--dtype", "float16"], "float16"),
+        pytest.param(
+            ["--device", "cuda"],
+            "'cuda' was asked for, but ",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
     ],
 )
 def test_what_cannot_start_says_why_and_exits_with_two(folder: Path, flags: list[str], reason: str) -> None:

@@ -29,6 +29,7 @@ from moa_serve.errors import (
     InvalidRequest,
     MoaError,
     ModelUnsupported,
+    sized,
 )
 from moa_serve.model.backend import PreparedAdapter
 from moa_serve.model.bank import bytes_per_slot
@@ -427,6 +428,11 @@ def test_mistakes_are_told_by_field(llm: LLM, case: str) -> None:
         ({"num_slots": 10**12}, "lower num_slots"),
         ({"max_batch_tokens": 10**12}, "lower max_batch_tokens"),
         ({"kv_cache_bytes": 10}, "KV cache"),
+        ({"gpu_memory_utilization": 0.9}, "gpu_memory_utilization is a share of a GPU's memory, but this engine computes on cpu"),
+        ({"gpu_memory_utilization": 1.01}, "gpu_memory_utilization is 1.01"),
+        ({"gpu_memory_utilization": 0}, "gpu_memory_utilization is 0"),
+        ({"gpu_memory_utilization": True}, "gpu_memory_utilization is True"),
+        ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization is nan"),
         ({"kv_cache_bytes": 2**16, "max_model_len": 512}, "max_model_len"),
         ({"max_model_len": 100_000}, "max_model_len"),
         ({"adapters": ["a"]}, "adapters"),
@@ -457,8 +463,8 @@ def test_what_does_not_fit_together_is_refused_with_the_bytes_of_each_part(
         LLM(base, backend=backend, device="cpu", kv_cache_bytes=2**20)
     largest = max([(step, "max_batch_tokens"), (slots, "num_slots"), (2**20, "kv_cache_bytes")])[1]
     assert str(caught.value) == (
-        f"memory is short on cpu: beside the base's {weights} bytes of weights {room - 1} are free, but buffers for max_batch_tokens 256 "
-        f"take {step} bytes, num_slots 8 takes {slots}, and the KV cache {2**20}; lower {largest}"
+        f"memory is short on cpu: beside the base's {sized(weights)} of weights {sized(room - 1)} are free, but buffers for "
+        f"max_batch_tokens 256 take {sized(step)}, num_slots 8 takes {sized(slots)}, and the KV cache 1.00 MiB; lower {largest}"
     )
     assert caught.value.param == largest
     with LLM(base, backend=backend, device="cpu") as llm:  # the KV cache takes what is left
@@ -467,7 +473,7 @@ def test_what_does_not_fit_together_is_refused_with_the_bytes_of_each_part(
 
 def test_a_base_that_does_not_fit_is_not_begun(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moa_serve.model.weights.available_bytes", lambda _: 1000)
-    with pytest.raises(ModelUnsupported, match=r"its weights take \d+ bytes in float32, but 1000 bytes are free on cpu; .*bfloat16"):
+    with pytest.raises(ModelUnsupported, match=r"its weights take [\d.]+ KiB in float32, but 1000 bytes are free on cpu; .*bfloat16"):
         LLM(base, device="cpu", backend="torch")
 
 

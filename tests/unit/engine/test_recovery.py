@@ -3,7 +3,9 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,17 @@ import torch
 from engines import PROMPT, ask, events_of, is_idle, until, with_engine
 from families import write_base, write_family
 from native_tools import SETS
+from torch import Tensor
 
 from moa_serve.adapter.adapter import Adapter, AdapterSource
 from moa_serve.adapter.importers import read_adapter
 from moa_serve.engine.async_engine import AsyncEngine
 from moa_serve.engine.engine import Engine, TokenEvent
-from moa_serve.engine.recovery import is_out_of_memory
-from moa_serve.engine.request import Request
+from moa_serve.engine.recovery import Recovery
+from moa_serve.engine.request import Request, Sequence
 from moa_serve.engine.watchdog import STUCK, TICK_SECONDS, Watchdog
 from moa_serve.errors import AdapterQuarantined, EngineError, OutOfMemory, Overloaded
+from moa_serve.model.memory import is_out_of_memory
 from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import load_base
 from moa_serve.native.model import NativeModel
@@ -48,7 +52,7 @@ def backend(request: pytest.FixtureRequest) -> Any:
     return Transformer if request.param == "torch" else NativeModel
 
 
-async def run_all(engine: AsyncEngine, jobs: Sequence[tuple[Request, Adapter | None]]) -> list[list[TokenEvent]]:
+async def run_all(engine: AsyncEngine, jobs: SequenceOf[tuple[Request, Adapter | None]]) -> list[list[TokenEvent]]:
     """All of them in one batch from the first step on."""
     engine._commands.put(lambda: time.sleep(0.02))
     return list(await asyncio.gather(*(events_of(engine.open(request, adapter)) for request, adapter in jobs)))
@@ -110,6 +114,12 @@ def test_a_long_prompt_alone_goes_on_in_halves(base: Path, backend: Any, inject:
     [
         (MemoryError(), True),
         (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (
             RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes"),
             True,
@@ -123,6 +133,71 @@ def test_a_long_prompt_alone_goes_on_in_halves(base: Path, backend: Any, inject:
 )
 def test_memory_that_is_short_is_told_from_other_mistakes(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) == expected
+
+
+@pytest.mark.case(57)
+def test_what_a_failed_step_held_is_free_when_memory_is_trimmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception that is being handled keeps the tensors of all its frames: the halves would have as little room as the whole."""
+    monkeypatch.setattr("moa_serve.engine.recovery.logger.disabled", True)  # pytest keeps what is logged, the server does not
+    held: list[weakref.ref[Tensor]] = []
+
+    def run(chunks: Any) -> Any:
+        buffers = torch.empty(9)
+        held.append(weakref.ref(buffers))
+        raise torch.OutOfMemoryError(f"CUDA out of memory beside {buffers.shape}")
+
+    def trim() -> None:
+        assert [one() for one in held] == [None]
+
+    def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> Any:
+        raise AssertionError("there is nothing to draw from")
+
+    rows = [(Sequence(ask(1), [5], b""), 1) for _ in range(2)]
+    parts, failures = Recovery(run, sample, lambda: True, trim).compute(rows)
+    assert (parts, [failure.kind for failure in failures]) == ([], ["out_of_memory"] * 2)
+    assert len(held) == 3
+
+
+@pytest.mark.case(57)
+def test_a_draw_without_memory_is_tried_row_by_row_with_what_trimming_gave_back(
+    base: Path, adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch, inject: Inject
+) -> None:
+    """The client can try again: it is no mistake of the server."""
+    trimmed: list[None] = []
+
+    async def body(engine: AsyncEngine) -> None:
+        whole = await run_all(engine, mixed(adapters))
+        monkeypatch.setattr(engine.engine._recovery, "_trim", lambda: trimmed.append(None))
+        inject({"at": "sample", "raise": "MemoryError", "where": {"seed": 2}} | ALWAYS)
+        ended = await run_all(engine, mixed(adapters))
+        assert codes(ended) == [None, "out_of_memory", None, None, None, None]
+        assert [tokens(events) for events in (ended[0], *ended[2:])] == [tokens(events) for events in (whole[0], *whole[2:])]
+        assert trimmed
+
+    with_engine(base, body)
+
+
+@pytest.mark.case(57)
+def test_trimming_a_gpu_gives_its_allocators_memory_back_when_slots_are_empty(
+    base: Path, adapters: list[Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is given back first is all that is given back."""
+    filled: list[list[str | None]] = []
+
+    async def body(engine: AsyncEngine) -> None:
+        await events_of(engine.open(ask(1, adapters[1]), adapters[1]))
+        inner = engine.engine
+        assert adapters[1].revision in inner.slot_table.revisions
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: filled.append(list(inner.slot_table.revisions)))
+        inner.trim()
+        assert filled == []  # on a CPU there is none
+        await events_of(engine.open(ask(1, adapters[1]), adapters[1]))
+        monkeypatch.setattr(Transformer, "device", torch.device("cuda"))
+        inner.trim()
+        monkeypatch.undo()
+        assert filled == [[None] * len(inner.slot_table.revisions)]
+
+    with_engine(base, body)
 
 
 @pytest.mark.case(57, 58)

@@ -21,7 +21,7 @@ PROMPTS = [[5, 17, 80], [3], [44, 44, *range(9, 40)], [7, 8]]
 class Again:
     """Computes again, on the same inputs; refuses where it is to be `broken`."""
 
-    def __init__(self, *, broken: bool = False, is_full: bool = False) -> None:
+    def __init__(self, *, broken: bool = False, is_full: Exception | None = None) -> None:
         self.is_full = is_full
         self.broken, self.num_recorded, self.num_replays = broken, 0, 0
 
@@ -29,9 +29,9 @@ class Again:
         pass
 
     def record(self, compute: Replay) -> Replay:
-        if self.is_full:
+        if self.is_full is not None:
             try:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise self.is_full
             finally:
                 raise RuntimeError("operation failed due to a previous error during capture")
         if self.broken:
@@ -130,13 +130,21 @@ def test_what_cannot_be_recorded_is_computed(llm: LLM, caplog: pytest.LogCapture
     ]
 
 
-def test_short_memory_ends_no_recording_for_good(llm: LLM) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_short_memory_ends_no_recording_for_good(llm: LLM, error: Exception) -> None:
     expected = run(llm, ["soft"])
     again = record(llm)
-    again.is_full = True
+    again.is_full = error
     assert run(llm, ["soft"]) == expected
     assert again.num_recorded == 0
-    again.is_full = False
+    again.is_full = None
     assert run(llm, ["soft"]) == expected
     assert again.num_recorded == 1
     graphs = model_of(llm)._graphs
@@ -147,7 +155,7 @@ def test_short_memory_ends_no_recording_for_good(llm: LLM) -> None:
 
 def test_more_layouts_than_are_kept_are_not_recorded_at_each_sighting(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recording takes as long as some steps: in turns of one layout too many, decoding would be slower than without."""
-    monkeypatch.setattr("moa_serve.model.graphs._MOST", 2)
+    monkeypatch.setattr("moa_serve.model.graphs.MOST", 2)
     again = record(llm)
     for _ in range(6):
         for names in (["soft"], ["sparse_fn"], ["molora"]):

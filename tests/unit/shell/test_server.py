@@ -10,6 +10,7 @@ from families import write_base
 from typer.testing import CliRunner
 
 from moa_serve.__main__ import app
+from moa_serve.errors import InvalidRequest
 from moa_serve.model.weights import load_base
 from moa_serve.settings import ServerSettings
 from moa_serve.shell import server
@@ -42,6 +43,17 @@ def test_flags_of_the_prefix_cache_and_of_caps_reach_the_engine(tmp_path: Path, 
     flags = ("--no-prefix-cache", "--max-num-seqs-per-adapter", "3", "--max-num-seqs-per-key", "2")
     told = options_of(monkeypatch, tmp_path, *flags)
     assert (told.prefix_cache, told.max_num_seqs_per_adapter, told.max_num_seqs_per_tenant) == (False, 3, 2)
+
+
+def test_the_share_of_a_gpu_reaches_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here that engine refuses it: on a CPU it would change nothing."""
+    write_base(tmp_path)
+    assert options_of(monkeypatch, tmp_path).gpu_memory_utilization is None
+    with pytest.raises(InvalidRequest, match="gpu_memory_utilization is a share of a GPU's memory"):
+        options_of(monkeypatch, tmp_path, "--gpu-memory-utilization", "0.5")
+    monkeypatch.setenv("MOA_GPU_MEMORY_UTILIZATION", "0.5")
+    with pytest.raises(InvalidRequest, match="gpu_memory_utilization is a share of a GPU's memory"):
+        options_of(monkeypatch, tmp_path)
 
 
 def test_thresholds_that_are_raised_for_nothing_are_warned_of(
