@@ -83,6 +83,6 @@ def verdict_of(checked: Sequence[Checked]) -> str:
     """One line: whether to trust the installation, and why not."""
     failed = [one.name for one in checked if one.finding.verdict == "failed"]
     if failed:
-        return f"do not trust it, because {' and '.join(failed)} failed"
+        return f"do not trust it, because {' and '.join(filter(None, (', '.join(failed[:-1]), failed[-1])))} failed"
     warned = [one.name for one in checked if one.finding.verdict == "warning"]
     return f"trust it, and read what is said of {', '.join(warned)}" if warned else "trust it"

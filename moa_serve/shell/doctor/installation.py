@@ -37,7 +37,7 @@ _REBUILD = "build it with a C++ compiler: python -m moa_serve.native.compile, or
 _DEFAULT_WEIGHTS = 134_515_008  # of the default base
 _PROCESS_BYTES = 2**30  # of torch and Python, and a small KV cache
 _DISK_BYTES = 2**30  # the default base takes half of it while it is fetched and converted
-_RESERVED_FILES = 128  # that a server keeps for other things than connections
+_RESERVED_FILES, _USUAL_FILES = 128, 1024  # what a server keeps for other things than connections; a usual limit
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 _SMI_SECONDS = 10
 
@@ -98,8 +98,7 @@ def triton(subject: Subject) -> Finding:
 def compiler(subject: Subject) -> Finding:
     """The native library is built with it, and triton's kernels are started with what it builds."""
     try:
-        path = native_compile.find_compiler()
-        return Finding("ok", f"{Path(path).name}: {_first_line([path, '--version'])}")
+        return Finding("ok", _first_line([native_compile.find_compiler(), "--version"]))
     except native_compile.CannotCompile as error:
         needed = subject.is_on_gpu or not _has_native()
         return Finding("warning", str(error), "install g++ or clang++") if needed else Finding("ok", f"{error}; not needed, all is built")
@@ -169,14 +168,16 @@ def memory(subject: Subject) -> Finding:
 
 
 def open_files(subject: Subject) -> Finding:
+    """1024 is what most systems give a process."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = int(ServerSettings.model_fields["max_connections"].default) + _RESERVED_FILES
     if soft == resource.RLIM_INFINITY:
         return Finding("ok", "no limit")
-    if soft < wanted:
-        how = f"ulimit -n {wanted}" if hard == resource.RLIM_INFINITY or hard >= wanted else "raise the hard limit"
-        return Finding("warning", f"{soft}: fewer connections than the usual 1024 are taken", f"{how} before the start")
-    return Finding("ok", f"{soft:,}")
+    connections = int(ServerSettings.model_fields["max_connections"].default)
+    found = f"{soft:,}, enough for {max(1, min(connections, soft - _RESERVED_FILES)):,} connections of {connections:,}"
+    if soft < _USUAL_FILES:
+        how = f"ulimit -n {_USUAL_FILES}" if hard == resource.RLIM_INFINITY or hard >= _USUAL_FILES else "raise the hard limit"
+        return Finding("warning", found, f"{how} before the start")
+    return Finding("ok", found)
 
 
 # -- files
