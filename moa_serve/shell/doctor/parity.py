@@ -70,7 +70,7 @@ class Closeness:
     """Of one adapter's numbers to the golden ones. Logits count up to a row's first flipped selection: then they are another expert's.
 
     Args:
-        largest, mean: distance of the logits that count; NaN where one is not finite.
+        largest, mean: distance of the logits that count; NaN where one is not finite, 0 where none counts.
     """
 
     largest: float
@@ -93,6 +93,8 @@ def closeness(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> di
             key = f"{name}/{row}/logits"
             distances.append((found[key][:until] - expected[key][:until]).abs().flatten())
         distance = torch.cat(distances)
+        if not len(distance):  # both rows flip at their first token
+            distance = torch.zeros(1)
         close[name] = Closeness(float(distance.max()), float(distance.mean()), flips, selections)
     return close
 
