@@ -25,6 +25,7 @@ from moa_serve.errors import AdapterCorrupt, AdapterError, DataInvalid, InvalidR
 from moa_serve.settings import HIDDEN, WITHOUT_FLAG, Explained, ServerSettings, load_settings, strange_variables
 from moa_serve.shell import terminal
 from moa_serve.shell.bench_command import bench
+from moa_serve.shell.doctor.command import doctor
 from moa_serve.shell.train_command import train
 
 if TYPE_CHECKING:
@@ -387,6 +388,7 @@ def inspect_adapter(
 
 
 app.command("train")(train)
+app.command("doctor")(doctor)
 app.add_typer(bench)
 
 

@@ -1,6 +1,7 @@
 """What good looks like, as numbers, and a figure beside its goal.
 
 All are ratios of one interleaved run on a CPU; on one pinned thread, but for `http_to_engine`, whose server has what threads it likes.
+Those of a GPU say so.
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ CROSSED_TOKENS = 0.0  # that one adapter found of what another had left there
 METRICS_TO_NONE = 1.01  # a decode step that is counted, over one that is not
 INT8_TO_BFLOAT16 = 0.62  # the base's step at one row, kept in eight bits over kept in bfloat16
 MIXED_ADAPTERS = 8  # the goals for mixed batches are of this many
+DISTINCT_ADAPTERS, DISTINCT_TO_BASE_ON_GPU = 32, 1.10  # so many in one batch, a row each, over the base alone
 _LARGE_BASE = 800_000_000  # weights; from here on an adapter's bytes hardly count beside the base's
 
 
@@ -47,6 +49,13 @@ def adapter_to_base(rows: int, tokens: int) -> float:
     if tokens > 1:
         return 1.10
     return 1.06 if rows == 1 else 1.08
+
+
+def adapter_to_base_on_gpu(rows: int) -> float | None:
+    """A decode step with one MoA adapter over one of the base alone, which reads the same weights for one row as for many."""
+    if rows >= 16:
+        return 1.03
+    return 1.05 if rows == 1 else None
 
 
 def mixed_throughput(num_weights: int) -> float:

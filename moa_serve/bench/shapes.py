@@ -28,6 +28,19 @@ SHAPES = {
         rope=RopeConfig(500_000.0, "llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192),
         tie_word_embeddings=True,
     ),
+    "llama-3.1-8b": ModelConfig(
+        architecture="llama",
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        vocab_size=128_256,
+        max_position=131_072,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(500_000.0, "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192),
+    ),
 }
 
 _DRAWN = 1_000_003  # numbers that all weights are cut from; a prime, so that no two rows of a weight are the same ones

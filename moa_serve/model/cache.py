@@ -57,9 +57,9 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
     Raises:
         ModelNotFound: the disk is full, or fails.
     """
-    folder = cache_dir() / "bases" / name
-    if _is_whole(folder):
-        return folder
+    if (there := built(name)) is not None:
+        return there
+    folder = _bases() / name
     scratch = _unfinished(folder)
     try:
         build(scratch)
@@ -71,6 +71,16 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def built(name: str) -> Path | None:
+    """The folder that `build_once` made under this name; None where it is not there whole."""
+    folder = _bases() / name
+    return folder if _is_whole(folder) else None
+
+
+def _bases() -> Path:
+    return cache_dir() / "bases"
 
 
 def write_atomically(path: Path, text: str) -> None:

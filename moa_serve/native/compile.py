@@ -53,13 +53,13 @@ def compile_library(output: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         objects = compile_objects(Path(folder), ("-O2",))
         unfinished = output.with_suffix(f".{os.getpid()}.new")
-        _run([_compiler(), "-shared", "-pthread", *map(str, objects), "-o", str(unfinished)])
+        _run([find_compiler(), "-shared", "-pthread", *map(str, objects), "-o", str(unfinished)])
         os.replace(unfinished, output)
 
 
 def compile_objects(folder: Path, flags: Sequence[str]) -> list[Path]:
     """The library's object files in `folder`, with these flags for optimisation or sanitizers. Raises as `compile_library`."""
-    compiler = _compiler()
+    compiler = find_compiler()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         unknown = [name for name, reason in zip(INSTRUCTION_SETS, pool.map(_why_not, INSTRUCTION_SETS.values()), strict=True) if reason]
         if len(unknown) == len(INSTRUCTION_SETS):
@@ -77,7 +77,8 @@ def _plain_sources() -> list[Path]:
     return [SOURCES / "library.cpp", SOURCES / "team.cpp"]
 
 
-def _compiler() -> str:
+def find_compiler() -> str:
+    """Path of the C++ compiler. Raises CannotCompile: there is none, or nothing to compile here."""
     if sys.platform != "linux" or platform.machine().lower() not in _MACHINES:
         raise CannotCompile(f"the native library is for Linux on x86-64, not {sys.platform} on {platform.machine()}")
     for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
@@ -89,7 +90,7 @@ def _compiler() -> str:
 def _why_not(machine: Sequence[str]) -> str | None:
     """What the compiler says to these flags; None where it knows them."""
     try:
-        _run([_compiler(), *machine, "-fsyntax-only", "-x", "c++", os.devnull])
+        _run([find_compiler(), *machine, "-fsyntax-only", "-x", "c++", os.devnull])
     except CannotCompile as error:
         return str(error)
     return None

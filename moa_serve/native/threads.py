@@ -14,7 +14,7 @@ def num_threads() -> int:
     arithmetic units, and threads beyond the quota would be halted while the others wait for them."""
     allowed = os.sched_getaffinity(0)
     cores = {_siblings(processor) for processor in allowed}
-    return max(1, min([len(cores), *_quotas()]))
+    return max(1, min([len(cores), *quotas()]))
 
 
 def _siblings(processor: int) -> str:
@@ -24,7 +24,7 @@ def _siblings(processor: int) -> str:
     return str(processor)
 
 
-def _quotas() -> list[int]:
+def quotas() -> list[int]:
     """Whole cores under each limit of time that holds for this process."""
     found = []
     for version, folder in groups("cpu"):

@@ -46,7 +46,12 @@ DtypeOption = Annotated[str, typer.Option(help="auto (float32 for torch on a CPU
 BaseOption = Annotated[str | None, typer.Option("--model", envvar="MOA_MODEL", help="Base.", show_default="SmolLM2-135M-Instruct")]
 ShapesOption = Annotated[
     str | None,
-    typer.Option("--shapes", help="In place of --model a base with made-up weights: llama-3.2-1b.", metavar="NAME", show_default=False),
+    typer.Option(
+        "--shapes",
+        help="In place of --model a base with made-up weights: llama-3.2-1b or llama-3.1-8b.",
+        metavar="NAME",
+        show_default=False,
+    ),
 ]
 
 

@@ -30,11 +30,12 @@ def test_logits_are_finite_and_depend_on_the_token(monkeypatch: pytest.MonkeyPat
     assert (base.name, base.folder) == ("made-up tiny", None)
 
 
-def test_shapes_are_those_of_the_real_base() -> None:
-    """1,235,814,400 parameters, the head being the embedding: what the model's card says."""
-    config = shapes_of("llama-3.2-1b")
+@pytest.mark.parametrize(("name", "count"), [("llama-3.2-1b", 1_235_814_400), ("llama-3.1-8b", 8_030_261_248)])
+def test_shapes_are_those_of_the_real_base(name: str, count: int) -> None:
+    """As many parameters as the model's card says; the smaller one's head is its embedding."""
+    config = shapes_of(name)
     weights = allocate(config, torch.device("meta"), torch.bfloat16)
-    assert sum(tensor.numel() for _, tensor in named_tensors(config, weights)) == 1_235_814_400
+    assert sum(tensor.numel() for _, tensor in named_tensors(config, weights)) == count
 
 
 def test_unknown_shapes_are_refused() -> None:
