@@ -1,0 +1,1 @@
+"""Triton kernels of a decode step with adapters; on a CPU they run in Triton's interpreter, for tests."""
