@@ -21,7 +21,8 @@ from moa_serve.gpu.tiles import dot
 
 _LOWEST = tl.constexpr(-3.4e38)  # a maximum of nothing: finite, so that less than it is never inf - inf
 _PROMPT_TILE = tl.constexpr(16)  # the least that tl.dot takes; a prompt of the paper has 10 rows
-NUM_WARPS, NUM_STAGES = 4, 2
+NUM_WARPS = 4
+NUM_STAGES = 3  # with 2 a tile waits for its entries of the block table; with 3 those are fetched one tile ahead of their keys
 
 
 @triton.jit
@@ -325,13 +326,16 @@ def attend_constants(
     assert block_size & (block_size - 1) == 0 == heads % kv_heads
     assert num_prompt_rows == 0 or (num_prompt_rows >= 16 and num_prompt_rows & (num_prompt_rows - 1) == 0)
     width = max(16, triton.next_power_of_2(head_dim))
+    # 16 KB of keys and of values, so that a multiprocessor has room for several programs. float32 goes without tensor cores, and spills
+    # with more: `python -m tests.gpu_kernels`.
+    tile_size = 2**13 if dtype.itemsize == 2 else 2**11
     return {
         "H": heads,
         "K": kv_heads,
         "P": head_dim,
         "N": num_prompt_rows,
         "BLOCK_SIZE": block_size,
-        "TILE": max(16, min(64, 2**14 // (width * dtype.itemsize))),  # 16 KB of keys: two stages of keys and values fit every GPU
+        "TILE": max(16, min(64, tile_size // width)),
         "GROUP": max(16, triton.next_power_of_2(heads // kv_heads)),
         "WIDTH": width,
         "SCALE": math.log2(math.e) / math.sqrt(head_dim),
