@@ -1,7 +1,7 @@
 """Compiles the kernels of moa_serve.gpu for GPUs that are not there, at the shapes of LLaMA-3.1-8B, and tells what each takes.
 
-`python -m tests.gpu_kernels [--architectures 80 89 90 100] [--only NAME] [--max-registers N]` exits 1
-where a kernel takes more than it may.
+`python -m tests.gpu_kernels [--architectures 80 89 90 100] [--only NAME] [--max-registers N]` exits 1 where a
+kernel takes more than it may.
 
 That a kernel is right, Triton's interpreter shows; that a GPU could run it, only this does. It has to be a process of its own, since the
 interpreter replaces kernels for good where TRITON_INTERPRET was set before they were imported.

@@ -44,7 +44,7 @@ def _online_softmax(
     weights = tl.exp2(scores - new_top[:, None])
     total = total * fade + tl.sum(weights, 1)
     if share is not None:
-        weights = tl.where(share[None, :] == 0, 0.0, weights * share[None, :])
+        weights *= share[None, :]
     acc = acc * fade[:, None] + dot(weights.to(v.dtype), v)
     return acc, total, new_top
 
@@ -209,7 +209,7 @@ def merge(
     row, column, split = tl.program_id(0), tl.arange(0, WIDTH), tl.arange(0, SPLITS)
     head = row * H + tl.program_id(1)
     length = tl.load(lengths + row)
-    is_used = (split < NUM_SPLITS) & (split * _tokens_per_split(length, NUM_SPLITS, TILE) < length)
+    is_used = split * _tokens_per_split(length, NUM_SPLITS, TILE) < length
     is_column = column < P
     kept = head * (NUM_SPLITS + 1) + split
     top = tl.load(tops + kept, mask=is_used, other=_LOWEST)

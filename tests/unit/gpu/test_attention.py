@@ -1,11 +1,11 @@
-"""Paged decode attention with the prompt expert, against model.attention and model.moa; on a CPU in Triton's interpreter.
+"""Paged decode attention with the prompt expert, against model.attention and model.moa: on a GPU, else in Triton's interpreter.
 
 Wherever nothing may be read from stands NaN: pages of nobody, places behind a row's length, workspaces, padding rows of prompts, prompts
 that do not count.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
@@ -16,6 +16,8 @@ from moa_serve.gpu.attention import Prompts, SplitResults, decode_attention
 from moa_serve.model.attention import CachedSpan, KVCache
 from moa_serve.model.moa import Mixture, PromptExpert, Routed
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # kernels are compiled or interpreted, never both in one process
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 NAN = float("nan")
 LENGTHS = (1, 16, 17, 0, 70, 150)  # one token, a page, one more, a padding row, more than a tile, more than two
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -36,12 +38,15 @@ class Step:
         rows, heads, size = self.q.shape
         results = None
         if num_splits > 1:
-            results = SplitResults.empty(rows + 1, heads, size, num_splits, self.q.device)
+            results = SplitResults.empty(rows + 1, heads, size, num_splits, torch.device(DEVICE))
             for left in (results.partial, results.totals, results.tops):
                 left.fill_(NAN)
-        out = torch.full_like(self.q, NAN)
-        decode_attention(self.q, self.keys, self.values, self.block_table, self.lengths, out, results, prompts)
-        return out
+        if prompts is not None:
+            prompts = Prompts(*(getattr(prompts, field.name).to(DEVICE) for field in fields(Prompts)))
+        out = torch.full_like(self.q, NAN, device=DEVICE)
+        q, keys, values, table, lengths = (x.to(DEVICE) for x in (self.q, self.keys, self.values, self.block_table, self.lengths))
+        decode_attention(q, keys, values, table, lengths, out, results, prompts)
+        return out.cpu()
 
 
 def make_step(
