@@ -1,6 +1,7 @@
 """Shared fixtures. Plain helper modules of the tests are imported from this folder."""
 
 import json
+import os
 import secrets
 import sys
 from collections.abc import Callable, Generator
@@ -14,6 +15,9 @@ from moa_serve import faults
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))
+
+if not torch.cuda.is_available():  # read when triton is imported, and by processes that tests start
+    os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits for the first, and for other processes
 
