@@ -202,8 +202,8 @@ class LLM:
         self._store = AdapterStore(base.config, base_name=base.name, base_digest=base.digest, max_bytes=options.adapter_cache_bytes)
         self._manifests: dict[str, Manifest] = {}  # by name; tensors may leave memory, these stay
         self._on_trial: dict[str, Adapter] = {}
-        model = new_model(self.backend, base, base_dtype, options=options, adapters=sources.values())
-        self._engine = Engine(model, options, lease=self._lease, base_digest=base.digest)
+        computing = new_model(self.backend, base, base_dtype, options=options, adapters=sources.values())
+        self._engine = Engine(computing, options, lease=self._lease, base_digest=base.digest)
         self._is_open = True
         try:
             for name, source in sources.items():

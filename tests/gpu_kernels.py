@@ -83,7 +83,7 @@ def _attention_cases(dtype: torch.dtype, num_splits: int, num_prompt_rows: int) 
         "slots": "*i32", "gates": "*fp32", "inner": "*fp32", "prompt_keys": "*fp32", "prompt_values": "*fp32", "head_gate": "*fp32",
         "prompt_inner": "*i32", "prompt_column": "*i32",
     }  # fmt: skip
-    widths = dict.fromkeys(("table_width", "num_gates", "num_inner"), "i32")
+    widths = dict.fromkeys(("table_width", *attention.STRIDES), "i32")
     absent = ({} if num_splits > 1 else kept) | ({} if num_prompt_rows else prompts)
     types = {name: kind for name, kind in (given | kept | prompts | widths).items() if name not in absent}
     constants = attention.attend_constants(32, 8, 128, 16, dtype, num_splits, num_prompt_rows)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moa_serve.gpu.launch import Launch, launch
 from moa_serve.gpu.tiles import dot
 
 _LOWEST = tl.constexpr(-3.4e38)  # a maximum of nothing: finite, so that less than it is never inf - inf
@@ -61,8 +62,12 @@ def _prompt(
     head_gate: tl.tensor,
     prompt_inner: tl.tensor,
     prompt_column: tl.tensor,
-    num_gates: tl.tensor,
-    num_inner: tl.tensor,
+    gates_stride: tl.tensor,
+    inner_stride: tl.tensor,
+    prompt_stride: tl.tensor,
+    head_gate_stride: tl.tensor,
+    member_stride: tl.tensor,
+    column_stride: tl.tensor,
     H: tl.constexpr,
     K: tl.constexpr,
     P: tl.constexpr,
@@ -75,8 +80,8 @@ def _prompt(
     row, kv_head = tl.program_id(0), tl.program_id(1)
     group, column = tl.arange(0, GROUP), tl.arange(0, WIDTH)
     slot = tl.load(slots + row)
-    gate = tl.load(prompt_column + slot, mask=(slot >= 0) & (length > 0), other=-2)
-    weight = tl.load(gates + row * num_gates + gate, mask=gate >= 0, other=1.0)
+    gate = tl.load(prompt_column + slot * column_stride, mask=(slot >= 0) & (length > 0), other=-2)
+    weight = tl.load(gates + row * gates_stride + gate, mask=gate >= 0, other=1.0)
     weight = tl.where(gate == -2, 0.0, weight)
     result = tl.zeros([GROUP, WIDTH], tl.float32)
     if weight != 0.0:
@@ -85,22 +90,22 @@ def _prompt(
         top = tl.full([GROUP], _LOWEST, tl.float32)
         for start in range(0, N, _PROMPT_TILE):
             place = start + tl.arange(0, _PROMPT_TILE)
-            member = tl.load(prompt_inner + slot * N + place)
+            member = tl.load(prompt_inner + slot * member_stride + place)
             is_used = member != -2
-            share = tl.load(inner + row * num_inner + member, mask=member >= 0, other=1.0)
-            at = ((slot * K + kv_head) * N + place)[:, None] * P + column[None, :]
+            share = tl.load(inner + row * inner_stride + member, mask=member >= 0, other=1.0)
+            at = slot * prompt_stride + (kv_head * N + place)[:, None] * P + column[None, :]
             is_column = (column < P)[None, :]
             k = tl.load(prompt_keys + at, mask=is_used[:, None] & is_column, other=0.0)
             v = tl.load(prompt_values + at, mask=(is_used & (share != 0))[:, None] & is_column, other=0.0)
             scores = tl.where(is_used[None, :], dot(query.to(tl.float32), tl.trans(k)) * SCALE, -float("inf"))
             acc, total, top = _online_softmax(acc, total, top, scores, share, v)
         heads = kv_head * (H // K) + group
-        gate_of_head = tl.load(head_gate + slot * H + heads, mask=group < H // K, other=0.0)
+        gate_of_head = tl.load(head_gate + slot * head_gate_stride + heads, mask=group < H // K, other=0.0)
         result = acc * (weight * gate_of_head / total)[:, None]
     return result
 
 
-@triton.jit(do_not_specialize=["table_width", "num_gates", "num_inner"])
+@triton.jit(do_not_specialize=["table_width"])
 def attend(
     q: tl.tensor,
     keys: tl.tensor,
@@ -120,8 +125,12 @@ def attend(
     prompt_inner: tl.tensor,
     prompt_column: tl.tensor,
     table_width: tl.tensor,
-    num_gates: tl.tensor,
-    num_inner: tl.tensor,
+    gates_stride: tl.tensor,
+    inner_stride: tl.tensor,
+    prompt_stride: tl.tensor,
+    head_gate_stride: tl.tensor,
+    member_stride: tl.tensor,
+    column_stride: tl.tensor,
     H: tl.constexpr,
     K: tl.constexpr,
     P: tl.constexpr,
@@ -169,7 +178,7 @@ def attend(
         if HAS_ADAPTER:
             result += _prompt(
                 query, length, slots, gates, inner, prompt_keys, prompt_values, head_gate, prompt_inner, prompt_column,
-                num_gates, num_inner, H, K, P, N, GROUP, WIDTH, SCALE,
+                gates_stride, inner_stride, prompt_stride, head_gate_stride, member_stride, column_stride, H, K, P, N, GROUP, WIDTH, SCALE,
             )  # fmt: skip
         tl.store(out + at, result.to(out.dtype.element_ty), mask=is_head[:, None] & is_column)
     else:
@@ -182,7 +191,7 @@ def attend(
         if HAS_ADAPTER and split == NUM_SPLITS:
             added = _prompt(
                 query, length, slots, gates, inner, prompt_keys, prompt_values, head_gate, prompt_inner, prompt_column,
-                num_gates, num_inner, H, K, P, N, GROUP, WIDTH, SCALE,
+                gates_stride, inner_stride, prompt_stride, head_gate_stride, member_stride, column_stride, H, K, P, N, GROUP, WIDTH, SCALE,
             )  # fmt: skip
             tl.store(partial + kept_at, added, mask=is_head[:, None] & is_column)
 
@@ -280,6 +289,7 @@ def decode_attention(
     out: Tensor,
     results: SplitResults | None = None,
     prompts: Prompts | None = None,
+    launch: Launch = launch,
 ) -> None:
     """out_h = softmax(q_h . K / sqrt(P)) V + w * gate_h * sum_j share_j softmax_j(q_h . Kp / sqrt(P)) Vp, rounded once.
 
@@ -299,24 +309,38 @@ def decode_attention(
     given = {"q": q, "keys": keys, "values": values, "block_table": block_table, "lengths": lengths, "out": out}
     kept = {field.name: getattr(results, field.name, None) for field in fields(SplitResults)}
     of_prompts = {field.name: getattr(prompts, field.name, None) for field in fields(Prompts)}
-    for name, tensor in (given | kept | of_prompts).items():
+    for name, tensor in (given | kept).items():
         assert tensor is None or tensor.is_contiguous(), f"{name}: addresses are computed from shapes alone"
+    for name, tensor in of_prompts.items():  # rows may stand apart: slots have them among other numbers
+        assert tensor is None or tensor.dim() < 2 or tensor[:1].is_contiguous(), f"{name}: addresses are computed from its rows' distance"
+    strides = {name: _stride(getattr(prompts, tensor, None)) for name, tensor in STRIDES.items()}
     assert results is None or (results.tops.shape[0] >= rows and results.partial.shape[1:] == (heads, num_splits + 1, head_dim))
     num_prompt_rows = prompts.prompt_keys.shape[2] if prompts else 0
     constants = attend_constants(heads, kv_heads, head_dim, block_size, q.dtype, num_splits, num_prompt_rows)
-    attend[(rows, kv_heads, num_splits + (num_splits > 1 and prompts is not None))](
+    launch(
+        attend,
+        (rows, kv_heads, num_splits + (num_splits > 1 and prompts is not None)),
         **given,
         **kept,
         **of_prompts,
         table_width=block_table.shape[1],
-        num_gates=prompts.gates.shape[1] if prompts else 0,
-        num_inner=prompts.inner.shape[1] if prompts else 0,
+        **strides,
         **constants,
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
     )
     if num_splits > 1:
-        merge[(rows, heads)](lengths=lengths, out=out, **kept, **merge_constants(constants), num_warps=NUM_WARPS)
+        launch(merge, (rows, heads), lengths=lengths, out=out, **kept, **merge_constants(constants), num_warps=NUM_WARPS)
+
+
+STRIDES = {
+    "gates_stride": "gates", "inner_stride": "inner", "prompt_stride": "prompt_keys", "head_gate_stride": "head_gate",
+    "member_stride": "prompt_inner", "column_stride": "prompt_column",
+}  # fmt: skip
+
+
+def _stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
 
 
 def attend_constants(

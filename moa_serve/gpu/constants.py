@@ -57,6 +57,7 @@ class Constants:
     at_prompt_column: int
     at_prompt_inner: int
     at_head_gate: int
+    at_counted: int
     at_cells: int
     at_shares: int
     q: Site
@@ -94,6 +95,7 @@ class Constants:
             at_prompt_column=ints.at("prompt.column"),
             at_prompt_inner=ints.at("prompt.inner"),
             at_head_gate=floats.at("head_gate"),
+            at_counted=ints.at("counted"),
             at_cells=ints.at("cells"),
             at_shares=floats.at("shares"),
             q=_site(layout, "Q"),

@@ -16,6 +16,8 @@ away, never multiplied by 0. The definition is model/moa.py, which every kernel 
 import triton
 import triton.language as tl
 
+from moa_serve.gpu.tiles import dot
+
 CHUNK = 16
 """Tokens of a chunk, at most: what a product on tensor cores takes at least."""
 CHUNK_FIELDS = 8
@@ -252,7 +254,7 @@ def _expand(acc, coefficients, b_ptr, columns, in_range, S: tl.constexpr):
     if tl.max(is_active.to(tl.int32), axis=0) != 0:
         places = b_ptr + S.at_matrix + ks[:, None] * S.out + columns[None, :]
         b = tl.load(places, mask=is_active[:, None] & in_range[None, :], other=0.0)
-        acc += tl.dot(coefficients.to(b.dtype), b, input_precision="ieee")
+        acc += dot(coefficients.to(b.dtype), b)
     return acc
 
 
@@ -569,12 +571,13 @@ def count(
         columns = tl.arange(0, L.block)
         ints_ptr += slot * ints_slot + layer * ints_layer
         floats_ptr += slot * floats_slot + layer * floats_layer
-        cells = tl.load(ints_ptr + L.at_cells + router * L.block + columns)
-        is_cell = cells >= 0
+        outputs = tl.load(ints_ptr + L.at_counted + router * L.block + columns)
+        is_cell = outputs >= 0
+        cells = tl.load(ints_ptr + L.at_cells + router) + columns
         word = words_ptr + layer * word_layer + tokens[:, None] * word_width + router * (3 * L.block + 1)
         each = mask[:, None] & is_cell[None, :]
-        selected = tl.load(word + (L.block + 1) + columns[None, :], mask=each, other=0.0)
-        gates = tl.load(word + (2 * L.block + 1) + columns[None, :], mask=each, other=0.0)
+        selected = tl.load(word + (L.block + 1) + outputs[None, :], mask=each, other=0.0)
+        gates = tl.load(word + (2 * L.block + 1) + outputs[None, :], mask=each, other=0.0)
         gates = tl.where(tl.abs(gates) < float("inf"), gates, 0.0)  # one row that overflows must not turn the totals into NaN for good
         limits = tl.load(words_ptr + layer * word_layer + tokens * word_width + router * (3 * L.block + 1) + L.block, mask=mask, other=0.0)
         limits = tl.where(tl.abs(limits) < float("inf"), limits, 0.0)
@@ -625,7 +628,7 @@ def prompt(
             is_place = is_row[:, None] & (places < P)[None, :]
             keys = tl.load(own_ptr + row, mask=is_place, other=0.0)
             values = tl.load(own_ptr + KV * L.prompt_block * P + row, mask=is_place, other=0.0)
-            scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * softmax_scale
+            scores = dot(q, tl.trans(keys)) * softmax_scale
             scores = tl.where(is_row[None, :], scores, float("-inf"))
             share = tl.exp(scores - tl.max(scores, axis=1)[:, None])
             share = share / tl.sum(share, axis=1)[:, None]
@@ -633,7 +636,7 @@ def prompt(
                 inner_gates = _said_gates(words_ptr, word_width, L.prompt.router, tokens, mask, L.block)
                 shares = _pick(inner_gates, inner, L.block, C, L.prompt_block)
                 share = tl.where(shares != 0.0, share * shares, 0.0)
-            added = tl.dot(share, values, input_precision="ieee") * weight[:, None]
+            added = dot(share, values) * weight[:, None]
             added = added * tl.load(floats_ptr + slot * floats_slot + L.at_head_gate + head)
             out = out_ptr + tokens[:, None] * (H * P) + head * P + places[None, :]
             kept = each & (weight != 0.0)[:, None]

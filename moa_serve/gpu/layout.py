@@ -41,7 +41,7 @@ class SlotShape:
     """The largest adapter that a slot takes, in numbers of a layer; 0: none of it.
 
     Args:
-        outputs: of a layer's router. hidden: of a SwiGLU one, each of its two halves.
+        outputs: of a layer's router, or the experts that they weigh where those are more. hidden: of a SwiGLU one, each of its two halves.
         inner: outputs of a router that reads its expert's input; inner_sites: where there are such.
         targets: linears with LoRA. rank: rows of a first factor; columns: of a second one (HydraLoRA: several to a row).
         parallel: rows of a parallel adapter's first factor; parallel_columns: of its second one, and one for each bias.
@@ -92,7 +92,8 @@ def _larger(one: Any, other: Any) -> Any:
 def _of_layer(manifest: Manifest, layer: int) -> Iterator[SlotShape]:
     plan, router = manifest.layer(layer), manifest.router
     if router.site == "layer" and plan.experts:
-        yield SlotShape(outputs=plan.num_outputs, hidden=router.hidden_at(layer), residual=router.input in ("residual", "pooled"))
+        outputs = max(plan.num_outputs, len(plan.experts))
+        yield SlotShape(outputs=outputs, hidden=router.hidden_at(layer), residual=router.input in ("residual", "pooled"))
     for site in dict.fromkeys(expert.site for expert in plan.experts):
         yield _of_site(manifest, site, plan.at(site))
 
@@ -235,7 +236,8 @@ class SlotLayout:
                 found.add(f"{site}.{name}", self.column_block(site))
         found.add("prompt.column", 1)
         found.add("prompt.inner", self.prompt_block)
-        found.add("cells", count * self.output_block)
+        found.add("counted", count * self.output_block)  # of each counter of a router, the output that it counts
+        found.add("cells", count)  # and where a router's counters begin
         return found
 
     @cached_property

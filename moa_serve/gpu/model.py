@@ -19,12 +19,22 @@ from torch import Tensor
 from moa_serve.adapter.adapter import Adapter
 from moa_serve.config import ModelConfig
 from moa_serve.gpu import kernels
+from moa_serve.gpu.attention import Prompts, SplitResults, decode_attention
 from moa_serve.gpu.constants import Constants, Site
+from moa_serve.gpu.launch import Launch, launch
 from moa_serve.gpu.layout import PRODUCTS, SlotLayout, SlotShape, block
 from moa_serve.gpu.rules import RuleTable
 from moa_serve.gpu.slots import Images, SlotBank, SlottedAdapter, image, slotted
 from moa_serve.gpu.step import HostNumbers, StepBuffers, host_numbers, runs_of
-from moa_serve.model.attention import CachedSpan, KVCache, PagedAttention
+from moa_serve.model.attention import (
+    BranchedChunk,
+    CachedSpan,
+    Chunk,
+    KVCache,
+    PagedAttention,
+    attend_branches,
+    attend_chunk,
+)
 from moa_serve.model.batch import ForwardBatch, PreparedAdapter, RoutingTrace, Segment, SegmentTrace
 from moa_serve.model.build import build
 from moa_serve.model.clock import PartClock
@@ -35,7 +45,9 @@ from moa_serve.model.weights import BaseWeights, LayerWeights
 
 logger = logging.getLogger(__name__)
 
+_NUM_SPLITS, _ONE_SPLIT = 8, 1024  # programs that share a row's keys; and the context that one alone has
 _TILE = 128  # columns of a program of `residual`, `act` and `embed`
+ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _ATTRIBUTES = {"QKV": "qkv", "O": "o", "GATE_UP": "gate_up", "DOWN": "down"}
 
 
@@ -152,7 +164,20 @@ class FusedTransformer:
 
     name = "triton"
 
-    def __init__(self, config: ModelConfig, weights: BaseWeights, *, num_slots: int, shape: SlotShape, max_tokens: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: BaseWeights,
+        *,
+        num_slots: int,
+        shape: SlotShape,
+        max_tokens: int,
+        launch: Launch = launch,
+    ) -> None:
+        self._launch = launch
+        # A row's sums depend on how many programs share them, so it is the same in every step.
+        self._num_splits = 1 if config.max_position <= _ONE_SPLIT else _NUM_SPLITS
+        self._splits: SplitResults | None = None
         self.config, self.device = config, weights.embed.device
         self._dtype = weights.embed.dtype
         self.layout = SlotLayout(config, shape, is_exact=self._dtype == torch.float32)
@@ -193,6 +218,10 @@ class FusedTransformer:
         """Of logits, and of what attention of a long prompt gathers; the rest was allocated with the model."""
         gathered, mask = 2 * context * self.config.kv_size, num_tokens * context
         return (gathered + mask) * self._dtype.itemsize + 2 * num_tokens * self.config.vocab_size * 4
+
+    def recorded_bytes(self, num_rows: int, context: int) -> int:
+        """Logits of the recorded steps; all else that they write was allocated with the model."""
+        return sum(min(rows, num_rows) for rows in ROW_BUCKETS) * 2 * self.config.vocab_size * 4
 
     def bytes_per_block(self, block_size: int) -> int:
         return KVCache.bytes_per_block(self.config, block_size, self._dtype)
@@ -303,14 +332,23 @@ class FusedTransformer:
         assert self._cache is not None, "a step needs a cache"
         runs, counted = runs_of(batch, spans, self._rules)
         numbers = host_numbers(runs, counted, spans, self._cache.block_size)
-        step = self._eager(batch, numbers)
         views = self._space(len(batch.token_ids)).views(len(batch.token_ids))
-        paged = self._cache.definition(spans)
-        self._compute(step, views, paged, bool(batch.segments), _pooled(batch.segments))
+        step = self._eager(batch, numbers)
+        self._compute(step, views, self._longer(numbers), bool(batch.segments), _pooled(batch.segments))
         with self._part("head"):
             logits = self._logits(step, views)
-        self._after(batch, views, step)
+        if any(segment.counters is not None for segment in batch.segments):
+            self._count(step, views)
+        self._tell(batch, views)
         return logits
+
+    def _longer(self, numbers: HostNumbers) -> "_Longer | None":
+        if not numbers.longer:
+            return None
+        assert self._cache is not None, "a step needs a cache"
+        chunks = [self._cache.chunk(span) for span in numbers.longer if not span.branches]
+        branched = [self._cache.branched(span) for span in numbers.longer if span.branches]
+        return _Longer(chunks, branched, on_device(numbers.their_chunks, self.device))
 
     def _space(self, tokens: int) -> Workspace:
         """The own one; for a step of more tokens than are planned for (a prompt that must be whole), one that goes with it."""
@@ -330,33 +368,35 @@ class FusedTransformer:
         rows = torch.arange(tokens, device=self.device) if batch.logit_rows is None else batch.logit_rows
         arrays = (numbers.chunks, numbers.places, numbers.lengths, numbers.slots, numbers.tables, numbers.counters)
         chunks, places, lengths, slots, tables, counters = (on_device(array, self.device) for array in arrays)
-        return StepBuffers(batch.token_ids, batch.positions, chunks, places, lengths, slots, tables, counters, given, rows)
+        decoding = on_device(numbers.rows, self.device) if numbers.longer else None
+        return StepBuffers(batch.token_ids, batch.positions, chunks, places, decoding, lengths, slots, tables, counters, given, rows)
 
-    def _compute(self, step: StepBuffers, views: Views, attention: PagedAttention, has_adapter: bool, pooled: Sequence["_Pooled"]) -> None:
+    def _compute(self, step: StepBuffers, views: Views, longer: "_Longer | None", has_adapter: bool, pooled: Sequence["_Pooled"]) -> None:
         """All layers; what is left in `views` is the last one's output, times the final norm's weight."""
         config, weights = self.config, self.weights
         angles = step.positions.float()[:, None] * self._frequencies
         cos, sin = (part.to(self._dtype).float() for part in (angles.cos(), angles.sin()))
         num_tiles = self._workspace.num_tiles
         grid = (len(step.chunks), num_tiles)
-        kernels.embed[grid](
+        self._launch(
+            kernels.embed, grid,
             step.chunks, step.token_ids, weights.embed, weights.layers[0].attention_norm, views.x, views.a, views.squares,
             config.hidden_size, num_tiles, C=kernels.CHUNK, N=min(_TILE, block(config.hidden_size)),
         )  # fmt: skip
         for index, layer in enumerate(weights.layers):
             is_last = index + 1 == config.num_layers
             next_norm = weights.norm if is_last else weights.layers[index + 1].attention_norm
-            self._layer(index, layer, next_norm, step, views, attention, has_adapter, cos, sin, pooled)
+            self._layer(index, layer, next_norm, step, views, longer, has_adapter, cos, sin, pooled)
             self._layers_done += 1
 
     def _layer(
-        self, index: int, layer: LayerWeights, next_norm: Tensor, step: StepBuffers, views: Views, attention: PagedAttention,
+        self, index: int, layer: LayerWeights, next_norm: Tensor, step: StepBuffers, views: Views, longer: "_Longer | None",
         has_adapter: bool, cos: Tensor, sin: Tensor, pooled: Sequence["_Pooled"],
     ) -> None:  # fmt: skip
         with self._part("base"):
             self._attend_in(index, layer, step, views, has_adapter, cos, sin, pooled)
         with self._part("attention"):
-            self._attend(index, step, views, attention, has_adapter)
+            self._attend(index, step, views, longer, has_adapter)
         with self._part("base"):
             y, low = self._product("O", index, views.mixed.flatten(1), views.narrow, has_adapter)
             self._residual(index, layer.o_bias, layer.ffn_norm, y, low, None, self._constants.o, step, views, views.m_squares, has_adapter)
@@ -396,7 +436,8 @@ class FusedTransformer:
             for part in pooled:
                 part.average(router.first, self.layout)
         given = step.given[index] if len(step.given) else step.given
-        kernels.attend_in[(len(step.chunks), config.num_heads + 2 * config.num_kv_heads)](
+        self._launch(
+            kernels.attend_in, (len(step.chunks), config.num_heads + 2 * config.num_kv_heads),
             step.chunks, y, y.stride(0), views.squares, _or(layer.qkv_bias, y), _or(layer.q_norm, y), _or(layer.k_norm, y), cos, sin,
             step.places, views.q, views.k, views.v, self._cache.keys[index], self._cache.values[index],
             low.first, low.stride, low.slot, low.split, router.first, router.stride, router.slot, router.split,
@@ -407,17 +448,60 @@ class FusedTransformer:
             HAS_QK_NORM=layer.q_norm is not None, HAS_ADAPTER=has_adapter, SPLITS=low.splits, ROUTER_SPLITS=router.splits,
         )  # fmt: skip
 
-    def _attend(self, index: int, step: StepBuffers, views: Views, attention: PagedAttention, has_adapter: bool) -> None:
-        views.mixed.copy_(attention(index, views.q, views.k, views.v))
-        if has_adapter and self.layout.shape.prompt:
-            self._prompt(index, step, views)
+    def _attend(self, index: int, step: StepBuffers, views: Views, longer: "_Longer | None", has_adapter: bool) -> None:
+        assert self._cache is not None, "a step needs a cache"
+        keys, values = self._cache.keys[index], self._cache.values[index]
+        has_prompt = has_adapter and self.layout.shape.prompt > 0
+        if longer is None:
+            prompts = self._prompts(index, step.slots, views.words[index]) if has_prompt else None
+            results = self._split_results(len(views.q))
+            decode_attention(views.q, keys, values, step.tables, step.lengths, views.mixed, results, prompts, self._launch)
+            return
+        if step.rows is not None and len(step.rows):
+            q, words = views.q.index_select(0, step.rows), views.words[index].index_select(0, step.rows)
+            prompts = self._prompts(index, step.slots, words) if has_prompt else None
+            out = torch.empty_like(q)
+            decode_attention(q, keys, values, step.tables, step.lengths, out, self._split_results(len(q)), prompts, self._launch)
+            views.mixed[step.rows] = out
+        for chunk in longer.chunks:
+            views.mixed[chunk.start : chunk.end] = attend_chunk(chunk, views.q, views.k, views.v, keys, values)
+        for whole in longer.branched:
+            rows = slice(whole.start, whole.end)
+            views.mixed[rows] = attend_branches(whole, views.q[rows], views.k[rows], views.v[rows])
+        if has_prompt:
+            self._prompt(index, longer.their_chunks, views)
 
-    def _prompt(self, index: int, step: StepBuffers, views: Views) -> None:
+    def _split_results(self, rows: int) -> SplitResults | None:
+        """Room for what programs of a row leave for each other; made anew for more rows than ever before."""
+        if self._num_splits == 1:
+            return None
+        if self._splits is None or self._splits.tops.shape[0] < rows:
+            self._splits = SplitResults.empty(rows, self.config.num_heads, self.config.head_dim, self._num_splits, self.device)
+        return self._splits
+
+    def _prompts(self, index: int, slots: Tensor, words: Tensor) -> Prompts:
+        """Of a layer's slots, for rows with these slots (N,) and words of their routers (N, W)."""
+        bank, layout, gates = self.bank, self.layout, 2 * self.layout.output_block + 1
+        ints, floats = bank.ints[:, index], bank.floats[:, index]
+        inner = layout.router("PROMPT") * (3 * layout.output_block + 1) + gates
+        return Prompts(
+            slots,
+            words[:, gates:],
+            words[:, inner:],
+            bank.prompt[:, index, 0],
+            bank.prompt[:, index, 1],
+            floats[:, layout.floats["head_gate"]],
+            ints[:, layout.ints["prompt.inner"]],
+            ints[:, layout.ints.at("prompt.column")],
+        )
+
+    def _prompt(self, index: int, chunks: Tensor, views: Views) -> None:
         config, bank = self.config, self.bank
-        kernels.prompt[(len(step.chunks), config.num_heads)](
-            step.chunks, views.q, views.mixed, bank.prompt[:, index], bank.prompt.stride(0), bank.ints[:, index], bank.ints.stride(0),
+        self._launch(
+            kernels.prompt, (len(chunks), config.num_heads),
+            chunks, views.q, views.mixed, bank.prompt[:, index], bank.prompt.stride(0), bank.ints[:, index], bank.ints.stride(0),
             bank.floats[:, index], bank.floats.stride(0), views.words[index], views.words.shape[2], config.head_dim**-0.5,
-            L=self._constants, H=config.num_heads, KV=config.num_kv_heads, P=config.head_dim, P_BLOCK=block(config.head_dim),
+            L=self._constants, H=config.num_heads, KV=config.num_kv_heads, P=config.head_dim, P_BLOCK=max(16, block(config.head_dim)),
             C=kernels.CHUNK,
         )  # fmt: skip
 
@@ -428,7 +512,8 @@ class FusedTransformer:
         config = self.config
         parallel = self._constants.parallel if m_low is not None else Site()
         m_low = m_low or low
-        kernels.residual[(len(step.chunks), self._workspace.num_tiles)](
+        self._launch(
+            kernels.residual, (len(step.chunks), self._workspace.num_tiles),
             step.chunks, y, y.stride(0), _or(bias, y), norm, views.x, views.a, squares,
             low.first, low.stride, low.slot, low.split, views.m_squares, m_low.first, m_low.stride, m_low.slot, m_low.split,
             *self._slot_arguments(index, step, views), views.words[index], views.words.shape[2],
@@ -441,7 +526,8 @@ class FusedTransformer:
     def _act(self, index: int, layer: LayerWeights, y: Tensor, low: Low, step: StepBuffers, views: Views, has_adapter: bool) -> None:
         config = self.config
         tile = min(_TILE, block(config.intermediate_size))
-        kernels.act[(len(step.chunks), -(-config.intermediate_size // tile))](
+        self._launch(
+            kernels.act, (len(step.chunks), -(-config.intermediate_size // tile)),
             step.chunks, y, y.stride(0), views.m_squares, _or(layer.gate_up_bias, y), views.z,
             low.first, low.stride, low.slot, low.split, *self._slot_arguments(index, step, views),
             views.words[index], views.words.shape[2], config.hidden_size, config.intermediate_size, self._workspace.num_tiles,
@@ -459,21 +545,23 @@ class FusedTransformer:
 
     # -- what is to be known of a step
 
-    def _after(self, batch: ForwardBatch, views: Views, step: StepBuffers) -> None:
-        if not batch.segments or not self._constants.num_routers:
+    def _count(self, step: StepBuffers, views: Views) -> None:
+        if not self._constants.num_routers:
             return
         bank, words = self.bank, views.words
-        if any(segment.counters is not None for segment in batch.segments):
-            kernels.count[(len(step.chunks), self.config.num_layers, self._constants.num_routers)](
-                step.chunks, words, words.stride(0), words.shape[2], bank.ints, bank.ints.stride(0), bank.ints.stride(1),
-                bank.floats, bank.floats.stride(0), bank.floats.stride(1), step.counters, L=self._constants, C=kernels.CHUNK,
-            )  # fmt: skip
-        for segment in batch.segments:
+        self._launch(
+            kernels.count, (len(step.chunks), self.config.num_layers, self._constants.num_routers),
+            step.chunks, words, words.stride(0), words.shape[2], bank.ints, bank.ints.stride(0), bank.ints.stride(1),
+            bank.floats, bank.floats.stride(0), bank.floats.stride(1), step.counters, L=self._constants, C=kernels.CHUNK,
+        )  # fmt: skip
+
+    def _tell(self, batch: ForwardBatch, views: Views) -> None:
+        """Instance-level weights go to their sequences, and routers' words to who asked."""
+        for number, segment in enumerate(batch.segments):
             if segment.pooled is not None:
-                self._keep_pooled(segment, words)
-        if batch.trace is not None:
-            for number, segment in enumerate(batch.segments):
-                self._trace(batch.trace, number, segment, words)
+                self._keep_pooled(segment, views.words)
+            if batch.trace is not None:
+                self._trace(batch.trace, number, segment, views.words)
 
     def _keep_pooled(self, segment: Segment, words: Tensor) -> None:
         pooled, width = segment.pooled, self.layout.output_block
@@ -497,6 +585,15 @@ class FusedTransformer:
         if segment.counters is not None:
             evaluations = torch.full((length,), segment.counters.num_experts, dtype=torch.int32)
         trace.segments[number] = SegmentTrace(told, adapter.traced, evaluations)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Longer:
+    """Sequences with more than one token in a step, and the (C, 8) chunks of their tokens."""
+
+    chunks: list[Chunk]
+    branched: list[BranchedChunk]
+    their_chunks: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -549,7 +646,7 @@ def _or(found: Tensor | None, other: Tensor) -> Tensor:
 
 
 def _augmented(weights: BaseWeights, layout: SlotLayout, num_slots: int) -> dict[str, list[Tensor]]:
-    """By product the layers' weights with the slots' rows behind them; `weights` are views of them then. No more than a layer stands twice."""
+    """By product the layers' weights with the slots' rows behind them; `weights` are views of them then. No more than a layer is twice."""
     found: dict[str, list[Tensor]] = {product: [] for product in PRODUCTS}
     for layer in weights.layers:
         for product, name in _ATTRIBUTES.items():

@@ -5,7 +5,7 @@ copied on a stream of their own, behind the steps that may still read what stood
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -87,8 +87,7 @@ def image(weights: MoaWeights, layout: SlotLayout, dtype: torch.dtype) -> SlotIm
             packed.layer(layer, reads_residual=layer.reads_residual or weights.manifest.is_pooled)
         for site in layout.routers:
             if (cells := counted[index].get(site)) is not None:
-                packed.cells(site, [(output, index * width + cells.first + place) for place, output in enumerate(cells.outputs)])
-                packed.floats("shares")[layout.router(site)] = 1.0 / len(counted[index])
+                packed.counters(site, index * width + cells.first, cells.outputs, 1.0 / len(counted[index]))
     return out
 
 
@@ -103,7 +102,7 @@ class _LayerImage:
             self.ints(f"{site}.inner").fill_(CONSTANT)
         self.ints("prompt.column").fill_(ABSENT)
         self.ints("prompt.inner").fill_(ABSENT)
-        self.ints("cells").fill_(ABSENT)
+        self.ints("counted").fill_(ABSENT)
 
     def ints(self, name: str) -> Tensor:
         return self._out.ints[self._index, self._layout.ints[name]]
@@ -114,10 +113,12 @@ class _LayerImage:
     def _rows(self, product: str, first: int, values: Tensor) -> None:
         self._out.rows[product][self._index, first : first + len(values)] = values.to(self._out.rows[product].dtype)
 
-    def cells(self, site: str, found: list[tuple[int, int]]) -> None:
-        own = self.ints("cells").view(-1, self._layout.output_block)[self._layout.router(site)]
-        for output, cell in found:
-            own[output] = cell
+    def counters(self, site: str, first: int, outputs: Sequence[int], share: float) -> None:
+        """The router's counters stand from cell `first` on; its threshold is so much of the layer's mean."""
+        number = self._layout.router(site)
+        self.ints("counted").view(-1, self._layout.output_block)[number, : len(outputs)] = torch.tensor(outputs, dtype=torch.int32)
+        self.ints("cells")[number] = first
+        self.floats("shares")[number] = share
 
     def layer(self, layer: MoaLayer, *, reads_residual: bool) -> None:
         if layer.router is not None:
@@ -302,7 +303,7 @@ class SlotBank:
                 self.prompt[slot].copy_(found.prompt, non_blocking=is_pinned)
         if self._stream is not None:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(self._stream)  # type: ignore[no-untyped-call]
+            event.record(self._stream)
             self._copied = [(done, kept) for done, kept in self._copied if not done.query()]  # type: ignore[no-untyped-call]
             self._copied.append((event, found))
 
@@ -313,10 +314,10 @@ class SlotBank:
             yield False
             return
         computing = torch.cuda.current_stream()
-        self._stream.wait_stream(computing)  # type: ignore[no-untyped-call]  # steps that read what stood there
+        self._stream.wait_stream(computing)  # steps that read what stood there
         with torch.cuda.stream(self._stream):
             yield True
-        computing.wait_stream(self._stream)  # type: ignore[no-untyped-call]
+        computing.wait_stream(self._stream)
 
 
 class Images:

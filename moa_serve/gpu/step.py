@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from moa_serve.gpu.kernels import CHUNK, CHUNK_FIELDS
@@ -70,25 +69,27 @@ def chunks_of(runs: Sequence[Run]) -> np.ndarray:
     return np.array(rows, dtype=np.int32).reshape(-1, CHUNK_FIELDS)
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StepBuffers:
-    """Numbers of a step of up to T tokens.
+    """Numbers of a step of T tokens, of which N rows are alone in their sequence's step: they decode.
 
     Args:
         token_ids, positions: (T,) int64.
         chunks: (C, 8) int32; those that are not used have no tokens.
         places: (T,) int32, block * block_size + offset in the cache; -1 where nothing is to be kept.
-        lengths: (T,) int32, tokens that a row of one token attends to; 0: it is none.
-        slots: (T,) int32. tables: (T, M) int32, a row's pages.
+        rows: (N,) int64, which tokens decode; None where all do.
+        lengths, slots: (N,) int32, tokens that a row attends to, its own included (0: it is none), and its slot or -1.
+        tables: (N, M) int32, a row's pages, padded with 0.
         counters: (segments, 4) int64, addresses of their totals.
-        given: (L, T, 2 E) float32, layer gates and scores where they are given.
-        logit_rows: (N,) int64.
+        given: (L, T, 2 E) float32, layer gates and scores where they are given; (0,) where nowhere.
+        logit_rows: (n,) int64.
     """
 
     token_ids: Tensor
     positions: Tensor
     chunks: Tensor
     places: Tensor
+    rows: Tensor | None
     lengths: Tensor
     slots: Tensor
     tables: Tensor
@@ -96,64 +97,56 @@ class StepBuffers:
     given: Tensor
     logit_rows: Tensor
 
-    @classmethod
-    def new(
-        cls, tokens: int, chunks: int, width: int, given: tuple[int, int], num_rows: int, device: torch.device, *, has_given: bool = True
-    ) -> "StepBuffers":
-        layers, gates = given
-
-        def ints(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        return cls(
-            ints(tokens, dtype=torch.int64),
-            ints(tokens, dtype=torch.int64),
-            ints(chunks, CHUNK_FIELDS),
-            ints(tokens),
-            ints(tokens),
-            ints(tokens),
-            ints(tokens, width),
-            ints(max(chunks, 1), 4, dtype=torch.int64),
-            torch.zeros(layers, tokens if has_given else 0, gates, device=device),
-            ints(num_rows, dtype=torch.int64),
-        )
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.token_ids)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HostNumbers:
-    """The same on the host, of one step: (chunks, 8), and of its tokens places, lengths, slots, tables (T, used pages); int32."""
+    """The same on the host, of one step; int32, and int64 where addresses and rows are.
+
+    Args:
+        rows: (N,), the tokens that decode. longer: the other spans. their_chunks: the chunks of these.
+    """
 
     chunks: np.ndarray
     places: np.ndarray
+    rows: np.ndarray
     lengths: np.ndarray
     slots: np.ndarray
     tables: np.ndarray
     counters: np.ndarray
+    longer: list[CachedSpan]
+    their_chunks: np.ndarray
 
 
 def host_numbers(runs: Sequence[Run], counted: Sequence[Segment], spans: Sequence[CachedSpan], block_size: int) -> HostNumbers:
     """`spans` cover the tokens in their order."""
     total = sum(span.count for span in spans)
-    places, lengths, slots = (np.zeros(total, dtype=np.int32) for _ in range(3))
-    rows = [span for span in spans if span.count == 1]
-    width = max((-(-(span.computed + 1) // block_size) for span in rows), default=1)
-    tables = np.zeros((total, width), dtype=np.int32)
+    places, slots = np.zeros(total, dtype=np.int32), np.zeros(total, dtype=np.int32)
+    rows, longer = [span for span in spans if span.count == 1], [span for span in spans if span.count > 1]
+    lengths = np.array([span.computed + 1 for span in rows], dtype=np.int32)
+    width = int(-(-lengths.max(initial=1) // block_size))
+    tables = np.zeros((len(rows), width), dtype=np.int32)
     for first, last, slot, *_ in runs:
         slots[first:last] = slot
     for span in spans:
         index = np.arange(span.computed, span.computed + span.count)
         table = np.asarray(span.blocks, dtype=np.int32)
         places[span.start : span.start + span.count] = table[index // block_size] * block_size + index % block_size
-        if span.count == 1:
-            used = -(-(span.computed + 1) // block_size)
-            lengths[span.start] = span.computed + 1
-            tables[span.start, :used] = table[:used]
-    addresses = np.array([[tensor.data_ptr() for tensor in _totals(segment)] for segment in counted], dtype=np.int64).reshape(-1, 4)
-    return HostNumbers(chunks_of(runs), places, lengths, slots, tables, addresses)
+    for row, (span, length) in enumerate(zip(rows, lengths, strict=True)):
+        used = -(-int(length) // block_size)
+        tables[row, :used] = span.blocks[:used]
+    starts = np.array([span.start for span in rows], dtype=np.int64)
+    addresses = [[tensor.data_ptr() for tensor in _totals(segment)] for segment in counted]
+    return HostNumbers(
+        chunks=chunks_of(runs),
+        places=places,
+        rows=starts,
+        lengths=lengths,
+        slots=slots[starts],
+        tables=tables,
+        counters=np.array(addresses, dtype=np.int64).reshape(-1, 4),
+        longer=longer,
+        their_chunks=chunks_of([(span.start, span.start + span.count, int(slots[span.start]), 0, False, -1) for span in longer]),
+    )
 
 
 def _totals(segment: Segment) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -147,12 +147,18 @@ class KVCache:
             if span.count == 1:
                 decode.setdefault(self._bucket(-(-(span.computed + 1) // size)), []).append(span)
             elif span.branches:
-                branched.append(BranchedChunk(span.start, span.start + span.count, span.num_prompt, self._seen_by_branches(span)))
+                branched.append(self.branched(span))
             else:
-                chunks.append(Chunk(span.start, span.start + span.count, span.computed, self._tensor(table)))
+                chunks.append(self.chunk(span))
         is_all = not chunks and not branched and len(decode) == 1
         rows = [self._decode_rows(group, is_all) for group in decode.values()]
         return PagedAttention(self, self._tensor(np.concatenate(places)), rows, chunks, branched)
+
+    def chunk(self, span: CachedSpan) -> "Chunk":
+        return Chunk(span.start, span.start + span.count, span.computed, self._tensor(np.array(span.blocks)))
+
+    def branched(self, span: CachedSpan) -> "BranchedChunk":
+        return BranchedChunk(span.start, span.start + span.count, span.num_prompt, self._seen_by_branches(span))
 
     def _bucket(self, pages: int) -> int:
         """Rows of so many pages attend together: up to the next power of two, and on a GPU all shorter ones, where calls cost more."""
@@ -254,24 +260,26 @@ class PagedAttention:
             assert group.rows is not None, "only a group that is the whole batch has no rows"
             out[group.rows] = _attend_rows(q[group.rows], group, keys, values)
         for chunk in self.chunks:
-            out[chunk.start : chunk.end] = self._chunk(chunk, q, k, v, keys, values)
+            out[chunk.start : chunk.end] = attend_chunk(chunk, q, k, v, keys, values)
         for whole in self.branched:
             rows = slice(whole.start, whole.end)
-            out[rows] = _attend_branches(whole, q[rows], k[rows], v[rows])
+            out[rows] = attend_branches(whole, q[rows], k[rows], v[rows])
         return out
 
-    def _chunk(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        q, k, v = (x[chunk.start : chunk.end] for x in (q, k, v))
-        if chunk.position == 0:
-            return _causal(q, k, v)
-        length = chunk.position + len(q)
-        k = keys[chunk.blocks].flatten(0, 1)[:length]
-        v = values[chunk.blocks].flatten(0, 1)[:length]
-        seen = torch.arange(length, device=q.device) <= torch.arange(chunk.position, length, device=q.device)[:, None]
-        return _causal(q, k, v, seen)
+
+def attend_chunk(chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """(n, H, P) of a chunk's tokens among a batch's q, k and v, which stand in the layer's pages already."""
+    q, k, v = (x[chunk.start : chunk.end] for x in (q, k, v))
+    if chunk.position == 0:
+        return _causal(q, k, v)
+    length = chunk.position + len(q)
+    k = keys[chunk.blocks].flatten(0, 1)[:length]
+    v = values[chunk.blocks].flatten(0, 1)[:length]
+    seen = torch.arange(length, device=q.device) <= torch.arange(chunk.position, length, device=q.device)[:, None]
+    return _causal(q, k, v, seen)
 
 
-def _attend_branches(whole: BranchedChunk, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_branches(whole: BranchedChunk, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The prompt as if it were alone, so that no branch can touch it, then all branches at once."""
     n = whole.num_prompt
     return torch.cat((_causal(q[:n], k[:n], v[:n]), _causal(q[n:], k, v, whole.seen)))
