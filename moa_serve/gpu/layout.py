@@ -116,6 +116,11 @@ def _of_site(manifest: Manifest, site: str, group: list[ExpertSpec]) -> SlotShap
     return SlotShape(inner=inner, inner_sites=sites, targets=frozenset((site,)), rank=rows, columns=sum(ranks))
 
 
+def aligned(size: int) -> int:
+    """The least multiple of 4 that holds so many: a layer's numbers then begin at 16 bytes, and a kernel is compiled for one case only."""
+    return -(-size // 4) * 4
+
+
 def block(size: int) -> int:
     """The least power of two that holds so many."""
     return 1 << max(size - 1, 0).bit_length()
@@ -192,7 +197,7 @@ class SlotLayout:
     @property
     def output_block(self) -> int:
         """E of the kernels, for every router."""
-        return block(max(self.shape.outputs, self.shape.inner, 1))
+        return block(max(self.shape.outputs, self.shape.inner, 2))
 
     @cached_property
     def routers(self) -> tuple[str, ...]:
@@ -206,7 +211,7 @@ class SlotLayout:
     @cached_property
     def word_width(self) -> int:
         """Of what all routers of a layer say of a token: of each the scores, the threshold, what is selected, and the weights."""
-        return len(self.routers) * (3 * self.output_block + 1)
+        return aligned(len(self.routers) * (3 * self.output_block + 1))
 
     @cached_property
     def column_sites(self) -> tuple[str, ...]:
@@ -238,7 +243,7 @@ class SlotLayout:
         found.add("prompt.inner", self.prompt_block)
         found.add("counted", count * self.output_block)  # of each counter of a router, the output that it counts
         found.add("cells", count)  # and where a router's counters begin
-        return found
+        return found.aligned()
 
     @cached_property
     def floats(self) -> "Fields":
@@ -255,7 +260,7 @@ class SlotLayout:
         found.add("parallel.bias", shape.parallel)
         found.add("head_gate", self.config.num_heads if shape.prompt else 0)
         found.add("shares", len(self.routers))
-        return found
+        return found.aligned()
 
     @cached_property
     def matrices(self) -> "Fields":
@@ -292,6 +297,10 @@ class Fields:
     def add(self, name: str, count: int) -> None:
         self._places[name] = slice(self.size, self.size + count)
         self.size += count
+
+    def aligned(self) -> "Fields":
+        self.size = aligned(self.size)
+        return self
 
     def at(self, name: str) -> int:
         """Where it begins; 0 where there is none of it, and nobody looks."""

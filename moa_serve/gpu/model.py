@@ -21,6 +21,7 @@ from moa_serve.config import ModelConfig
 from moa_serve.gpu import kernels
 from moa_serve.gpu.attention import Prompts, SplitResults, decode_attention
 from moa_serve.gpu.constants import Constants, Site
+from moa_serve.gpu.graphs import ROW_BUCKETS, RowGraphs, StaticStep
 from moa_serve.gpu.launch import Launch, launch
 from moa_serve.gpu.layout import PRODUCTS, SlotLayout, SlotShape, block
 from moa_serve.gpu.rules import RuleTable
@@ -38,6 +39,7 @@ from moa_serve.model.attention import (
 from moa_serve.model.batch import ForwardBatch, PreparedAdapter, RoutingTrace, Segment, SegmentTrace
 from moa_serve.model.build import build
 from moa_serve.model.clock import PartClock
+from moa_serve.model.graphs import CudaRecorder, Recorder
 from moa_serve.model.moa import MoaWeights
 from moa_serve.model.ops import inverse_frequencies, on_device
 from moa_serve.model.transformer import Transformer
@@ -47,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 _NUM_SPLITS, _ONE_SPLIT = 8, 1024  # programs that share a row's keys; and the context that one alone has
 _TILE = 128  # columns of a program of `residual`, `act` and `embed`
-ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _ATTRIBUTES = {"QKV": "qkv", "O": "o", "GATE_UP": "gate_up", "DOWN": "down"}
 
 
@@ -160,6 +161,7 @@ class FusedTransformer:
         weights: on the device; taken over: they move into buffers that have the slots' rows behind the base's.
         num_slots: adapters at once. shape: the largest that a slot takes.
         max_tokens: of a step.
+        launch: calls a kernel. recorder: of decode steps; by default CUDA graphs on a GPU, and nothing is recorded elsewhere.
     """
 
     name = "triton"
@@ -173,6 +175,7 @@ class FusedTransformer:
         shape: SlotShape,
         max_tokens: int,
         launch: Launch = launch,
+        recorder: Recorder | None = None,
     ) -> None:
         self._launch = launch
         # A row's sums depend on how many programs share them, so it is the same in every step.
@@ -192,6 +195,9 @@ class FusedTransformer:
         self._definition = Transformer(config, weights)
         self._workspace = self._new_workspace(max_tokens)
         self._frequencies = inverse_frequencies(config.rope, config.head_dim, self.device)
+        self._graphs: RowGraphs | None = None
+        if recorder is not None or self.device.type == "cuda":
+            self._graphs = RowGraphs(recorder or CudaRecorder(), self._decode)
         self._cache: FusedCache | None = None
         self._clock: PartClock | None = None
         self._layers_done = 0
@@ -228,6 +234,12 @@ class FusedTransformer:
 
     def new_cache(self, num_blocks: int, block_size: int) -> FusedCache:
         self._cache = FusedCache(self.config, num_blocks, block_size, self._dtype, self.device)
+        if self._graphs is not None:
+            most = min(self._workspace.max_tokens, ROW_BUCKETS[-1])
+            self._split_results(most)  # recorded steps keep where it stands
+            width = min(num_blocks, -(-self.config.max_position // block_size))
+            with torch.inference_mode():
+                self._graphs.record(most, width, (self.config.num_layers, 2 * self.layout.output_block), self.device)
         return self._cache
 
     def _built(self, adapter: Adapter) -> MoaWeights:
@@ -276,6 +288,8 @@ class FusedTransformer:
         self._definition.trim()
 
     def close(self) -> None:
+        if self._graphs is not None:
+            self._graphs.clear()
         self._definition.close()
 
     @property
@@ -332,14 +346,38 @@ class FusedTransformer:
         assert self._cache is not None, "a step needs a cache"
         runs, counted = runs_of(batch, spans, self._rules)
         numbers = host_numbers(runs, counted, spans, self._cache.block_size)
+        if self._graphs is not None and not numbers.longer and self._clock is None:  # a recorded step has no parts that could be timed
+            static = self._graphs.step(len(batch.token_ids))
+            if static is not None:
+                return self._replayed(self._graphs, static, batch, numbers)
         views = self._space(len(batch.token_ids)).views(len(batch.token_ids))
         step = self._eager(batch, numbers)
-        self._compute(step, views, self._longer(numbers), bool(batch.segments), _pooled(batch.segments))
+        logits = self._computed(step, views, self._longer(numbers), bool(batch.segments), _pooled(batch.segments))
+        self._tell(batch, views)
+        return logits
+
+    def _replayed(self, graphs: RowGraphs, static: StaticStep, batch: ForwardBatch, numbers: HostNumbers) -> Tensor:
+        rows = torch.arange(len(batch.token_ids), device=self.device) if batch.logit_rows is None else batch.logit_rows
+        static.fill(batch.token_ids, batch.positions, rows, numbers)
+        _give(static.buffers.given, batch.segments, self.layout.output_block)
+        logits = graphs.replay(static, bool(batch.segments))
+        self._layers_done += self.config.num_layers
+        self._tell(batch, self._workspace.views(static.rows))
+        return logits[: len(rows)]
+
+    def _decode(self, step: StepBuffers, has_adapter: bool) -> Tensor:
+        """A step of rows that decode, at the addresses of its numbers: what is recorded."""
+        return self._computed(step, self._workspace.views(len(step.token_ids)), None, has_adapter, ())
+
+    def _computed(
+        self, step: StepBuffers, views: Views, longer: "_Longer | None", has_adapter: bool, pooled: Sequence["_Pooled"]
+    ) -> Tensor:
+        """A step's device part; the logits of the rows that it names."""
+        self._compute(step, views, longer, has_adapter, pooled)
         with self._part("head"):
             logits = self._logits(step, views)
-        if any(segment.counters is not None for segment in batch.segments):
+        if has_adapter:
             self._count(step, views)
-        self._tell(batch, views)
         return logits
 
     def _longer(self, numbers: HostNumbers) -> "_Longer | None":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moa_serve.adapter.manifest import Manifest
 from moa_serve.adapter.rules import RouterRule, RoutingRules
-from moa_serve.gpu.layout import SlotLayout
+from moa_serve.gpu.layout import SlotLayout, aligned
 
 NUM_OPTIONS = 256  # rows for options, at first
 _FIELDS = 8
@@ -26,7 +26,7 @@ class RuleTable:
         self._allocate(NUM_OPTIONS, device)
 
     def _allocate(self, num_options: int, device: torch.device) -> None:
-        shape = (self._num_slots + num_options, self._layout.config.num_layers, max(len(self._layout.routers), 1))
+        shape = (self._num_slots + num_options, self._layout.config.num_layers, aligned(max(len(self._layout.routers), 1)))
         self.ints = torch.zeros(*shape, _FIELDS, dtype=torch.int64, device=device)
         self.thresholds = torch.zeros(shape, device=device)
 
