@@ -194,7 +194,7 @@ class LLM:
         self.device = resolve_device(device)
         options = _options(engine_options)
         sources = _sources(adapters)
-        base, self.backend = open_base(
+        base, resolved = open_base(
             _path("model", model), backend=backend, device=device, dtype=dtype, base_dtype=base_dtype, block_size=options.block_size
         )
         self.config, self.name, self.base_digest, self.folder = base.config, base.name, base.digest, base.folder
@@ -202,7 +202,8 @@ class LLM:
         self._store = AdapterStore(base.config, base_name=base.name, base_digest=base.digest, max_bytes=options.adapter_cache_bytes)
         self._manifests: dict[str, Manifest] = {}  # by name; tensors may leave memory, these stay
         self._on_trial: dict[str, Adapter] = {}
-        computing = new_model(self.backend, base, base_dtype, options=options, adapters=sources.values())
+        computing = new_model(resolved, base, base_dtype, options=options, adapters=sources.values(), may_fall_back=backend == "auto")
+        self.backend = computing.name
         self._engine = Engine(computing, options, lease=self._lease, base_digest=base.digest)
         self._is_open = True
         try:
@@ -733,22 +734,37 @@ def new_model(
     *,
     options: EngineOptions | None = None,
     adapters: Iterable[AdapterSource] = (),
+    may_fall_back: bool = False,
 ) -> Backend:
     """What computes the base. It takes the weights over: they are packed, and `base` has none then that another could read.
 
     Args:
         options: what the engine is to have: a GPU's slots are as many, and a step's buffers hold as many tokens.
         adapters: those that are known now: a GPU's slots are made as large as the largest of them.
+        may_fall_back: where the GPU's kernels fail their trial, compute by torch.
     """
     if backend == "torch":
         return Transformer.packed(base.config, base.weights)
     if backend == "triton":
-        from moa_serve.gpu.model import FusedTransformer  # here: Triton is not everywhere, and takes a second to import
-
-        options = options or EngineOptions()
-        shape = slot_shape(adapters, base.config)
-        return FusedTransformer(base.config, base.weights, num_slots=options.num_slots, shape=shape, max_tokens=options.max_batch_tokens)
+        return _fused(base, options or EngineOptions(), slot_shape(adapters, base.config), may_fall_back=may_fall_back)
     return NativeModel(base.config, base.weights, digest=base.digest, is_int8=base_dtype == "int8")
+
+
+def _fused(base: Base, options: EngineOptions, shape: SlotShape, *, may_fall_back: bool) -> Backend:
+    """The GPU's own kernels, after a trial where they are new to the device; the definition where they fail it and may be replaced."""
+    from moa_serve.gpu.model import FusedTransformer  # here: Triton is not everywhere, and takes a second to import
+    from moa_serve.gpu.trial import what_is_wrong
+
+    model = FusedTransformer(base.config, base.weights, num_slots=options.num_slots, shape=shape, max_tokens=options.max_batch_tokens)
+    if model.device.type != "cuda":  # interpreted, for tests, which are a longer trial
+        return model
+    reason = what_is_wrong(model, Transformer(base.config, base.weights))
+    if reason is None:
+        return model
+    if not may_fall_back:
+        raise InvalidRequest(f"backend 'triton' cannot be used: {reason}; 'auto' and 'torch' do without", param="backend")
+    logger.warning("the torch backend serves, because %s; moa-serve doctor says more", reason)
+    return Transformer.packed(base.config, base.weights)
 
 
 def slot_shape(adapters: Iterable[AdapterSource], config: ModelConfig) -> SlotShape:

@@ -17,6 +17,8 @@ def why_no_kernels(device: torch.device) -> str | None:
         if os.environ.get("TRITON_INTERPRET") == "1":
             return None
         return "its kernels compute on a GPU, and the device is cpu; set TRITON_INTERPRET=1 to have them interpreted, for tests"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
     if (capability := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
         found, least = (".".join(map(str, version)) for version in (capability, LEAST_CAPABILITY))
         return f"its kernels need a GPU of compute capability {least} or more, and this one has {found}"

@@ -242,6 +242,11 @@ class FusedTransformer:
                 self._graphs.record(most, width, (self.config.num_layers, 2 * self.layout.output_block), self.device)
         return self._cache
 
+    def trial_cache(self, num_blocks: int, block_size: int) -> FusedCache:
+        """One for a few steps before the one that serves; nothing is recorded for it."""
+        self._cache = FusedCache(self.config, num_blocks, block_size, self._dtype, self.device)
+        return self._cache
+
     def _built(self, adapter: Adapter) -> MoaWeights:
         """On the CPU in float32; a prompt's keys and values are made where the base stands."""
         base = BaseWeights(torch.empty(0), self.weights.layers, torch.empty(0), torch.empty(0))
@@ -346,7 +351,9 @@ class FusedTransformer:
         assert self._cache is not None, "a step needs a cache"
         runs, counted = runs_of(batch, spans, self._rules)
         numbers = host_numbers(runs, counted, spans, self._cache.block_size)
-        if self._graphs is not None and not numbers.longer and self._clock is None:  # a recorded step has no parts that could be timed
+        if (
+            self._graphs is not None and self._graphs.num_recorded and not numbers.longer and self._clock is None
+        ):  # a recorded step has no parts that could be timed
             static = self._graphs.step(len(batch.token_ids))
             if static is not None:
                 return self._replayed(self._graphs, static, batch, numbers)

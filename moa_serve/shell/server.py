@@ -150,7 +150,7 @@ def compose(settings: ServerSettings, base: Base, backend: str, directory: State
         max_adapters=settings.max_adapters,
         isolate=True,
     )
-    model = new_model(backend, base, settings.base_dtype, options=options, adapters=_known(store))
+    model = new_model(backend, base, settings.base_dtype, options=options, adapters=_known(store), may_fall_back=settings.backend == "auto")
     engine = AsyncEngine(lambda lease: Engine(model, options, lease=lease, base_digest=base.digest), max_waiting=settings.max_waiting)
     metrics = Metrics(
         name,
@@ -161,11 +161,11 @@ def compose(settings: ServerSettings, base: Base, backend: str, directory: State
     )
     registry = AdapterRegistry(store, engine, metrics=metrics, directory=directory)
     metrics.attach(engine, registry, store.cache)
-    if settings.raises_thresholds and backend != "native":
+    if settings.raises_thresholds and model.name != "native":
         logger.warning(
             "thresholds may be raised under pressure, but the %s backend computes every expert all the same: answers change and no time is "
             "saved; leave pressure_threshold_scale and pressure_adapters out",
-            backend,
+            model.name,
         )
 
     def evict() -> None:
