@@ -734,19 +734,20 @@ def new_model(
     *,
     options: EngineOptions | None = None,
     adapters: Iterable[AdapterSource] = (),
+    shape: SlotShape | None = None,
     may_fall_back: bool = False,
 ) -> Backend:
     """What computes the base. It takes the weights over: they are packed, and `base` has none then that another could read.
 
     Args:
         options: what the engine is to have: a GPU's slots are as many, and a step's buffers hold as many tokens.
-        adapters: those that are known now: a GPU's slots are made as large as the largest of them.
+        adapters: those that are known now: a GPU's slots are made as large as the largest of them, where no `shape` says it.
         may_fall_back: where the GPU's kernels fail their trial, compute by torch.
     """
     if backend == "torch":
         return Transformer.packed(base.config, base.weights)
     if backend == "triton":
-        return _fused(base, options or EngineOptions(), slot_shape(adapters, base.config), may_fall_back=may_fall_back)
+        return _fused(base, options or EngineOptions(), shape or slot_shape(adapters, base.config), may_fall_back=may_fall_back)
     return NativeModel(base.config, base.weights, digest=base.digest, is_int8=base_dtype == "int8")
 
 

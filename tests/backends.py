@@ -1,4 +1,5 @@
-"""What computes in a test, for `parametrize`: torch and the native library on the CPU, and torch on a GPU where there is one.
+"""What computes in a test, for `parametrize`: torch and the native library on the CPU, and torch and triton on a GPU where there is one. How
+the GPU's kernels compute in an interpreter, tests/unit/gpu tells.
 
 `pytest -m gpu` runs those that need a CUDA device; elsewhere they are skipped.
 """
@@ -9,17 +10,19 @@ import pytest
 import torch
 from native_tools import SETS
 
-ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
-BACKENDS = ["torch", "native", ON_GPU]
+ON_GPU = [pytest.param("cuda", marks=pytest.mark.gpu), pytest.param("triton", marks=pytest.mark.gpu)]
+BACKENDS = ["torch", "native", *ON_GPU]
 
 
 def computing(backend: str) -> dict[str, Any]:
     """Arguments of `LLM` for one of `BACKENDS`; skips the test where it cannot be had."""
     if backend == "native" and not SETS:
         pytest.skip("the native library is not built")
-    if backend == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return {"backend": "torch", "device": "cuda"} if backend == "cuda" else {"backend": backend, "device": "cpu"}
+    if backend in ("cuda", "triton"):
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        return {"backend": "torch" if backend == "cuda" else backend, "device": "cuda"}
+    return {"backend": backend, "device": "cpu"}
 
 
 def exact(device: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Adapters of every family that is served, made up: the paper's sizes, random numbers, and for Sparse MoA its share of active experts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from moa_serve.adapter.manifest import OUTPUT_FACTORS, BaseShape, Manifest
 from moa_serve.bench.workload import PAGE, Pages, Workload, num_pages, selected_share
 from moa_serve.config import ModelConfig
 from moa_serve.errors import EngineError
+from moa_serve.gpu.layout import SlotShape
 from moa_serve.train.recipe import Recipe, fresh_tensors, manifest_of
 
 # Rank 8, alpha 8, LoRA at Q, K, V, O and DOWN, bottleneck 16, prompt 10, 8 experts where a family has several: a recipe's defaults.
@@ -40,6 +41,11 @@ SPARE_TOKENS = _TUNING_ROWS * num_pages(_TUNING_TOKENS) * PAGE  # that `tuned` n
 def synthetic(family: str, config: ModelConfig, seed: int, *, scale: float = 0.02) -> Adapter:
     """A random adapter of a family in `FAMILIES`, for a base of this shape; another seed gives another one."""
     return of_recipe(FAMILIES[family], config, seed, scale=scale)
+
+
+def slot_shape(families: Iterable[str], config: ModelConfig) -> SlotShape:
+    """Of a GPU's slot that takes an adapter of each of these families."""
+    return SlotShape.union(SlotShape.of(manifest_of(FAMILIES[family], BaseShape.of(config))) for family in families)
 
 
 def of_recipe(recipe: Recipe, config: ModelConfig, seed: int, *, scale: float = 0.02) -> Adapter:

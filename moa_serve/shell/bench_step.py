@@ -5,7 +5,7 @@ Light, so that `--help` answers at once: what loads torch is imported inside. Wh
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -95,7 +95,7 @@ def bench_step(
         rounds=rounds,
         context=context,
     )
-    with opened_model(model, backend, dtype, threads, core, shapes, base_dtype, device) as (opened, base):
+    with opened_model(model, backend, dtype, threads, core, shapes, base_dtype, device, plan.families, adapters) as (opened, base):
         plain = None
         if opened.base_dtype == "int8":
             again = opened_base(model, shapes, opened.dtype)
@@ -231,13 +231,20 @@ def opened_model(
     shapes: str | None = None,
     base_dtype: str = "auto",
     device: str = "cpu",
+    families: Sequence[str] = (),
+    num_adapters: int = 8,
 ) -> "Iterator[tuple[Model, Base]]":
-    """The base under its backend, with the process pinned and without the garbage collector."""
+    """The base under its backend, with the process pinned and without the garbage collector.
+
+    On a GPU with slots for so many Soft and Sparse MoA sets, and one of each of the other `families`.
+    """
     import torch
 
+    from moa_serve.bench.step import ALWAYS
+    from moa_serve.bench.synthetic import slot_shape
     from moa_serve.bench.timing import quiet
-    from moa_serve.llm import resolve
-    from moa_serve.model.transformer import Transformer
+    from moa_serve.engine.engine import EngineOptions
+    from moa_serve.llm import new_model, resolve
     from moa_serve.native.model import NativeModel
 
     if core is not None and threads > 1:
@@ -246,12 +253,14 @@ def opened_model(
     resolved, where, computed = resolve(backend, device, dtype, base_dtype)
     base = opened_base(model, shapes, computed, where)
     torch.set_num_threads(threads)
+    slots = EngineOptions(num_slots=len(ALWAYS) * num_adapters + len(families) + 1)  # and one for those that are tried
+    shape = slot_shape((*ALWAYS, *families), base.config)
     # The native backend's threads stay where they are made, so it is made behind the pinning.
     with quiet(core):
         opened: Model = (
             NativeModel(base.config, base.weights, threads=threads, is_int8=base_dtype == "int8")
             if resolved == "native"
-            else Transformer.packed(base.config, base.weights)
+            else new_model(resolved, base, options=slots, shape=shape)
         )
         with closing(opened):
             yield opened, base

@@ -67,7 +67,7 @@ def logits_of(model: PreTrainedModel, ids: list[int]) -> Tensor:
         return model(torch.tensor([ids])).logits[0].float()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("backend", ["torch", ON_GPU])
+@pytest.mark.parametrize("backend", ["torch", *ON_GPU])
 @pytest.mark.parametrize("kind", MODELS)
 def test_tiny_models(kind: str, backend: str, tmp_path: Path) -> None:
     torch.manual_seed(3)

@@ -15,10 +15,11 @@ from moa_serve.bench import goals
 from moa_serve.bench.goals import Judged
 from moa_serve.bench.shapes import SHAPES, made_up_base
 from moa_serve.bench.step import WARMUPS, Clock
-from moa_serve.bench.synthetic import SPARE_TOKENS, made_up
+from moa_serve.bench.synthetic import SPARE_TOKENS, made_up, slot_shape
 from moa_serve.bench.timing import Spread, interleaved, quiet, ratio
 from moa_serve.bench.workload import CONTEXT, Pages, Workload, steps_for
 from moa_serve.config import ModelConfig
+from moa_serve.engine.engine import EngineOptions
 from moa_serve.llm import new_model, resolve
 from moa_serve.model.backend import Backend, PreparedAdapter
 from moa_serve.shell.doctor.findings import Finding, Progress, Subject
@@ -65,8 +66,18 @@ def measured(subject: Subject, name: str, config: ModelConfig, *, rounds: int = 
     backend, device, dtype = resolve(subject.backend, subject.device, "auto")
     subject.on_progress(f"bench: making up weights for {name}")
     base = made_up_base(name, config, dtype, device)
-    with own_cache(), quiet(), closing(new_model(backend, base)) as model:
-        rows = measure(model, rounds=rounds, inner_steps=inner_steps, on_progress=subject.on_progress)
+    rows: list[Row] = []
+    for num_adapters, sizes in ((1, ROWS), (goals.DISTINCT_ADAPTERS, ROWS[-1:])):
+        # A server with eight slots for most, and one with a slot for each of many: what a step costs a GPU depends on how many there are.
+        options = EngineOptions(num_slots=max(EngineOptions().num_slots, num_adapters + len(FAMILIES) + 1))
+        model = new_model(backend, base, options=options, shape=slot_shape(FAMILIES, base.config))
+        with own_cache(), quiet(), closing(model):
+            found = measure(model, num_adapters, sizes=sizes, rounds=rounds, inner_steps=inner_steps, on_progress=subject.on_progress)
+        many = f", {options.num_slots} slots" if num_adapters > 1 else ""
+        rows += [replace(row, case=row.case + many) for row in found]
+        if num_adapters == 1:
+            del model
+            base = made_up_base(name, config, dtype, device)  # the first model took the weights over
     facts = {
         "base": name,
         "backend": backend,
@@ -86,19 +97,26 @@ def measured(subject: Subject, name: str, config: ModelConfig, *, rounds: int = 
 
 def measure(
     model: Backend,
+    num_adapters: int,
     *,
     sizes: Sequence[int] = ROWS,
     rounds: int = _ROUNDS,
     inner_steps: int | None = None,
     on_progress: Progress = lambda _: None,
 ) -> list[Row]:
-    """Every case at every number of rows. `inner_steps`: of one measurement; None for about a tenth of a second."""
+    """Every case at every number of rows: one adapter of each family for all of them, or `num_adapters` where there are as many.
+
+    `inner_steps`: of one measurement; None for about a tenth of a second.
+    """
     on_progress("bench: filling the cache and making adapters")
     pages = Pages(model, [CONTEXT] * max(sizes), spare=SPARE_TOKENS)
     single = {family: made_up(pages, family, seed=0) for family in FAMILIES}
     # The same numbers at as many places: what a step costs does not depend on them, and to draw them takes longer than to measure.
-    several = [model.prepare(replace(single["soft_moa"], revision=f"{index:064x}")) for index in range(goals.DISTINCT_ADAPTERS)]
-    prepared = {family: model.prepare(adapter) for family, adapter in single.items()}
+    several, prepared = [], {}
+    if num_adapters > 1:
+        several = [model.prepare(replace(single["soft_moa"], revision=f"{index:064x}")) for index in range(num_adapters)]
+    else:
+        prepared = {family: model.prepare(adapter) for family, adapter in single.items()}
     found = []
     for rows in sizes:
         on_progress(f"bench: decoding {rows} {'row' if rows == 1 else 'rows'}")

@@ -19,7 +19,7 @@ from moa_serve.model.counters import RouterCounters
 from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import load_base
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # a GPU where there is one, else the interpreter
 PAGE = 16
 LATER = 4  # tokens of a golden row that are decoded
 
@@ -34,20 +34,20 @@ class Rows:
         self.cache.zero(range(2 * len(prompts) + 1))
         self.words: Tensor | None = None
         self.done = 0
-        self.counters = None if adapter is None else RouterCounters(adapter.manifest, CPU)
+        self.counters = None if adapter is None else RouterCounters(adapter.manifest, DEVICE)
         self.trace: RoutingTrace | None = None
 
     def step(self, count: int) -> Tensor:
         """(rows, count, V): logits of the next tokens of all rows."""
         rows, start = len(self.prompts), self.done
-        ids = torch.tensor([prompt[start : start + count] for prompt in self.prompts]).flatten()
-        positions = torch.arange(start, start + count).repeat(rows)
+        ids = torch.tensor([prompt[start : start + count] for prompt in self.prompts], device=DEVICE).flatten()
+        positions = torch.arange(start, start + count, device=DEVICE).repeat(rows)
         spans = [CachedSpan(row * count, count, start, [2 * row + 1, 2 * row + 2]) for row in range(rows)]
         segments: tuple[Segment, ...] = ()
         pooled = None
         if self.prepared is not None:
             if self.prepared.manifest.is_pooled:
-                pooled = PooledRows.of_whole([count] * rows, [count] * rows, self.prepared, CPU)
+                pooled = PooledRows.of_whole([count] * rows, [count] * rows, self.prepared, DEVICE)
                 if self.words is not None:
                     pooled = PooledRows(pooled.row_of_token, (None,) * rows, self.words)
             segments = (Segment(0, rows * count, self.prepared, pooled, self.counters),)
@@ -58,16 +58,16 @@ class Rows:
         if pooled is not None:
             self.words = pooled.words
         self.done += count
-        out: Tensor = logits.view(rows, count, -1)
+        out: Tensor = logits.cpu().view(rows, count, -1)
         return out
 
 
 @contextmanager
 def golden_models(golden: Golden) -> Iterator[tuple[FusedTransformer, Transformer, Adapter]]:
-    base = load_base(golden.base, dtype=torch.float32)
+    base = load_base(golden.base, device=DEVICE, dtype=torch.float32)
     adapter = read_adapter(golden.source, base.config)
     fused = FusedTransformer(base.config, base.weights, num_slots=3, shape=SlotShape.of(adapter.manifest), max_tokens=64)
-    yield fused, Transformer(base.config, load_base(golden.base, dtype=torch.float32).weights), adapter
+    yield fused, Transformer(base.config, load_base(golden.base, device=DEVICE, dtype=torch.float32).weights), adapter
     fused.close()
 
 

@@ -13,6 +13,7 @@ from moa_serve.gpu.trial import what_is_wrong
 from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import load_base
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LORA = frozenset(("Q", "K", "V", "O", "UP", "GATE", "DOWN"))
 SHAPES = {
     "sparse": SlotShape(outputs=9, hidden=8, targets=LORA, rank=4, columns=4, parallel=5, parallel_columns=6, prompt=3, residual=True),
@@ -47,6 +48,6 @@ def test_a_kernel_that_fails_or_errs_is_named(tmp_path: Path) -> None:
 
 
 def models(folder: Path, shape: SlotShape, dtype: torch.dtype, **more: Any) -> tuple[FusedTransformer, Transformer]:
-    base = load_base(write_base(folder / "base"), dtype=dtype)
+    base = load_base(write_base(folder / "base"), device=DEVICE, dtype=dtype)
     model = FusedTransformer(base.config, base.weights, num_slots=2, shape=shape, max_tokens=32, **more)
     return model, Transformer(base.config, base.weights)

@@ -24,7 +24,7 @@ STACKED = [family for family in FAMILIES if not random_adapter(family)[0].is_poo
 Rows = Sequence[tuple[MoaWeights | None, int]]
 
 
-@pytest.fixture(scope="module", params=["torch", ON_GPU])
+@pytest.fixture(scope="module", params=["torch", ON_GPU[0]])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Transformer:
     device = computing(request.param)["device"]
     base = load_base(write_base(tmp_path_factory.mktemp("base")), device=device, dtype=torch.float32)

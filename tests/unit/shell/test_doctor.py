@@ -438,13 +438,13 @@ def test_the_bench_measures_any_backend_and_missed_goals_are_a_warning(monkeypat
     subject = replace(ON_CPU, backend=backend, on_progress=heard.append)
     before = sorted(cache_dir().rglob("*"))
     finding = speed.measured(subject, "tiny", ModelConfig.from_hf(SMALL), rounds=2, inner_steps=1)
-    is_bad(finding, "warning", "6 of 7 goals met", "distinct soft_moa at 32", "goal 0")
+    is_bad(finding, "warning", "6 of 7 goals met", "distinct soft_moa, 35 slots at 32", "goal 0")
     assert finding.details is not None
     rows = finding.details["rows"]
     cases = ["base", "control", "soft_moa", "sparse_moa"]
     assert [(row["rows"], row["case"]) for row in rows] == [
-        *((rows, case) for rows in (1, 16) for case in cases),
-        *((32, case) for case in [*cases, "distinct soft_moa"]),
+        *((rows, case) for rows in (1, 16, 32) for case in cases),
+        *((32, f"{case}, 35 slots") for case in ("base", "control", "distinct soft_moa")),
     ]
     assert all(row["ms"]["median"] > 0 for row in rows)
     assert [row["to_base"]["median"] for row in rows if row["case"] == "base"] == [1, 1, 1]
