@@ -1,7 +1,7 @@
-"""What computes in a test, for `parametrize`: torch and the native library on the CPU, and torch and triton on a GPU where there is one. How
-the GPU's kernels compute in an interpreter, tests/unit/gpu tells.
+"""What computes in a test, for `parametrize`: torch and the native library on the CPU, and torch and triton on a GPU where there is one.
 
-`pytest -m gpu` runs those that need a CUDA device; elsewhere they are skipped.
+How the kernels of triton compute in an interpreter, tests/unit/gpu tells. `pytest -m gpu` runs those that need a CUDA device, and elsewhere
+they are skipped.
 """
 
 from typing import Any

@@ -69,9 +69,8 @@ class Served:
                     self.words[sequence] = pooled.words
                 segments.append(Segment(start, len(ids), adapter, pooled, self.counters[slot], rules))
         trace = RoutingTrace() if is_traced else None
-        batch = ForwardBatch(
-            *(torch.tensor(part, device=DEVICE) for part in (ids, positions)), tuple(segments), torch.tensor(wanted, device=DEVICE), trace
-        )
+        token_ids, places, logit_rows = (torch.tensor(part, device=DEVICE) for part in (ids, positions, wanted))
+        batch = ForwardBatch(token_ids, places, tuple(segments), logit_rows, trace)
         with torch.inference_mode():
             return self.model.forward(batch, self.cache.attention(spans)).cpu(), trace
 
