@@ -27,7 +27,7 @@ from moa_serve.adapter.manifest import Manifest
 from moa_serve.adapter.rules import RoutingOptions, RoutingRules, rules_for
 from moa_serve.adapter.store import AdapterStore
 from moa_serve.config import ModelConfig
-from moa_serve.engine.engine import Collected, Engine, EngineOptions, TokenEvent
+from moa_serve.engine.engine import Collected, Engine, EngineOptions, TokenEvent, plan_memory
 from moa_serve.engine.guide import GrammarCompiler
 from moa_serve.engine.request import Request, SamplingParams, TokenLogprob
 from moa_serve.engine.routing import Routing
@@ -35,6 +35,7 @@ from moa_serve.engine.self_test import judge, read_scores, score_request, trial_
 from moa_serve.errors import AdapterError, AdapterNotFound, InvalidRequest, MoaError, shown
 from moa_serve.gpu.available import why_no_kernels
 from moa_serve.gpu.layout import SlotShape
+from moa_serve.gpu.plan import FusedSizes
 from moa_serve.model.backend import Backend
 from moa_serve.model.counters import RoutingTotals
 from moa_serve.model.devices import has_gpu, why_no_cuda
@@ -739,6 +740,8 @@ def new_model(
     Args:
         options: what the engine is to have: a GPU's slots are as many, and a step's buffers hold as many tokens.
         adapters: those that are known now: a GPU's slots are made as large as the largest of them.
+    Raises:
+        InvalidRequest: a GPU has no room for what `options` ask of it; nothing was allocated.
     """
     if backend == "torch":
         return Transformer.packed(base.config, base.weights)
@@ -747,6 +750,8 @@ def new_model(
 
         options = options or EngineOptions()
         shape = slot_shape(adapters, base.config)
+        weights = base.weights.embed
+        plan_memory(FusedSizes(base.config, shape, options.num_slots, options.max_batch_tokens, weights.dtype, weights.device), options)
         return FusedTransformer(base.config, base.weights, num_slots=options.num_slots, shape=shape, max_tokens=options.max_batch_tokens)
     return NativeModel(base.config, base.weights, digest=base.digest, is_int8=base_dtype == "int8")
 

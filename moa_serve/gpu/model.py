@@ -23,6 +23,8 @@ from moa_serve.gpu.attention import Prompts, SplitResults, decode_attention
 from moa_serve.gpu.constants import Constants, Site
 from moa_serve.gpu.launch import Launch, launch
 from moa_serve.gpu.layout import PRODUCTS, SlotLayout, SlotShape, block
+from moa_serve.gpu.plan import TILE as _TILE
+from moa_serve.gpu.plan import FusedSizes, num_splits, recorded_bytes, step_bytes
 from moa_serve.gpu.rules import RuleTable
 from moa_serve.gpu.slots import Images, SlotBank, SlottedAdapter, image, slotted
 from moa_serve.gpu.step import HostNumbers, StepBuffers, host_numbers, runs_of
@@ -45,9 +47,6 @@ from moa_serve.model.weights import BaseWeights, LayerWeights
 
 logger = logging.getLogger(__name__)
 
-_NUM_SPLITS, _ONE_SPLIT = 8, 1024  # programs that share a row's keys; and the context that one alone has
-_TILE = 128  # columns of a program of `residual`, `act` and `embed`
-ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _ATTRIBUTES = {"QKV": "qkv", "O": "o", "GATE_UP": "gate_up", "DOWN": "down"}
 
 
@@ -69,7 +68,7 @@ class FusedCache(KVCache):
 
 
 class Workspace:
-    """Intermediate results of up to `max_tokens` tokens, at fixed addresses, so that a step allocates nothing."""
+    """Intermediate results of up to `max_tokens` tokens, at fixed addresses, so that a step allocates nothing. plan.py counts its bytes."""
 
     def __init__(
         self, config: ModelConfig, layout: SlotLayout, rows: dict[str, int], max_tokens: int, dtype: torch.dtype, device: torch.device
@@ -114,13 +113,6 @@ class Workspace:
             narrow=self._narrow,
             wide=self._wide,
         )
-
-    @staticmethod
-    def bytes_per_token(config: ModelConfig, layout: SlotLayout, rows: dict[str, int], itemsize: int) -> int:
-        doubled = 2 if layout.shape.residual else 1
-        floats = max(doubled * rows["QKV"], rows["O"], rows["DOWN"]) + rows["GATE_UP"]
-        floats += 2 * -(-config.hidden_size // _TILE) + config.num_layers * max(layout.word_width, 1)
-        return 4 * floats + itemsize * (2 * config.hidden_size + 2 * config.q_size + 2 * config.kv_size + config.intermediate_size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,8 +167,7 @@ class FusedTransformer:
         launch: Launch = launch,
     ) -> None:
         self._launch = launch
-        # A row's sums depend on how many programs share them, so it is the same in every step.
-        self._num_splits = 1 if config.max_position <= _ONE_SPLIT else _NUM_SPLITS
+        self._num_splits = num_splits(config)
         self._splits: SplitResults | None = None
         self.config, self.device = config, weights.embed.device
         self._dtype = weights.embed.dtype
@@ -214,14 +205,21 @@ class FusedTransformer:
     def weight_bytes(self) -> int:
         return self.weights.num_bytes
 
+    @property
+    def beside_bytes(self) -> int:
+        sizes = FusedSizes(self.config, self.layout.shape, self.bank.num_slots, self._workspace.max_tokens, self._dtype, self.device)
+        return sizes.made_bytes
+
+    def slots_bytes(self, num_slots: int) -> int:
+        """They were allocated with the model."""
+        return 0
+
     def step_bytes(self, num_tokens: int, context: int) -> int:
-        """Of logits, and of what attention of a long prompt gathers; the rest was allocated with the model."""
-        gathered, mask = 2 * context * self.config.kv_size, num_tokens * context
-        return (gathered + mask) * self._dtype.itemsize + 2 * num_tokens * self.config.vocab_size * 4
+        """The workspace was allocated with the model."""
+        return step_bytes(self.config, num_tokens, context, self._dtype.itemsize)
 
     def recorded_bytes(self, num_rows: int, context: int) -> int:
-        """Logits of the recorded steps; all else that they write was allocated with the model."""
-        return sum(min(rows, num_rows) for rows in ROW_BUCKETS) * 2 * self.config.vocab_size * 4
+        return recorded_bytes(self.config, num_rows)
 
     def bytes_per_block(self, block_size: int) -> int:
         return KVCache.bytes_per_block(self.config, block_size, self._dtype)
