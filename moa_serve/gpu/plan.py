@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 
 from moa_serve.config import ModelConfig
+from moa_serve.errors import InvalidRequest
 from moa_serve.gpu.layout import PRODUCTS, SlotLayout, SlotShape
 from moa_serve.gpu.rules import RuleTable
 from moa_serve.gpu.slots import SlotBank
@@ -157,8 +158,9 @@ class MemoryPlan:
         embedding, layers, head: the base's weights. slot_rows, slot_bank: all slots, among the weights and beside them.
         workspace: intermediate results of a step. step: its logits, and what attention of a long prompt gathers.
         recorded: what recorded steps hold. kv_cache: the pages that sequences get. unused: no page, or pages that no row could use.
-        short: missing bytes, 0 where a page fits; then there are no pages.
-        max_position: tokens of the longest context of the base.
+        short: missing bytes, 0 where it fits; else there are no pages.
+        fitting_context: of tokens, where it does not fit; 0 where not even a page would.
+        max_context: tokens of the longest sequence, as it was asked for or as the base has it.
     """
 
     total: int
@@ -175,9 +177,10 @@ class MemoryPlan:
     kv_cache: int
     unused: int
     short: int
+    fitting_context: int
     num_pages: int
     block_size: int
-    max_position: int
+    max_context: int
 
     @property
     def weights(self) -> int:
@@ -191,7 +194,7 @@ class MemoryPlan:
     @property
     def served_context(self) -> int:
         """Tokens of the longest sequence."""
-        return min(self.max_position, self.num_tokens)
+        return min(self.max_context, self.num_tokens)
 
     def num_sequences(self, context: int) -> int:
         """How many of so many tokens are in the cache at once."""
@@ -202,6 +205,8 @@ class MemoryPlan:
         """What to do where it does not fit; "" where it does."""
         if not self.short:
             return ""
+        if self.fitting_context:
+            return f"lower max_model_len to {self.fitting_context}"
         parts = {
             "num_slots": self.slot_rows + self.slot_bank,
             "max_batch_tokens": self.workspace + self.step,
@@ -224,20 +229,33 @@ def plan(
     total_bytes: int,
     utilization: float,
     held_bytes: int = CUDA_BYTES,
+    max_model_len: int | None = None,
 ) -> MemoryPlan:
     """What fits on a card of `total_bytes`, as the engine would find at its start (`engine.plan_memory`, with the prefix cache).
 
     Args:
         shape: of a slot. utilization: share of the card that may be held in the end.
         held_bytes: beside this server's own tensors.
+        max_model_len: tokens of the longest sequence; None for the base's own, or what fits.
+    Raises:
+        InvalidRequest: the base has no such context.
     """
+    context = max_model_len or config.max_position
+    if context > config.max_position:
+        raise InvalidRequest(
+            f"max_model_len {context} is more than the {config.max_position} tokens that the base was made for; lower it",
+            param="max_model_len",
+        )
     sizes = FusedSizes(config, shape, num_slots, max_batch_tokens, dtype, _META)
-    step = step_bytes(config, max_batch_tokens, config.max_position, dtype.itemsize)
+    step = step_bytes(config, max_batch_tokens, context, dtype.itemsize)
     recorded, per_page = recorded_bytes(config, max_num_seqs), sizes.bytes_per_block(block_size)
     allowed = int(total_bytes * utilization)
     room = allowed - held_bytes - sizes.weight_bytes - sizes.made_bytes - step - recorded
-    most = 2 * max_num_seqs * -(-config.max_position // block_size)  # all rows at the full context, and as much for who begins the same
-    num_pages = min(max(room, 0) // per_page, most)
+    whole = -(-context // block_size)
+    most = 2 * max_num_seqs * whole  # all rows at the full context, and as much for who begins the same
+    least = 1 if max_model_len is None else whole
+    fitting = max(room, 0) // per_page
+    num_pages = min(fitting, most) if fitting >= least else 0
     return MemoryPlan(
         total=total_bytes,
         reserve=total_bytes - allowed,
@@ -252,8 +270,9 @@ def plan(
         recorded=recorded,
         kv_cache=num_pages * per_page,
         unused=max(room - num_pages * per_page, 0) if num_pages else 0,
-        short=0 if num_pages else per_page - room,
+        short=0 if num_pages else least * per_page - room,
+        fitting_context=0 if num_pages else fitting * block_size,
         num_pages=num_pages,
         block_size=block_size,
-        max_position=config.max_position,
+        max_context=context,
     )

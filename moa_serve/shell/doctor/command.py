@@ -54,6 +54,12 @@ def doctor(
     num_slots: Annotated[
         int | None, typer.Option("--num-slots", min=1, help="With --plan, adapters that one batch can mix.", show_default="8")
     ] = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            "--max-model-len", min=1, help="With --plan, tokens of the longest sequence.", show_default="the base's own, or what fits"
+        ),
+    ] = None,
     adapters_dir: Annotated[
         Path | None,
         typer.Option(
@@ -82,7 +88,16 @@ def doctor(
         typer.echo("do not trust it, because torch failed")
         raise typer.Exit(UNTRUSTED) from None
     if plan:
-        _plan(model, shapes, memory, num_slots, adapters_dir, json_file)
+        with terminal.spinner("Loading the parts"):
+            from moa_serve.shell.doctor import plan as planning
+            from moa_serve.shell.doctor import report
+        sizes = list(dict.fromkeys(memory or planning.MEMORY))
+        found = planning.outlook(model, shapes, sizes, num_slots=num_slots, max_model_len=max_model_len, adapters_dir=adapters_dir)
+        planning.show(terminal.output(), found)
+        if json_file is not None:
+            _write(json_file, report.write(planning.to_json(found)))
+        if not found.fits:
+            raise typer.Exit(UNTRUSTED)
         return
     with terminal.spinner("Loading the parts"):
         from moa_serve.shell.doctor import report
@@ -113,32 +128,13 @@ def _check_plan(command: typer.Context, is_plan: bool, shapes: str | None) -> No
         sources = {name: command.get_parameter_source(name) for name in names}
         return next((name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"), None)
 
-    meant = given("backend", "device", "quick") if is_plan else given("shapes", "memory", "num_slots", "adapters_dir")
+    meant = given("backend", "device", "quick") if is_plan else given("shapes", "memory", "num_slots", "max_model_len", "adapters_dir")
     if meant is not None:
         option = "--" + meant.replace("_", "-")
         told = "a plan is of the triton backend on CUDA, and checks nothing" if is_plan else "it is for --plan"
         raise InvalidRequest(f"{option}: {told}; leave it out{'' if is_plan else ', or add that'}", param=meant)
     if shapes is not None and given("model"):
         raise InvalidRequest("--shapes is a base of its own; give it or --model", param="shapes")
-
-
-def _plan(
-    model: str | None,
-    shapes: str | None,
-    memory: list[int] | None,
-    num_slots: int | None,
-    adapters_dir: Path | None,
-    json_file: Path | None,
-) -> None:
-    with terminal.spinner("Loading the parts"):
-        from moa_serve.shell.doctor import plan, report
-
-    found = plan.outlook(model, shapes, list(dict.fromkeys(memory or plan.MEMORY)), num_slots, adapters_dir)
-    plan.show(terminal.output(), found)
-    if json_file is not None:
-        _write(json_file, report.write(plan.to_json(found)))
-    if not found.fits:
-        raise typer.Exit(UNTRUSTED)
 
 
 def _write(file: Path, text: str) -> None:

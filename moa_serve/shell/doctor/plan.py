@@ -102,11 +102,19 @@ class Outlook:
         return any(not found.short for found in self.plans.values())
 
 
-def outlook(model: str | None, shapes: str | None, memory: Sequence[int], num_slots: int | None, adapters_dir: Path | None) -> Outlook:
+def outlook(
+    model: str | None,
+    shapes: str | None,
+    memory: Sequence[int],
+    *,
+    num_slots: int | None = None,
+    max_model_len: int | None = None,
+    adapters_dir: Path | None = None,
+) -> Outlook:
     """What the command shows.
 
     Raises:
-        MoaError: there is no such base here, or the folder of adapters cannot be read.
+        MoaError: there is no such base here, it has no such context, or the folder of adapters cannot be read.
     """
     name, config = _base(model, shapes)
     options = EngineOptions() if num_slots is None else EngineOptions(num_slots=num_slots)
@@ -126,6 +134,7 @@ def outlook(model: str | None, shapes: str | None, memory: Sequence[int], num_sl
             dtype=DTYPE,
             total_bytes=card_bytes(size),
             utilization=GPU_MEMORY_UTILIZATION,
+            max_model_len=max_model_len,
         )
         for size in memory
     }
@@ -190,7 +199,7 @@ def _cards(found: Outlook) -> Table:
             cells = (f"{part / 2**30:.2f} {100 * part / one.total:5.1f}%" for part, one in zip(parts, plans, strict=True))
             table.add_row(label, *cells)
     counted = {"tokens in the KV cache": [one.num_tokens for one in plans], "context that is served": [one.served_context for one in plans]}
-    full = plans[0].max_position
+    full = plans[0].max_context
     counted |= {f"sequences of {size:,} tokens": [one.num_sequences(size) for one in plans] for size in _contexts(full)}
     for label, counts in counted.items():
         table.add_row(label, *(f"{count:,}" for count in counts))
@@ -219,8 +228,8 @@ def to_json(found: Outlook) -> dict[str, Any]:
     cards = []
     for size, one in found.plans.items():
         parts = asdict(one)
-        counts = {name: parts.pop(name) for name in ("num_pages", "block_size", "max_position")}
-        sequences = {str(context): one.num_sequences(context) for context in _contexts(one.max_position)}
+        counts = {name: parts.pop(name) for name in ("fitting_context", "num_pages", "block_size", "max_context")}
+        sequences = {str(context): one.num_sequences(context) for context in _contexts(one.max_context)}
         cards.append(
             {"memory_gb": size, "fits": not one.short, "remedy": one.remedy, "bytes": parts}
             | counts

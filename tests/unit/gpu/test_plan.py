@@ -100,15 +100,15 @@ def test_what_is_made_with_the_steps_is_what_was_planned_for_them() -> None:
     assert planning.recorded_bytes(CONFIG, 99) == sum(planning.ROW_BUCKETS) * 2 * 4096 * 4
 
 
-@pytest.mark.parametrize("share", [0.9, 0.5, 1.0])
-def test_the_engine_plans_the_same_pages(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("share", "context"), [(0.9, None), (0.5, None), (0.5, 8192), (1.0, 131_072)])
+def test_the_engine_plans_the_same_pages(share: float, context: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots and workspace are in memory when the engine plans: counted again, they would take room from sequences."""
     config, shape, total = SHAPES["llama-3.1-8b"], SlotShape.usual(), 48 * GIB
     expected = plan(
         config, shape, num_slots=8, max_num_seqs=32, max_batch_tokens=256, block_size=16, dtype=torch.bfloat16, total_bytes=total,
-        utilization=share, held_bytes=GIB,
+        utilization=share, held_bytes=GIB, max_model_len=context,
     )  # fmt: skip
-    options = EngineOptions(gpu_memory_utilization=share)
+    options = EngineOptions(gpu_memory_utilization=share, max_model_len=context)
     sizes = FusedSizes(config, shape, 8, 256, torch.bfloat16, torch.device("cuda"))
     free = total - GIB - sizes.weight_bytes
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)

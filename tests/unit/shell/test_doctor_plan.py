@@ -36,7 +36,7 @@ def test_the_tables_name_every_part_and_what_fits() -> None:
     assert {"embedding", "layers", "norm and head", "slots, among the weights", "slots, beside them", "KV cache"} <= lines.keys()
     assert lines["the card, as it reports it"][-6::2] == ["16.00", "23.99", "79.65"]
     assert lines["layers"][-6::2] == ["13.00"] * 3
-    full = plan.outlook(None, "llama-3.1-8b", [80], None, None).plans[80]
+    full = plan.outlook(None, "llama-3.1-8b", [80]).plans[80]
     assert lines["context that is served"][-3] == "0"
     assert lines["context that is served"][-1] == "131,072"
     assert lines["sequences of 2,048 tokens"][-1] == f"{full.num_sequences(2048):,}"
@@ -50,6 +50,18 @@ def test_where_nothing_fits_the_exit_code_says_so() -> None:
     result = planned("--shapes", "llama-3.1-8b", "--memory", 24, "--num-slots", 100)
     assert result.exit_code == 1
     assert "GiB are missing; lower num_slots" in result.stdout
+
+
+def test_a_shorter_context_leaves_more_of_a_small_card_to_sequences() -> None:
+    """Long prompts are masked for their whole context: a card is planned for the longest one that is allowed."""
+    full, short = (plan.outlook(None, "llama-3.1-8b", [24], max_model_len=length).plans[24] for length in (None, 8192))
+    assert short.num_tokens > full.num_tokens
+    assert (short.served_context, short.num_sequences(8192)) == (8192, short.num_tokens // 8192)
+    result = planned("--shapes", "llama-3.1-8b", "--memory", 24, "--max-model-len", 65_536)
+    assert result.exit_code == 1
+    assert "GiB are missing; lower max_model_len to " in result.stdout
+    fitting = result.stdout.split("max_model_len to ")[1].split()[0]
+    assert planned("--shapes", "llama-3.1-8b", "--memory", 24, "--max-model-len", fitting).exit_code == 0
 
 
 def test_a_config_is_enough_and_json_is_not_private(folder: Path, tmp_path: Path) -> None:
@@ -72,11 +84,11 @@ def test_a_config_is_enough_and_json_is_not_private(folder: Path, tmp_path: Path
 def test_slots_are_as_large_as_the_adapters_of_the_folder(folder: Path, tmp_path: Path) -> None:
     adapters = tmp_path / "adapters"
     adapters.mkdir()
-    usual = plan.outlook(str(folder), None, [1], 3, adapters)
+    usual = plan.outlook(str(folder), None, [1], num_slots=3, adapters_dir=adapters)
     assert usual.slots.endswith("the folder holds no adapter")
     for family in ("lora", "molora"):
         write_family(adapters / family, family)
-    found = plan.outlook(str(folder), None, [1], 3, adapters)
+    found = plan.outlook(str(folder), None, [1], num_slots=3, adapters_dir=adapters)
     shape = SlotShape.union(SlotShape.of(random_adapter(family)[0]) for family in ("lora", "molora"))
     rows = SlotLayout(ModelConfig.from_hf(TINY), shape, is_exact=False).row_bytes(2)
     assert found.plans[1].slot_rows == 3 * rows != usual.plans[1].slot_rows
@@ -103,6 +115,8 @@ def test_what_a_slot_costs_is_what_stands_in_it() -> None:
         (("--plan", "--shapes", "gpt-2"), "must be one of llama-3.2-1b, llama-3.1-8b"),
         (("--plan", "--model", "no-such-folder"), "no such folder"),
         (("--plan", "--model", "nobody/never-fetched"), "a plan fetches nothing; give --shapes"),
+        (("--plan", "--shapes", "llama-3.1-8b", "--max-model-len", "131073"), "is more than the 131072 tokens"),
+        (("--max-model-len", "8192"), "--max-model-len: it is for --plan"),
         (("--plan", "--memory", "0"), "greater than or equal to 1"),
     ],
 )
