@@ -27,7 +27,7 @@ from moa_serve.adapter.manifest import Manifest
 from moa_serve.adapter.rules import RoutingOptions, RoutingRules, rules_for
 from moa_serve.adapter.store import AdapterStore
 from moa_serve.config import ModelConfig
-from moa_serve.engine.engine import Collected, Engine, EngineOptions, TokenEvent
+from moa_serve.engine.engine import Collected, Engine, EngineOptions, TokenEvent, plan_memory
 from moa_serve.engine.guide import GrammarCompiler
 from moa_serve.engine.request import Request, SamplingParams, TokenLogprob
 from moa_serve.engine.routing import Routing
@@ -35,6 +35,7 @@ from moa_serve.engine.self_test import judge, read_scores, score_request, trial_
 from moa_serve.errors import AdapterError, AdapterNotFound, InvalidRequest, MoaError, shown
 from moa_serve.gpu.available import why_no_kernels
 from moa_serve.gpu.layout import SlotShape
+from moa_serve.gpu.plan import FusedSizes
 from moa_serve.model.backend import Backend
 from moa_serve.model.counters import RoutingTotals
 from moa_serve.model.devices import has_gpu, why_no_cuda
@@ -743,6 +744,8 @@ def new_model(
         options: what the engine is to have: a GPU's slots are as many, and a step's buffers hold as many tokens.
         adapters: those that are known now: a GPU's slots are made as large as the largest of them, where no `shape` says it.
         may_fall_back: where the GPU's kernels fail their trial, compute by torch.
+    Raises:
+        InvalidRequest: a GPU has no room for what `options` ask of it; nothing was allocated.
     """
     if backend == "torch":
         return Transformer.packed(base.config, base.weights)
@@ -756,7 +759,16 @@ def _fused(base: Base, options: EngineOptions, shape: SlotShape, *, may_fall_bac
     from moa_serve.gpu.model import FusedTransformer  # here: Triton is not everywhere, and takes a second to import
     from moa_serve.gpu.trial import what_is_wrong
 
-    model = FusedTransformer(base.config, base.weights, num_slots=options.num_slots, shape=shape, max_tokens=options.max_batch_tokens)
+    weights = base.weights.embed
+    plan_memory(FusedSizes(base.config, shape, options.num_slots, options.max_batch_tokens, weights.dtype, weights.device), options)
+    model = FusedTransformer(
+        base.config,
+        base.weights,
+        num_slots=options.num_slots,
+        shape=shape,
+        max_tokens=options.max_batch_tokens,
+        max_rows=options.max_num_seqs,
+    )
     if model.device.type != "cuda":  # interpreted, for tests, which are a longer trial
         return model
     reason = what_is_wrong(model, Transformer(base.config, base.weights))

@@ -39,8 +39,8 @@ from moa_serve.errors import (
     shown,
     sized,
 )
-from moa_serve.model.backend import Backend
-from moa_serve.model.bank import AdapterBank, bytes_per_slot
+from moa_serve.model.backend import Backend, Sizes
+from moa_serve.model.bank import AdapterBank
 from moa_serve.model.counters import RouterCounters, RoutingTotals
 from moa_serve.model.memory import available_bytes, release_memory, total_bytes
 
@@ -570,8 +570,10 @@ def _nothing_to_choose() -> MoaError:
     return InvalidRequest("logit_bias, min_tokens and stop_token_ids leave no token to choose", param="logit_bias")
 
 
-def plan_memory(model: Backend, options: EngineOptions) -> tuple[int, int]:
+def plan_memory(model: Sizes, options: EngineOptions) -> tuple[int, int]:
     """(blocks, served context in tokens) under `options` and the memory that is free now, beside the base's weights.
+
+    Of a model that is still to be made, too: what does not fit is refused before it is allocated.
 
     Raises:
         InvalidRequest: the sizes that were asked for do not fit together; the message has the bytes of each part.
@@ -592,7 +594,7 @@ def plan_memory(model: Backend, options: EngineOptions) -> tuple[int, int]:
         )
     parts = {
         "max_batch_tokens": model.step_bytes(options.max_batch_tokens, context),
-        "num_slots": options.num_slots * (bytes_per_slot(model.config, model.adapter_dtype) + SLOT_BYTES),
+        "num_slots": model.slots_bytes(options.num_slots) + (0 if is_gpu else options.num_slots * SLOT_BYTES),  # the table is the host's
         "max_num_seqs": model.recorded_bytes(options.max_num_seqs, context),
     }
     free = available_bytes(model.device)
@@ -629,14 +631,15 @@ def plan_memory(model: Backend, options: EngineOptions) -> tuple[int, int]:
     return blocks + 1, served  # page 0 is padding
 
 
-def _gpu_room(model: Backend, options: EngineOptions, parts: Mapping[str, int], free: int, per_block: int) -> int:
+def _gpu_room(model: Sizes, options: EngineOptions, parts: Mapping[str, int], free: int, per_block: int) -> int:
     """Bytes for the KV cache, at least a page. Raises InvalidRequest: there is no room for one."""
     total = total_bytes(model.device)
     share = GPU_MEMORY_UTILIZATION if options.gpu_memory_utilization is None else options.gpu_memory_utilization
     room = kv_cache_room(total, share, total - free, *parts.values())
     if room >= per_block:
         return room
-    others = max(0, total - free - model.weight_bytes)
+    others = max(0, total - free - model.weight_bytes - model.beside_bytes)
+    beside = f", slots and buffers {sized(model.beside_bytes)}" if model.beside_bytes else ""
     largest = max(parts, key=lambda name: parts[name])
     remedies = [f"lower {largest}"]
     if share < 1:
@@ -645,7 +648,7 @@ def _gpu_room(model: Backend, options: EngineOptions, parts: Mapping[str, int], 
         remedies.append("end who else holds the device")
     raise InvalidRequest(
         f"memory is short on {model.device}: gpu_memory_utilization {share:g} allows {sized(int(total * share))} of {sized(total)}, of "
-        f"which the base's weights hold {sized(model.weight_bytes)} and all else that runs there {sized(others)}; "
+        f"which the base's weights hold {sized(model.weight_bytes)}{beside} and all else that runs there {sized(others)}; "
         f"{_parts_text(parts, options)}, and a page of the KV cache {sized(per_block)}; {', or '.join(remedies)}",
         param=largest,
     )
@@ -653,8 +656,6 @@ def _gpu_room(model: Backend, options: EngineOptions, parts: Mapping[str, int], 
 
 def _parts_text(parts: Mapping[str, int], options: EngineOptions) -> str:
     """What there must be room for beside the KV cache."""
+    slots = f", num_slots {options.num_slots} takes {sized(parts['num_slots'])}" if parts["num_slots"] else ""
     recorded = f", recorded steps of max_num_seqs {options.max_num_seqs} {sized(parts['max_num_seqs'])}" if parts["max_num_seqs"] else ""
-    return (
-        f"buffers for max_batch_tokens {options.max_batch_tokens} take {sized(parts['max_batch_tokens'])}, num_slots {options.num_slots} "
-        f"takes {sized(parts['num_slots'])}{recorded}"
-    )
+    return f"buffers for max_batch_tokens {options.max_batch_tokens} take {sized(parts['max_batch_tokens'])}{slots}{recorded}"

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moa_serve.gpu.plan import ROW_BUCKETS
 from moa_serve.gpu.step import HostNumbers, StepBuffers
 from moa_serve.model.graphs import Recorder, Replay
 
 logger = logging.getLogger(__name__)
 
-ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _CHUNK_FIELDS = 8
 _LEAST_WIDTH = 16  # pages of a row that are copied at least, so that copies have few shapes
 

@@ -280,11 +280,14 @@ class SlotLayout:
         """Numbers in a row of a product's weights."""
         return linear_shape(self.config, {"QKV": "Q", "O": "O", "GATE_UP": "UP", "DOWN": "DOWN"}[product])[1]
 
+    def row_bytes(self, itemsize: int) -> int:
+        """Of one slot in all layers, what stands among the base's weights; `itemsize`: of a number of the base."""
+        return self.config.num_layers * sum(section.rows * self.inputs(product) for product, section in self.sections.items()) * itemsize
+
     def slot_bytes(self, itemsize: int) -> int:
-        """Of one slot in all layers; `itemsize`: of a number of the base."""
-        rows = sum(section.rows * self.inputs(product) for product, section in self.sections.items())
-        layer = (rows + self.matrices.size) * itemsize + 4 * (self.ints.size + self.floats.size + self.prompt_numbers)
-        return self.config.num_layers * layer
+        """Of one slot in all layers, with what stands beside the weights."""
+        beside = self.matrices.size * itemsize + 4 * (self.ints.size + self.floats.size + self.prompt_numbers)
+        return self.row_bytes(itemsize) + self.config.num_layers * beside
 
 
 class Fields:

@@ -21,9 +21,11 @@ from moa_serve.config import ModelConfig
 from moa_serve.gpu import kernels
 from moa_serve.gpu.attention import Prompts, SplitResults, decode_attention
 from moa_serve.gpu.constants import Constants, Site
-from moa_serve.gpu.graphs import ROW_BUCKETS, RowGraphs, StaticStep
+from moa_serve.gpu.graphs import RowGraphs, StaticStep
 from moa_serve.gpu.launch import Launch, launch
 from moa_serve.gpu.layout import PRODUCTS, SlotLayout, SlotShape, block
+from moa_serve.gpu.plan import ROW_BUCKETS, FusedSizes, num_splits, recorded_bytes, step_bytes
+from moa_serve.gpu.plan import TILE as _TILE
 from moa_serve.gpu.rules import RuleTable
 from moa_serve.gpu.slots import Images, SlotBank, SlottedAdapter, image, slotted
 from moa_serve.gpu.step import HostNumbers, StepBuffers, host_numbers, runs_of
@@ -47,8 +49,6 @@ from moa_serve.model.weights import BaseWeights, LayerWeights
 
 logger = logging.getLogger(__name__)
 
-_NUM_SPLITS, _ONE_SPLIT = 8, 1024  # programs that share a row's keys; and the context that one alone has
-_TILE = 128  # columns of a program of `residual`, `act` and `embed`
 _ATTRIBUTES = {"QKV": "qkv", "O": "o", "GATE_UP": "gate_up", "DOWN": "down"}
 
 
@@ -70,7 +70,7 @@ class FusedCache(KVCache):
 
 
 class Workspace:
-    """Intermediate results of up to `max_tokens` tokens, at fixed addresses, so that a step allocates nothing."""
+    """Intermediate results of up to `max_tokens` tokens, at fixed addresses, so that a step allocates nothing. plan.py counts its bytes."""
 
     def __init__(
         self, config: ModelConfig, layout: SlotLayout, rows: dict[str, int], max_tokens: int, dtype: torch.dtype, device: torch.device
@@ -116,13 +116,6 @@ class Workspace:
             wide=self._wide,
         )
 
-    @staticmethod
-    def bytes_per_token(config: ModelConfig, layout: SlotLayout, rows: dict[str, int], itemsize: int) -> int:
-        doubled = 2 if layout.shape.residual else 1
-        floats = max(doubled * rows["QKV"], rows["O"], rows["DOWN"]) + rows["GATE_UP"]
-        floats += 2 * -(-config.hidden_size // _TILE) + config.num_layers * max(layout.word_width, 1)
-        return 4 * floats + itemsize * (2 * config.hidden_size + 2 * config.q_size + 2 * config.kv_size + config.intermediate_size)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Views:
@@ -160,7 +153,7 @@ class FusedTransformer:
     Args:
         weights: on the device; taken over: they move into buffers that have the slots' rows behind the base's.
         num_slots: adapters at once. shape: the largest that a slot takes.
-        max_tokens: of a step.
+        max_tokens: of a step. max_rows: of one that is recorded.
         launch: calls a kernel. recorder: of decode steps; by default CUDA graphs on a GPU, and nothing is recorded elsewhere.
     """
 
@@ -174,12 +167,12 @@ class FusedTransformer:
         num_slots: int,
         shape: SlotShape,
         max_tokens: int,
+        max_rows: int = ROW_BUCKETS[-1],
         launch: Launch = launch,
         recorder: Recorder | None = None,
     ) -> None:
-        self._launch = launch
-        # A row's sums depend on how many programs share them, so it is the same in every step.
-        self._num_splits = 1 if config.max_position <= _ONE_SPLIT else _NUM_SPLITS
+        self._launch, self._max_rows = launch, max_rows
+        self._num_splits = num_splits(config)
         self._splits: SplitResults | None = None
         self.config, self.device = config, weights.embed.device
         self._dtype = weights.embed.dtype
@@ -220,14 +213,21 @@ class FusedTransformer:
     def weight_bytes(self) -> int:
         return self.weights.num_bytes
 
+    @property
+    def beside_bytes(self) -> int:
+        sizes = FusedSizes(self.config, self.layout.shape, self.bank.num_slots, self._workspace.max_tokens, self._dtype, self.device)
+        return sizes.made_bytes
+
+    def slots_bytes(self, num_slots: int) -> int:
+        """They were allocated with the model."""
+        return 0
+
     def step_bytes(self, num_tokens: int, context: int) -> int:
-        """Of logits, and of what attention of a long prompt gathers; the rest was allocated with the model."""
-        gathered, mask = 2 * context * self.config.kv_size, num_tokens * context
-        return (gathered + mask) * self._dtype.itemsize + 2 * num_tokens * self.config.vocab_size * 4
+        """The workspace was allocated with the model."""
+        return step_bytes(self.config, num_tokens, context, self._dtype.itemsize)
 
     def recorded_bytes(self, num_rows: int, context: int) -> int:
-        """Logits of the recorded steps; all else that they write was allocated with the model."""
-        return sum(min(rows, num_rows) for rows in ROW_BUCKETS) * 2 * self.config.vocab_size * 4
+        return recorded_bytes(self.config, num_rows)
 
     def bytes_per_block(self, block_size: int) -> int:
         return KVCache.bytes_per_block(self.config, block_size, self._dtype)
@@ -235,7 +235,7 @@ class FusedTransformer:
     def new_cache(self, num_blocks: int, block_size: int) -> FusedCache:
         self._cache = FusedCache(self.config, num_blocks, block_size, self._dtype, self.device)
         if self._graphs is not None:
-            most = min(self._workspace.max_tokens, ROW_BUCKETS[-1])
+            most = min(self._workspace.max_tokens, next((rows for rows in ROW_BUCKETS if rows >= self._max_rows), ROW_BUCKETS[-1]))
             self._split_results(most)  # recorded steps keep where it stands
             width = min(num_blocks, -(-self.config.max_position // block_size))
             with torch.inference_mode():

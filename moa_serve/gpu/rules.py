@@ -31,6 +31,10 @@ class RuleTable:
         self.thresholds = torch.zeros(shape, device=device)
 
     @property
+    def num_bytes(self) -> int:
+        return self.ints.nbytes + self.thresholds.nbytes
+
+    @property
     def stride(self) -> int:
         """Of a row, in rules."""
         return self.thresholds[0].numel()

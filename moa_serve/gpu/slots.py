@@ -288,6 +288,11 @@ class SlotBank:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._copied: list[tuple[torch.cuda.Event, SlotImage]] = []  # what copies may still read
 
+    @property
+    def num_bytes(self) -> int:
+        """Beside the base's weights."""
+        return sum(part.nbytes for part in (self.ints, self.floats, self.matrices, self.prompt))
+
     def fill(self, slot: int, found: SlotImage) -> None:
         """Copy an adapter into its slot. Who computes next on the current stream waits for it; nobody else does."""
         with self._copying() as is_pinned:

@@ -26,27 +26,11 @@ class Cache(Protocol):
         ...
 
 
-class Backend(Protocol):
-    """Owned by the engine thread."""
-
-    @property
-    def name(self) -> str: ...
+class Sizes(Protocol):
+    """What the engine plans memory with, of a backend that is there or of one that is still to be made."""
 
     @property
     def config(self) -> ModelConfig: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def base_dtype(self) -> str:
-        """In what the base's matrices stand: "float32", "bfloat16", or "int8", with which bfloat16 is computed."""
-        ...
-
-    @property
-    def adapter_dtype(self) -> torch.dtype:
-        """Of the matrices of an adapter in its slot."""
-        ...
 
     @property
     def device(self) -> torch.device: ...
@@ -54,6 +38,15 @@ class Backend(Protocol):
     @property
     def weight_bytes(self) -> int:
         """Of the base, as it is held."""
+        ...
+
+    @property
+    def beside_bytes(self) -> int:
+        """Of slots and buffers that are held beside the base since the model was made; 0 where each comes when it is needed."""
+        ...
+
+    def slots_bytes(self, num_slots: int) -> int:
+        """Of adapters in so many slots, about, as far as it is not in `beside_bytes`."""
         ...
 
     def step_bytes(self, num_tokens: int, context: int) -> int:
@@ -66,6 +59,26 @@ class Backend(Protocol):
 
     def bytes_per_block(self, block_size: int) -> int:
         """Of the cache: a page of all layers."""
+        ...
+
+
+class Backend(Sizes, Protocol):
+    """Owned by the engine thread."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def base_dtype(self) -> str:
+        """In what the base's matrices stand: "float32", "bfloat16", or "int8", with which bfloat16 is computed."""
+        ...
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """Of the matrices of an adapter in its slot."""
         ...
 
     def new_cache(self, num_blocks: int, block_size: int) -> Cache:
@@ -122,4 +135,4 @@ class Backend(Protocol):
         ...
 
 
-__all__ = ["PARTS", "Backend", "Cache", "PreparedAdapter"]
+__all__ = ["PARTS", "Backend", "Cache", "PreparedAdapter", "Sizes"]

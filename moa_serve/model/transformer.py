@@ -20,6 +20,7 @@ from moa_serve.adapter.adapter import Adapter
 from moa_serve.adapter.rules import RouterRule
 from moa_serve.config import ModelConfig
 from moa_serve.model.attention import Attention, KVCache
+from moa_serve.model.bank import bytes_per_slot
 from moa_serve.model.batch import Expert, ForwardBatch, PooledRows
 from moa_serve.model.build import build
 from moa_serve.model.clock import PartClock
@@ -194,6 +195,13 @@ class Transformer:
     @property
     def weight_bytes(self) -> int:
         return self.weights.num_bytes
+
+    @property
+    def beside_bytes(self) -> int:
+        return 0
+
+    def slots_bytes(self, num_slots: int) -> int:
+        return num_slots * bytes_per_slot(self.config, self.adapter_dtype)
 
     def step_bytes(self, num_tokens: int, context: int) -> int:
         c = self.config

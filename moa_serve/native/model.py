@@ -22,6 +22,7 @@ from moa_serve.adapter.adapter import Adapter
 from moa_serve.config import ModelConfig
 from moa_serve.errors import EngineError, InvalidRequest, ModelUnsupported, OutOfMemory
 from moa_serve.model.attention import CachedSpan
+from moa_serve.model.bank import bytes_per_slot
 from moa_serve.model.batch import ForwardBatch, Segment, SegmentTrace
 from moa_serve.model.build import build
 from moa_serve.model.memory import available_bytes
@@ -214,6 +215,13 @@ class NativeModel:
     @property
     def weight_bytes(self) -> int:
         return self._base.num_bytes
+
+    @property
+    def beside_bytes(self) -> int:
+        return 0
+
+    def slots_bytes(self, num_slots: int) -> int:
+        return num_slots * bytes_per_slot(self.config, self.adapter_dtype)
 
     def step_bytes(self, num_tokens: int, context: int) -> int:
         """What `MoaEngine::reserve` of library.cpp takes, and the logits."""

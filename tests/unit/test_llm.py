@@ -177,9 +177,9 @@ def test_an_adapter_is_laid_out_once(base: Path, backend: str, tmp_path: Path, m
     with LLM(base, **computing(backend), kv_cache_bytes=2**21) as llm:
         prepare = llm._engine.model.prepare
 
-        def counted(adapter: Adapter) -> PreparedAdapter:
+        def counted(adapter: Adapter, slot: int | None = None) -> PreparedAdapter:
             prepared.append(adapter.revision)
-            return prepare(adapter)
+            return prepare(adapter, slot)
 
         monkeypatch.setattr(llm._engine.model, "prepare", counted)
         loaded = llm.load_adapter("a", write_family(tmp_path / "a", "soft"))

@@ -187,7 +187,7 @@ def base(subject: Subject) -> Finding:
     """Whether the base is on this machine and whole, as far as headers tell. Fetches nothing."""
     named = NAME if subject.model is None else "the base of --model"
     try:
-        folder = _base_folder(subject.model)
+        folder = base_folder(subject.model)
         if folder is None:
             return Finding("warning", f"{named} was not fetched yet", "the first start fetches it, and needs a network for that")
         if folder.is_file():
@@ -346,7 +346,7 @@ def _processor() -> tuple[set[str], str]:
     return set(), platform.machine()
 
 
-def _base_folder(model: str | None) -> Path | None:
+def base_folder(model: str | None) -> Path | None:
     """Where it is on this machine, a file where that is a GGUF; None where it must be fetched first. Raises ModelNotFound."""
     if model is None:
         return fetched_folder()
@@ -364,7 +364,7 @@ def _base_folder(model: str | None) -> Path | None:
 def _weight_bytes(subject: Subject) -> int | None:
     """Of the base in the dtype that would be served; None where only its conversion or download would tell."""
     with suppress(MoaError, OSError):
-        folder = _base_folder(subject.model)
+        folder = base_folder(subject.model)
         if folder is None or folder.is_file():
             return None if subject.model is not None else _DEFAULT_WEIGHTS * _itemsize(subject)
         return _num_weights(check_folder(folder)[0]) * _itemsize(subject)

@@ -8,7 +8,7 @@ import torch
 
 from moa_serve.bench.shapes import SHAPES
 from moa_serve.engine.engine import GPU_MEMORY_UTILIZATION, EngineOptions, plan_memory
-from moa_serve.engine.pools import SLOT_BYTES, kv_cache_room
+from moa_serve.engine.pools import kv_cache_room
 from moa_serve.errors import InvalidRequest
 from moa_serve.model.bank import bytes_per_slot
 from moa_serve.model.graphs import DecodeGraphs
@@ -47,7 +47,7 @@ def model() -> Transformer:
 
 
 def beside_the_cache(model: Transformer, options: EngineOptions, context: int) -> int:
-    slots = options.num_slots * (bytes_per_slot(model.config, torch.bfloat16) + SLOT_BYTES)
+    slots = options.num_slots * bytes_per_slot(model.config, torch.bfloat16)
     return model.step_bytes(options.max_batch_tokens, context) + slots + model.recorded_bytes(options.max_num_seqs, context)
 
 
