@@ -465,14 +465,13 @@ class FusedTransformer:
         """Products of each token with its own slot's rows, where these stand in buffers of their own."""
         bank, layout = self.bank, self.layout
         rows, low = bank.rows[product][index], Low(views.low[product], 0)
-        section, width = layout.sections[product].rows, inputs.shape[1]
+        section = layout.sections[product].rows
         router_rows = layout.parts * layout.gate_rows if product == "QKV" and layout.shape.residual else 0
         self._launch(
             shrink, (len(step.chunks), num_tiles(section, router_rows), low.splits),
-            step.chunks, inputs, views.x, rows, section * width, low.first, low.stride, low.split,
-            bank.ints[:, index], bank.ints.stride(0), width,
-            ROWS=section, ROUTER_ROWS=router_rows, AT_RESIDUAL=self._constants.at_residual, C=kernels.CHUNK, N=TILE, BLOCK=BLOCK,
-            SPLITS=low.splits, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+            step.chunks, inputs, views.x, rows, low.first, low.split, bank.ints[:, index], bank.ints.stride(0),
+            K=inputs.shape[1], ROWS=section, ROUTER_ROWS=router_rows, AT_RESIDUAL=self._constants.at_residual, C=kernels.CHUNK, N=TILE,
+            BLOCK=BLOCK, SPLITS=low.splits, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
         )  # fmt: skip
         return low
 

@@ -33,14 +33,14 @@ def num_tiles(rows: int, router_rows: int) -> int:
 
 @triton.jit
 def shrink(
-    chunks_ptr, a_ptr, x_ptr, rows_ptr, rows_slot, low_ptr, low_stride, split_stride, ints_ptr, ints_slot, K,
-    ROWS: tl.constexpr, ROUTER_ROWS: tl.constexpr, AT_RESIDUAL: tl.constexpr, C: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
+    chunks_ptr, a_ptr, x_ptr, rows_ptr, low_ptr, split_stride, ints_ptr, ints_slot,
+    K: tl.constexpr, ROWS: tl.constexpr, ROUTER_ROWS: tl.constexpr, AT_RESIDUAL: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """low[split, token, row] = the sum over a part of the K inputs, in float32. Grid: (chunks, num_tiles(ROWS, ROUTER_ROWS), SPLITS).
 
-    Chunks as kernels.py has them; those of the base alone, and empty ones, write nothing. A slot's section has ROWS rows, of which the
-    first ROUTER_ROWS, its layer router's, read x in place of a where the slot's `residual` is not 0.
+    `a` and `x` (T, K), `rows` (S, ROWS, K), `low` (SPLITS, T, ROWS). Chunks as kernels.py has them; those of the base alone, and empty
+    ones, write nothing. The first ROUTER_ROWS, the layer router's, read x in place of a where the slot's `residual` is not 0.
     """
     chunk = chunks_ptr + tl.program_id(0) * 8
     start, count, slot = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2)
@@ -55,7 +55,7 @@ def shrink(
         is_row = rows < tl.where(is_router, ROUTER_ROWS, ROWS)
         own = tl.arange(0, C)
         tokens, mask = start + own, own < count
-        weight_ptr = rows_ptr + slot.to(tl.int64) * rows_slot + rows[:, None] * K
+        weight_ptr = rows_ptr + slot.to(tl.int64) * (ROWS * K) + rows[:, None] * K
         inputs_ptr += tokens[:, None] * K
         part = tl.cdiv(tl.cdiv(K, BLOCK), SPLITS) * BLOCK
         acc = tl.zeros((C, N), tl.float32)
@@ -65,5 +65,5 @@ def shrink(
             values = tl.load(inputs_ptr + columns[None, :], mask=mask[:, None] & is_column, other=0.0)
             weight = tl.load(weight_ptr + columns[None, :], mask=is_row[:, None] & is_column, other=0.0)
             acc += dot(values, tl.trans(weight))
-        out_ptr = low_ptr + split * split_stride + tokens[:, None] * low_stride + rows[None, :]
+        out_ptr = low_ptr + split * split_stride + tokens[:, None] * ROWS + rows[None, :]
         tl.store(out_ptr, acc, mask=mask[:, None] & is_row[None, :])

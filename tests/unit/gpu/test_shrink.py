@@ -65,8 +65,8 @@ def test_every_token_meets_its_own_slots_rows_only(
     low = torch.full((splits, tokens + 1, rows), LEFT, device=DEVICE)
     given = chunks.int().to(DEVICE), a.to(DEVICE), x.to(DEVICE), weight.to(DEVICE), reads_x[:, None].int().to(DEVICE)
     shrink[len(chunks), num_tiles(rows, router_rows), splits](
-        *given[:4], rows * inputs, low, rows, low.stride(0), given[4], 1, inputs,
-        ROWS=rows, ROUTER_ROWS=router_rows, AT_RESIDUAL=0, C=16, N=TILE, BLOCK=block, SPLITS=splits,
+        *given[:4], low, low.stride(0), given[4], 1,
+        K=inputs, ROWS=rows, ROUTER_ROWS=router_rows, AT_RESIDUAL=0, C=16, N=TILE, BLOCK=block, SPLITS=splits,
     )  # fmt: skip
     found = low.cpu()
     assert (found[:, starts[2] : starts[3]] == LEFT).all(), "of the base"
@@ -149,12 +149,23 @@ def fused(base: Path, adapters: list[Adapter], gathers: bool, launch: Any) -> Fu
     return FusedTransformer(loaded.config, loaded.weights, num_slots=3, shape=shape, max_tokens=16, gathers=gathers, launch=launch)
 
 
-@pytest.mark.parametrize("family", ["soft", "soft_softmax", "sparse_fn", "molora", "hydralora", "nested_hydra", "instance"])
-def test_rows_apart_give_what_rows_among_the_weights_give(base: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "families",
+    [
+        ("soft", "soft_softmax"),  # only the first one's router reads the residual stream
+        ("soft_softmax", "soft_softmax"),
+        ("sparse_fn", "sparse_fn"),
+        ("molora", "hydralora"),
+        ("nested_hydra", "nested_hydra"),
+        ("instance", "instance"),
+    ],
+    ids="-".join,
+)
+def test_rows_apart_give_what_rows_among_the_weights_give(base: Path, families: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever reads these products must add all parts up, of its own slot, and of the layer router those with the right input."""
     monkeypatch.setattr("moa_serve.gpu.shrink._SPLIT", 16)  # 32 inputs in two parts, 48 in three
     monkeypatch.setattr("moa_serve.gpu.model.BLOCK", 16)
-    adapters = [adapter_of(family, seed) for seed in (1, 2)]
+    adapters = [adapter_of(family, seed) for seed, family in enumerate(families)]
     launches = Launches()
     apart = fused(base, adapters, True, launches)
     loaded = load_base(base, dtype=torch.float32)
@@ -163,7 +174,7 @@ def test_rows_apart_give_what_rows_among_the_weights_give(base: Path, family: st
         for model in (apart, fused(base, adapters, False, Launches()), Transformer(loaded.config, loaded.weights))
     )
     steps = [[[5, 17, 80], [44, 9], [3]], [[7], [8], [9]]]
-    for rows in steps if family == "instance" else steps[:1]:  # a pooled prompt's mean is taken in the first, and stays
+    for rows in steps if "instance" in families else steps[:1]:  # a pooled prompt's mean is taken in the first, and stays
         found = ours.step(rows)
         torch.testing.assert_close(found, theirs.step(rows), atol=2e-5, rtol=1e-5)
         torch.testing.assert_close(found, defined.step(rows), atol=2e-4, rtol=1e-4)
