@@ -24,9 +24,9 @@ from moa_serve.gpu.attention import Prompts, SplitResults, decode_attention
 from moa_serve.gpu.constants import Constants, Site
 from moa_serve.gpu.launch import Launch, launch
 from moa_serve.gpu.layout import PRODUCTS, SlotLayout, SlotShape, block
-from moa_serve.gpu.placement import Placement
+from moa_serve.gpu.placement import Placement, partial_sums
 from moa_serve.gpu.rules import RuleTable
-from moa_serve.gpu.shrink import BLOCK, NUM_STAGES, NUM_WARPS, TILE, num_splits, num_tiles, shrink
+from moa_serve.gpu.shrink import BLOCK, NUM_STAGES, NUM_WARPS, TILE, num_tiles, shrink
 from moa_serve.gpu.slots import Images, SlotBank, SlottedAdapter, image, slotted
 from moa_serve.gpu.step import HostNumbers, StepBuffers, host_numbers, runs_of
 from moa_serve.model.attention import (
@@ -96,9 +96,8 @@ class Workspace:
         self._squares, self._m_squares = new(self.num_tiles), new(self.num_tiles)
         self._low: dict[str, Tensor] = {}
         if gathers:
-            for product, section in layout.sections.items():
-                splits = num_splits(layout.inputs(product))
-                self._low[product] = new(splits * section.rows).view(splits, max_tokens, section.rows)
+            for product, (splits, own) in partial_sums(layout).items():
+                self._low[product] = new(splits * own).view(splits, max_tokens, own)
         self._words = new(config.num_layers * max(layout.word_width, 1))
         self._word_width = max(layout.word_width, 1)
         self.max_tokens = max_tokens
@@ -127,14 +126,6 @@ class Workspace:
             narrow=self._narrow,
             wide=self._wide,
         )
-
-    @staticmethod
-    def bytes_per_token(config: ModelConfig, layout: SlotLayout, rows: dict[str, int], itemsize: int, *, gathers: bool) -> int:
-        floats = max(_doubled(layout, gathers) * rows["QKV"], rows["O"], rows["DOWN"]) + rows["GATE_UP"]
-        if gathers:
-            floats += sum(num_splits(layout.inputs(product)) * section.rows for product, section in layout.sections.items())
-        floats += 2 * -(-config.hidden_size // _TILE) + config.num_layers * max(layout.word_width, 1)
-        return 4 * floats + itemsize * (2 * config.hidden_size + 2 * config.q_size + 2 * config.kv_size + config.intermediate_size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

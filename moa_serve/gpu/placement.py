@@ -1,20 +1,21 @@
 """Where the slots' rows stand: among the base's weights, or in buffers of their own (shrink.py). Arithmetic on sizes; nothing was measured.
 
 Behind the base's rows they take no launch, but a step with any adapter reads those of all slots. In buffers of their own it reads those of
-its own adapters, in four more launches a layer. So it matters how many bytes a GPU could read in the time of these launches.
+its own adapters, in four more launches a layer.
+So it matters how many bytes a GPU could read in the time of these launches. Loads no Triton.
 """
 
 from dataclasses import dataclass
 
 from moa_serve.config import ModelConfig, linear_shape
 from moa_serve.gpu.layout import PRODUCTS, SlotLayout
-from moa_serve.gpu.shrink import num_splits
 
 LAUNCH_SECONDS = 2e-6  # of a small kernel in a CUDA graph, about; not measured here
 SLOWEST_MEMORY = 2.04e12  # bytes/s of an A100; on faster ones the same launches are worth more bytes
 MOST_BYTES = len(PRODUCTS) * LAUNCH_SECONDS * SLOWEST_MEMORY
 """Of all slots' rows in a layer: 16.3 MB. So many are read in the time of the launches; with more, the launches are the cheaper ones."""
 
+_SPLIT, _MOST_SPLITS = 1024, 16
 _LINEARS = ("Q", "K", "V", "O", "GATE", "UP", "DOWN")
 
 
@@ -49,12 +50,10 @@ class Placement:
 
     def step_bytes(self, tokens: int, adapters: int, *, gathers: bool) -> int:
         """What a step of so many tokens moves for the rows of `adapters` slots: rows, and their products written and read once."""
-        products = 0
-        for product, section in self.layout.sections.items():
-            if gathers:
-                products += section.rows * num_splits(self.layout.inputs(product))
-            else:
-                products += section.rows * self.num_slots
+        if gathers:
+            products = sum(splits * rows for splits, rows in partial_sums(self.layout).values())
+        else:
+            products = self.num_slots * sum(section.rows for section in self.layout.sections.values())
         if not gathers and self.layout.shape.residual:  # the first product has the residual stream's rows as well, the base's part too
             config = self.layout.config
             products += self.layout.sections["QKV"].rows * self.num_slots + config.q_size + 2 * config.kv_size
@@ -69,6 +68,20 @@ class Placement:
         if gathers:
             return f"{sizes}: in buffers of their own, for four launches more in a layer; among the base's weights they stand up to {limit}"
         return f"{sizes}: among the base's weights, at no launch; from {limit} on they stand in buffers of their own"
+
+
+def partial_sums(layout: SlotLayout) -> dict[str, tuple[int, int]]:
+    """By product (splits, rows), of float32 numbers for each token, what the shrink writes: parts of its own slot's rows' products."""
+    return {product: (input_splits(layout.inputs(product)), section.rows) for product, section in layout.sections.items()}
+
+
+def input_splits(inputs: int) -> int:
+    """Programs that share a row's inputs, about 1024 each: without, a step of one chunk would keep a tenth of a GPU busy.
+
+    It depends on the base alone: a token's sums are the same in every step. The kernels that read the sums add them up again in each of
+    their programs, so there are not more. Chosen by arithmetic; not measured.
+    """
+    return min(max(inputs // _SPLIT, 1), _MOST_SPLITS)
 
 
 def base_bytes(config: ModelConfig, itemsize: int) -> int:

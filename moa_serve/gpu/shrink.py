@@ -14,16 +14,6 @@ TILE = 16
 BLOCK = 128
 """Inputs that a program multiplies at once."""
 NUM_WARPS, NUM_STAGES = 4, 4
-_SPLIT, _MOST_SPLITS = 1024, 16
-
-
-def num_splits(inputs: int) -> int:
-    """Programs that share a row's inputs, about 1024 each: without, a step of one chunk would keep a tenth of a GPU busy.
-
-    It depends on the base alone: a token's sums are the same in every step. The kernels that read the sums add them up again in each of
-    their programs, so there are not more. Chosen by arithmetic; not measured.
-    """
-    return min(max(inputs // _SPLIT, 1), _MOST_SPLITS)
 
 
 def num_tiles(rows: int, router_rows: int) -> int:

@@ -13,8 +13,8 @@ from moa_serve.adapter.adapter import Adapter
 from moa_serve.adapter.manifest import Manifest
 from moa_serve.gpu.layout import SlotLayout, SlotShape
 from moa_serve.gpu.model import FusedTransformer
-from moa_serve.gpu.placement import Placement
-from moa_serve.gpu.shrink import BLOCK, TILE, num_splits, num_tiles, shrink
+from moa_serve.gpu.placement import Placement, input_splits
+from moa_serve.gpu.shrink import BLOCK, TILE, num_tiles, shrink
 from moa_serve.model.attention import CachedSpan
 from moa_serve.model.batch import ForwardBatch, PooledRows, PreparedAdapter, RoutingTrace, Segment
 from moa_serve.model.transformer import Transformer
@@ -163,7 +163,7 @@ def fused(base: Path, adapters: list[Adapter], gathers: bool, launch: Any) -> Fu
 )
 def test_rows_apart_give_what_rows_among_the_weights_give(base: Path, families: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever reads these products must add all parts up, of its own slot, and of the layer router those with the right input."""
-    monkeypatch.setattr("moa_serve.gpu.shrink._SPLIT", 16)  # 32 inputs in two parts, 48 in three
+    monkeypatch.setattr("moa_serve.gpu.placement._SPLIT", 16)  # 32 inputs in two parts, 48 in three
     monkeypatch.setattr("moa_serve.gpu.model.BLOCK", 16)
     adapters = [adapter_of(family, seed) for seed, family in enumerate(families)]
     launches = Launches()
@@ -217,4 +217,4 @@ def test_few_rows_stand_among_the_weights_and_many_apart() -> None:
 @pytest.mark.parametrize("inputs", [32, 576, 4096, 14336])
 def test_parts_have_no_fewer_inputs_than_they_are_worth(inputs: int) -> None:
     """Each reader adds them up again: parts of a few inputs would cost more than they save."""
-    assert inputs // num_splits(inputs) >= min(inputs, 1024) or num_splits(inputs) == 16
+    assert inputs // input_splits(inputs) >= min(inputs, 1024) or input_splits(inputs) == 16
