@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moa_serve.gpu import attention
+from moa_serve.gpu import attention, shrink
 
 # Shared memory that one block may have, in bytes: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -95,9 +95,27 @@ def _attention_cases(dtype: torch.dtype, num_splits: int, num_prompt_rows: int) 
         yield KernelCase(f"merge, {name}", attention.merge, types, attention.merge_constants(constants), attention.NUM_WARPS)
 
 
+def shrink_cases() -> Iterator[KernelCase]:
+    """The section of QKV, with a layer router that reads the residual stream, in bfloat16 and in float32."""
+    kept = {"chunks_ptr": "*i32", "low_ptr": "*fp32", "split_stride": "i32", "ints_ptr": "*i32", "ints_slot": "i32"}
+    constants = {
+        "K": 4096,
+        "ROWS": 176,
+        "ROUTER_ROWS": 146,
+        "AT_RESIDUAL": 3,
+        "C": 16,
+        "N": shrink.TILE,
+        "BLOCK": shrink.BLOCK,
+        "SPLITS": 4,
+    }
+    for name, pages in (("bfloat16", "*bf16"), ("float32", "*fp32")):
+        types = kept | dict.fromkeys(("a_ptr", "x_ptr", "rows_ptr"), pages)
+        yield KernelCase(f"shrink, {name}", shrink.shrink, types, constants, shrink.NUM_WARPS, shrink.NUM_STAGES)
+
+
 def all_cases() -> list[KernelCase]:
     """One function a module of kernels."""
-    return [*attention_cases()]
+    return [*attention_cases(), *shrink_cases()]
 
 
 def compiled(case: KernelCase, architecture: int, max_registers: int | None) -> Taken:

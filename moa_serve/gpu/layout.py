@@ -2,7 +2,8 @@
 
 A slot is the same for every adapter, so that a recorded step finds each at fixed addresses: matrices are padded with zeros to the largest
 that a slot takes (`SlotShape`). What reads the same tensor as one of the base's four products of a layer stands as further rows in that
-product's weights: routers, thresholds, first factors of LoRA, and the parallel adapter's. `Section` says which rows those are.
+product's weights, or in buffers of their own (placement.py): routers, thresholds, first factors of LoRA, and the parallel adapter's.
+`Section` says which rows those are.
 
     QKV      layer router | routers of Q, K, V and of a nested prompt | first factors of Q, K, V
     O        router of O | first factor of O

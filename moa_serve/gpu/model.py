@@ -1,7 +1,8 @@
 """The step on a GPU: `FusedTransformer` computes what transformer.py defines, with an adapter's work inside the base's launches.
 
 Per layer nine launches (ten where rows' keys are shared out to several programs), with and without adapters: four products of torch, and
-between them the kernels of kernels.py and attention.py. Adapters stand in slots (slots.py); one that fits into no slot is computed by the
+between them the kernels of kernels.py and attention.py. Adapters stand in slots (slots.py), whose rows the products read with the base's,
+or, where that would be too many bytes (placement.py), four more launches (shrink.py). An adapter that fits into no slot is computed by the
 definition on the same weights and the same cache, apart from the rest of the batch. Owned by the engine thread.
 """
 
@@ -24,9 +25,11 @@ from moa_serve.gpu.constants import Constants, Site
 from moa_serve.gpu.graphs import RowGraphs, StaticStep
 from moa_serve.gpu.launch import Launch, launch
 from moa_serve.gpu.layout import PRODUCTS, SlotLayout, SlotShape, block
+from moa_serve.gpu.placement import Placement, partial_sums
 from moa_serve.gpu.plan import ROW_BUCKETS, FusedSizes, num_splits, recorded_bytes, step_bytes
 from moa_serve.gpu.plan import TILE as _TILE
 from moa_serve.gpu.rules import RuleTable
+from moa_serve.gpu.shrink import BLOCK, NUM_STAGES, NUM_WARPS, TILE, num_tiles, shrink
 from moa_serve.gpu.slots import Images, SlotBank, SlottedAdapter, image, slotted
 from moa_serve.gpu.step import HostNumbers, StepBuffers, host_numbers, runs_of
 from moa_serve.model.attention import (
@@ -49,6 +52,9 @@ from moa_serve.model.weights import BaseWeights, LayerWeights
 
 logger = logging.getLogger(__name__)
 
+_MOST_DOUBLED = ROW_BUCKETS[-1]
+"""Tokens of a step whose residual stream takes part in the first product: with so few, weights are read and arithmetic is free. More of
+them take a product of their own with the slots' rows alone, and a launch."""
 _ATTRIBUTES = {"QKV": "qkv", "O": "o", "GATE_UP": "gate_up", "DOWN": "down"}
 
 
@@ -70,15 +76,19 @@ class FusedCache(KVCache):
 
 
 class Workspace:
-    """Intermediate results of up to `max_tokens` tokens, at fixed addresses, so that a step allocates nothing. plan.py counts its bytes."""
+    """Intermediate results of up to `max_tokens` tokens, at fixed addresses, so that a step allocates nothing. plan.py counts its bytes.
+
+    Args:
+        rows: by product, of the weights that it reads. gathers: the slots' rows are none of these.
+    """
 
     def __init__(
-        self, config: ModelConfig, layout: SlotLayout, rows: dict[str, int], max_tokens: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+        self, config: ModelConfig, layout: SlotLayout, rows: dict[str, int], max_tokens: int, dtype: torch.dtype, device: torch.device, *,
+        gathers: bool,
+    ) -> None:  # fmt: skip
         self._rows, self._config = rows, config
         self.num_tiles = -(-config.hidden_size // _TILE)
-        doubled = 2 if layout.shape.residual else 1  # rows of the first product: its norm's, and the residual stream's
-        most = max(doubled * rows["QKV"], rows["O"], rows["DOWN"])
+        most = max(_doubled(layout, gathers) * rows["QKV"], rows["O"], rows["DOWN"])
 
         def new(numbers: int, kind: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(max_tokens * numbers, dtype=kind, device=device)
@@ -88,6 +98,10 @@ class Workspace:
         self._q, self._k, self._v = (new(size, dtype) for size in (config.q_size, config.kv_size, config.kv_size))
         self._mixed, self._z = new(config.q_size, dtype), new(config.intermediate_size, dtype)
         self._squares, self._m_squares = new(self.num_tiles), new(self.num_tiles)
+        self._low: dict[str, Tensor] = {}
+        if gathers:
+            for product, (splits, own) in partial_sums(layout).items():
+                self._low[product] = new(splits * own).view(splits, max_tokens, own)
         self._words = new(config.num_layers * max(layout.word_width, 1))
         self._word_width = max(layout.word_width, 1)
         self.max_tokens = max_tokens
@@ -112,6 +126,7 @@ class Workspace:
             squares=view(self._squares, tokens, self.num_tiles),
             m_squares=view(self._m_squares, tokens, self.num_tiles),
             words=view(self._words, config.num_layers, tokens, self._word_width),
+            low={product: low[:, :tokens] for product, low in self._low.items()},
             narrow=self._narrow,
             wide=self._wide,
         )
@@ -119,7 +134,10 @@ class Workspace:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Views:
-    """Of a workspace: x the residual stream and a = x * g, what a product reads; one behind the other in `both`."""
+    """Of a workspace: x the residual stream and a = x * g, what a product reads; one behind the other in `both`.
+
+    `low`: by product (splits, T, rows of a slot), products of slots' rows, where these stand in buffers of their own.
+    """
 
     a: Tensor
     x: Tensor
@@ -132,28 +150,50 @@ class Views:
     squares: Tensor
     m_squares: Tensor
     words: Tensor
+    low: dict[str, Tensor]
     narrow: Tensor
     wide: Tensor
 
 
+def _doubled(layout: SlotLayout, gathers: bool) -> int:
+    """Of the first product: its rows read the norm, and once more the residual stream, where routers among them do."""
+    return 2 if layout.shape.residual and not gathers else 1
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Low:
-    """Products of a slot's rows: where the first row of slot 0 stands, and how far apart tokens, slots and partial sums are."""
+    """Products of slots' rows.
+
+    Args:
+        first: (splits, T, rows) float32, from the first row of slot 0 on; what counts is the sum of the splits.
+        slot: how much further the next slot's are; 0 where a token has those of its own slot only.
+    """
 
     first: Tensor
-    stride: int
     slot: int
-    split: int = 0
-    splits: int = 1
+
+    @property
+    def splits(self) -> int:
+        return len(self.first)
+
+    @property
+    def split(self) -> int:
+        """From one to the next. It does not depend on a step's tokens, or kernels would be compiled again."""
+        return self.first.stride(0) if self.splits > 1 else 0
+
+    @property
+    def stride(self) -> int:
+        return self.first.stride(1)
 
 
 class FusedTransformer:
     """`forward(batch, attention)` -> logits of the wanted rows.
 
     Args:
-        weights: on the device; taken over: they move into buffers that have the slots' rows behind the base's.
+        weights: on the device; taken over: they may move into buffers that have the slots' rows behind the base's.
         num_slots: adapters at once. shape: the largest that a slot takes.
         max_tokens: of a step. max_rows: of one that is recorded.
+        gathers: the slots' rows stand in buffers of their own; by default where that is better (placement.py).
         launch: calls a kernel. recorder: of decode steps; by default CUDA graphs on a GPU, and nothing is recorded elsewhere.
     """
 
@@ -168,6 +208,7 @@ class FusedTransformer:
         shape: SlotShape,
         max_tokens: int,
         max_rows: int = ROW_BUCKETS[-1],
+        gathers: bool | None = None,
         launch: Launch = launch,
         recorder: Recorder | None = None,
     ) -> None:
@@ -179,9 +220,13 @@ class FusedTransformer:
         self.layout = SlotLayout(config, shape, is_exact=self._dtype == torch.float32)
         self._constants = Constants.of(self.layout)
         self._base_rows = {product: len(getattr(weights.layers[0], name)) for product, name in _ATTRIBUTES.items()}
-        self._buffers = _augmented(weights, self.layout, num_slots)
+        placement = Placement(self.layout, num_slots, self._dtype.itemsize)
+        self._gathers = placement.gathers if gathers is None else gathers
+        if num_slots:
+            logger.info("%s", placement.told(self._gathers))
+        self._buffers, rows = _placed(weights, self.layout, num_slots, self._gathers)
         self.weights = weights
-        self.bank = SlotBank(self.layout, num_slots, self._buffers, self._base_rows, self._dtype, self.device)
+        self.bank = SlotBank(self.layout, num_slots, rows, self._dtype, self.device)
         self._rules = RuleTable(self.layout, num_slots, self.device)
         self._images = Images()
         self._standing: WeakValueDictionary[int, SlottedAdapter] = WeakValueDictionary()
@@ -401,7 +446,7 @@ class FusedTransformer:
 
     def _new_workspace(self, tokens: int) -> Workspace:
         rows = {product: len(self._buffers[product][0]) for product in PRODUCTS}
-        return Workspace(self.config, self.layout, rows, tokens, self._dtype, self.device)
+        return Workspace(self.config, self.layout, rows, tokens, self._dtype, self.device, gathers=self._gathers)
 
     def _eager(self, batch: ForwardBatch, numbers: HostNumbers) -> StepBuffers:
         """A step's numbers, as they come."""
@@ -443,21 +488,39 @@ class FusedTransformer:
         with self._part("attention"):
             self._attend(index, step, views, longer, has_adapter)
         with self._part("base"):
-            y, low = self._product("O", index, views.mixed.flatten(1), views.narrow, has_adapter)
+            y, low = self._product("O", index, views.mixed.flatten(1), step, views, has_adapter)
             self._residual(index, layer.o_bias, layer.ffn_norm, y, low, None, self._constants.o, step, views, views.m_squares, has_adapter)
-            y, m_low = self._product("GATE_UP", index, views.a, views.wide, has_adapter)
+            y, m_low = self._product("GATE_UP", index, views.a, step, views, has_adapter)
             self._act(index, layer, y, m_low, step, views, has_adapter)
-            y, low = self._product("DOWN", index, views.z, views.narrow, has_adapter)
+            y, low = self._product("DOWN", index, views.z, step, views, has_adapter)
             self._residual(index, layer.down_bias, next_norm, y, low, m_low, self._constants.down, step, views, views.squares, has_adapter)
 
-    def _product(self, product: str, index: int, inputs: Tensor, out: Tensor, has_adapter: bool) -> tuple[Tensor, Low]:
-        """(rows of inputs, outputs) float32 in `out`: the base's, and behind them the slots' rows."""
+    def _product(self, product: str, index: int, inputs: Tensor, step: StepBuffers, views: Views, has_adapter: bool) -> tuple[Tensor, Low]:
+        """(rows of inputs, outputs) float32: the base's, and behind them or apart the slots' rows."""
         weight, base = self._buffers[product][index], self._base_rows[product]
         if not has_adapter:
             weight = weight[:base]
+        out = views.wide if product == "GATE_UP" else views.narrow
         y = out[: len(inputs) * len(weight)].view(len(inputs), len(weight))
         multiply(inputs, weight, y)
-        return y, Low(y[:, base:], len(weight), self.layout.sections[product].rows)
+        rows = self.layout.sections[product].rows
+        if self._gathers and has_adapter and rows:
+            return y, self._shrink(product, index, inputs, step, views)
+        return y, Low(y[None, :, base:], rows)
+
+    def _shrink(self, product: str, index: int, inputs: Tensor, step: StepBuffers, views: Views) -> Low:
+        """Products of each token with its own slot's rows, where these stand in buffers of their own."""
+        bank, layout = self.bank, self.layout
+        rows, low = bank.rows[product][index], Low(views.low[product], 0)
+        section = layout.sections[product].rows
+        router_rows = layout.parts * layout.gate_rows if product == "QKV" and layout.shape.residual else 0
+        self._launch(
+            shrink, (len(step.chunks), num_tiles(section, router_rows), low.splits),
+            step.chunks, inputs, views.x, rows, low.first, low.split, bank.ints[:, index], bank.ints.stride(0),
+            K=inputs.shape[1], ROWS=section, ROUTER_ROWS=router_rows, AT_RESIDUAL=self._constants.at_residual, C=kernels.CHUNK, N=TILE,
+            BLOCK=BLOCK, SPLITS=low.splits, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        )  # fmt: skip
+        return low
 
     def _slot_arguments(self, index: int, step: StepBuffers, views: Views) -> tuple[Any, ...]:
         """What kernels read of slots and rules in a layer."""
@@ -467,19 +530,29 @@ class FusedTransformer:
             bank.matrices[:, index], bank.matrices.stride(0), rules.ints[:, index], rules.thresholds[:, index], rules.stride,
         )  # fmt: skip
 
+    def _residual_rows(self, index: int, y: Tensor, low: Low, views: Views) -> Low:
+        """The slots' rows of the first product, read by the residual stream; behind that product in its space."""
+        weight = self._buffers["QKV"][index][self._base_rows["QKV"] :]
+        out = views.narrow[y.numel() : y.numel() + len(views.x) * len(weight)].view(len(views.x), len(weight))
+        multiply(views.x, weight, out)
+        return Low(out[None], low.slot)
+
     def _attend_in(
         self, index: int, layer: LayerWeights, step: StepBuffers, views: Views, has_adapter: bool, cos: Tensor, sin: Tensor,
         pooled: Sequence["_Pooled"],
     ) -> None:  # fmt: skip
         assert self._cache is not None, "a step needs a cache"
         config, tokens = self.config, len(views.a)
-        reads_residual = has_adapter and self.layout.shape.residual
-        y, low = self._product("QKV", index, views.both if reads_residual else views.a, views.narrow, has_adapter)
+        reads_residual = has_adapter and _doubled(self.layout, self._gathers) == 2
+        is_doubled = reads_residual and tokens <= _MOST_DOUBLED
+        y, low = self._product("QKV", index, views.both if is_doubled else views.a, step, views, has_adapter)
         router = low
-        if reads_residual:
-            router = replace(low, first=low.first[tokens:])
-            for part in pooled:
-                part.average(router.first, self.layout)
+        if is_doubled:
+            router = Low(low.first[:, tokens:], low.slot)
+        elif reads_residual:
+            router = self._residual_rows(index, y, low, views)
+        for part in pooled:
+            part.average(router, self.layout)
         given = step.given[index] if len(step.given) else step.given
         self._launch(
             kernels.attend_in, (len(step.chunks), config.num_heads + 2 * config.num_kv_heads),
@@ -648,12 +721,15 @@ class _Pooled:
     slot: int
     spans: tuple[tuple[int, int], ...]
 
-    def average(self, low: Tensor, layout: SlotLayout) -> None:
-        """The mean of products is the product of the mean: every token of a prompt gets it."""
-        first = self.slot * layout.sections["QKV"].rows + layout.sections["QKV"].gate
+    def average(self, low: Low, layout: SlotLayout) -> None:
+        """The mean of products is the product of the mean: every token of a prompt gets it, in the first split."""
+        first = self.slot * low.slot + layout.sections["QKV"].gate
         rows = slice(first, first + layout.parts * layout.gate_rows)
         for start, end in self.spans:
-            low[start:end, rows] = low[start:end, rows].mean(0)
+            own = low.first[:, start:end, rows]
+            mean = own.sum(0).mean(0)
+            own.zero_()
+            own[0] = mean
 
 
 def _pooled(segments: Sequence[Segment]) -> list[_Pooled]:
@@ -690,20 +766,32 @@ def _or(found: Tensor | None, other: Tensor) -> Tensor:
     return other if found is None else found
 
 
-def _augmented(weights: BaseWeights, layout: SlotLayout, num_slots: int) -> dict[str, list[Tensor]]:
-    """By product the layers' weights with the slots' rows behind them; `weights` are views of them then. No more than a layer is twice."""
+def _placed(
+    weights: BaseWeights, layout: SlotLayout, num_slots: int, gathers: bool
+) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+    """By product, the weights that each layer's reads, and all slots' rows.
+
+    Where these do not stand apart, they stand behind the base's, which `weights` are views of then. No more than a layer is twice.
+    """
     found: dict[str, list[Tensor]] = {product: [] for product in PRODUCTS}
+    rows: dict[str, list[Tensor]] = {product: [] for product in PRODUCTS}
     for layer in weights.layers:
         for product, name in _ATTRIBUTES.items():
             old = getattr(layer, name)
-            new = old.new_zeros(len(old) + num_slots * layout.sections[product].rows, old.shape[1])
-            new[: len(old)] = old
-            setattr(layer, name, new[: len(old)])
+            base, further = len(old), num_slots * layout.sections[product].rows
+            if gathers:
+                found[product].append(old)
+                rows[product].append(old.new_zeros(further, old.shape[1]))
+                continue
+            new = old.new_zeros(base + further, old.shape[1])
+            new[:base] = old
+            setattr(layer, name, new[:base])
             found[product].append(new)
+            rows[product].append(new[base:])
             del old
-        if weights.embed.is_cuda:
+        if weights.embed.is_cuda and not gathers:
             torch.cuda.empty_cache()  # what a layer leaves is too small for the next one's
-    return found
+    return found, rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)

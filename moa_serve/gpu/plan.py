@@ -12,6 +12,7 @@ import torch
 from moa_serve.config import ModelConfig
 from moa_serve.errors import InvalidRequest
 from moa_serve.gpu.layout import PRODUCTS, SlotLayout, SlotShape
+from moa_serve.gpu.placement import Placement, partial_sums
 from moa_serve.gpu.rules import RuleTable
 from moa_serve.gpu.slots import SlotBank
 from moa_serve.model.attention import KVCache
@@ -104,15 +105,18 @@ class FusedSizes:
     @cached_property
     def slot_bank_bytes(self) -> int:
         """Of all slots, what stands beside the weights, and the routers' rules."""
-        bank = SlotBank(self.layout, self.num_slots, {}, {}, self.dtype, _META)
+        bank = SlotBank(self.layout, self.num_slots, {}, self.dtype, _META)
         return bank.num_bytes + RuleTable(self.layout, self.num_slots, _META).num_bytes
 
     def workspace_bytes(self, num_tokens: int) -> int:
         """Of gpu.model.Workspace for so many tokens, and frequencies of positions, which the definition behind the step has once more."""
         config, layout, itemsize = self.config, self.layout, self.dtype.itemsize
-        rows = {product: self._base_rows(product) + self.num_slots * layout.sections[product].rows for product in PRODUCTS}
-        doubled = 2 if self.shape.residual else 1
+        gathers = Placement(layout, self.num_slots, itemsize).gathers
+        behind = 0 if gathers else self.num_slots
+        rows = {product: self._base_rows(product) + behind * layout.sections[product].rows for product in PRODUCTS}
+        doubled = 2 if self.shape.residual and not gathers else 1
         floats = max(doubled * rows["QKV"], rows["O"], rows["DOWN"]) + rows["GATE_UP"]
+        floats += sum(splits * size for splits, size in partial_sums(layout).values()) if gathers else 0
         floats += 2 * -(-config.hidden_size // TILE) + config.num_layers * max(layout.word_width, 1)
         token = 4 * floats + itemsize * (2 * config.hidden_size + 2 * config.q_size + 2 * config.kv_size + config.intermediate_size)
         return num_tokens * token + 2 * 4 * (config.head_dim // 2)

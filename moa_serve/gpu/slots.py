@@ -25,7 +25,7 @@ class SlotImage:
     """An adapter as a slot has it, in host memory; every tensor (L, ...).
 
     Args:
-        rows: by product (L, section's rows, in), what stands among the base's weights.
+        rows: by product (L, section's rows, in), what reads the product's inputs.
         ints, floats, matrices, prompt: (L, size) of the layout's fields.
     """
 
@@ -267,20 +267,15 @@ def _routers(layer: MoaLayer | None) -> Iterator[tuple[str, Router]]:
 
 
 class SlotBank:
-    """The slots: rows among the base's weights, and what stands beside them. (S, L, ...), S first, so that a slot is one piece.
+    """The slots: rows that products read, and what stands beside them. (S, L, ...), S first, so that a slot is one piece.
 
     Args:
-        weights: by product, of each layer the base's weights with all slots' rows behind them.
-        base_rows: by product, how many of these are the base's.
+        rows: by product, of each layer (S rows of a section, in) all slots' rows, wherever they stand.
     """
 
-    def __init__(
-        self, layout: SlotLayout, num_slots: int, weights: dict[str, list[Tensor]], base_rows: dict[str, int], dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:  # fmt: skip
+    def __init__(self, layout: SlotLayout, num_slots: int, rows: dict[str, list[Tensor]], dtype: torch.dtype, device: torch.device) -> None:
         layers, config = layout.config.num_layers, layout.config
-        self.layout, self.num_slots = layout, num_slots
-        self._weights, self._base_rows = weights, base_rows
+        self.layout, self.num_slots, self.rows = layout, num_slots, rows
         self.ints = torch.zeros(num_slots, layers, max(layout.ints.size, 1), dtype=torch.int32, device=device)
         self.floats = torch.zeros(num_slots, layers, max(layout.floats.size, 1), device=device)
         self.matrices = torch.zeros(num_slots, layers, max(layout.matrices.size, 1), dtype=dtype, device=device)
@@ -296,11 +291,11 @@ class SlotBank:
     def fill(self, slot: int, found: SlotImage) -> None:
         """Copy an adapter into its slot. Who computes next on the current stream waits for it; nobody else does."""
         with self._copying() as is_pinned:
-            for product, own in self._weights.items():
+            for product, own in self.rows.items():
                 rows = found.rows[product]
-                first = self._base_rows[product] + slot * rows.shape[1]
-                for weight, layer in zip(own, rows, strict=True):
-                    weight[first : first + len(layer)].copy_(layer, non_blocking=is_pinned)
+                first = slot * rows.shape[1]
+                for stand, layer in zip(own, rows, strict=True):
+                    stand[first : first + len(layer)].copy_(layer, non_blocking=is_pinned)
             for bank, part in ((self.ints, found.ints), (self.floats, found.floats), (self.matrices, found.matrices)):
                 if part.numel():
                     bank[slot].copy_(part, non_blocking=is_pinned)

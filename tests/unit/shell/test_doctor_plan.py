@@ -33,7 +33,7 @@ def test_the_tables_name_every_part_and_what_fits() -> None:
     result = planned("--shapes", "llama-3.1-8b", "--memory", 16, "--memory", 24, "--memory", 80)
     assert result.exit_code == 0, result.output
     lines = {line.split("  ")[0].strip(): line.split() for line in result.stdout.splitlines() if line.strip()}
-    assert {"embedding", "layers", "norm and head", "slots, among the weights", "slots, beside them", "KV cache"} <= lines.keys()
+    assert {"embedding", "layers", "norm and head", "slots, rows of products", "slots, all else", "KV cache"} <= lines.keys()
     assert lines["the card, as it reports it"][-6::2] == ["16.00", "23.99", "79.65"]
     assert lines["layers"][-6::2] == ["13.00"] * 3
     full = plan.outlook(None, "llama-3.1-8b", [80]).plans[80]
