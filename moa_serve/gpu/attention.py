@@ -18,11 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from moa_serve.gpu.launch import Launch, launch
-from moa_serve.gpu.tiles import dot
+from moa_serve.gpu.tiles import LOWEST, PROMPT_TILE, dot, online_softmax
 
-_LOWEST = tl.constexpr(-3.4e38)  # a maximum of nothing: finite, so that less than it is never inf - inf
-_PROMPT_TILE = tl.constexpr(16)  # the least that tl.dot takes; a prompt of the paper has 10 rows
-NUM_WARPS = 4
+# Where these point moves with the layer and the number of rows, by less than 16 bytes: compiled for any place, a kernel is compiled once.
+_MOVING = ["block_table", "lengths", "slots", "gates", "inner", "head_gate", "prompt_inner", "prompt_column"]
+NUM_WARPS = 4  # twice as many in float32, which spills with these
 NUM_STAGES = 3  # with 2 a tile waits for its entries of the block table; with 3 those are fetched one tile ahead of their keys
 
 
@@ -30,24 +30,6 @@ NUM_STAGES = 3  # with 2 a tile waits for its entries of the block table; with 3
 def _tokens_per_split(length: tl.tensor, NUM_SPLITS: tl.constexpr, TILE: tl.constexpr) -> tl.tensor:
     """Whole tiles, so that short rows leave splits unused rather than tiles half empty."""
     return tl.cdiv(tl.cdiv(length, TILE), NUM_SPLITS) * TILE
-
-
-@triton.jit
-def _online_softmax(
-    acc: tl.tensor, total: tl.tensor, top: tl.tensor, scores: tl.tensor, share: tl.tensor, v: tl.tensor
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """One more tile of keys: scores (G, N) as powers of 2, share (N,) what a value counts after the softmax or None, v (N, P).
-
-    acc (G, P), total (G,) and top (G,), float32: the sums so far, both divided by 2 ** top.
-    """
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    fade = tl.exp2(top - new_top)
-    weights = tl.exp2(scores - new_top[:, None])
-    total = total * fade + tl.sum(weights, 1)
-    if share is not None:
-        weights *= share[None, :]
-    acc = acc * fade[:, None] + dot(weights.to(v.dtype), v)
-    return acc, total, new_top
 
 
 @triton.jit
@@ -79,7 +61,7 @@ def _prompt(
     """What the prompt of this row's adapter adds to the heads of this program, (GROUP, WIDTH) float32: zeros where nothing counts."""
     row, kv_head = tl.program_id(0), tl.program_id(1)
     group, column = tl.arange(0, GROUP), tl.arange(0, WIDTH)
-    slot = tl.load(slots + row)
+    slot = tl.load(slots + row).to(tl.int64)
     gate = tl.load(prompt_column + slot * column_stride, mask=(slot >= 0) & (length > 0), other=-2)
     weight = tl.load(gates + row * gates_stride + gate, mask=gate >= 0, other=1.0)
     weight = tl.where(gate == -2, 0.0, weight)
@@ -87,9 +69,9 @@ def _prompt(
     if weight != 0.0:
         acc = tl.zeros([GROUP, WIDTH], tl.float32)
         total = tl.zeros([GROUP], tl.float32)
-        top = tl.full([GROUP], _LOWEST, tl.float32)
-        for start in range(0, N, _PROMPT_TILE):
-            place = start + tl.arange(0, _PROMPT_TILE)
+        top = tl.full([GROUP], LOWEST, tl.float32)
+        for start in range(0, N, PROMPT_TILE):
+            place = start + tl.arange(0, PROMPT_TILE)
             member = tl.load(prompt_inner + slot * member_stride + place)
             is_used = member != -2
             share = tl.load(inner + row * inner_stride + member, mask=member >= 0, other=1.0)
@@ -98,14 +80,14 @@ def _prompt(
             k = tl.load(prompt_keys + at, mask=is_used[:, None] & is_column, other=0.0)
             v = tl.load(prompt_values + at, mask=(is_used & (share != 0))[:, None] & is_column, other=0.0)
             scores = tl.where(is_used[None, :], dot(query.to(tl.float32), tl.trans(k)) * SCALE, -float("inf"))
-            acc, total, top = _online_softmax(acc, total, top, scores, share, v)
+            acc, total, top = online_softmax(acc, total, top, scores, share[None, :], v)
         heads = kv_head * (H // K) + group
         gate_of_head = tl.load(head_gate + slot * head_gate_stride + heads, mask=group < H // K, other=0.0)
         result = acc * (weight * gate_of_head / total)[:, None]
     return result
 
 
-@triton.jit(do_not_specialize=["table_width"])
+@triton.jit(do_not_specialize=["table_width"], do_not_specialize_on_alignment=_MOVING)
 def attend(
     q: tl.tensor,
     keys: tl.tensor,
@@ -161,7 +143,7 @@ def attend(
 
     acc = tl.zeros([GROUP, WIDTH], tl.float32)
     total = tl.zeros([GROUP], tl.float32)
-    top = tl.full([GROUP], _LOWEST, tl.float32)
+    top = tl.full([GROUP], LOWEST, tl.float32)
     for start in range(begin, end, TILE):
         place = start + tl.arange(0, TILE)
         is_seen = place < end
@@ -171,7 +153,7 @@ def attend(
         k = tl.load(keys + source, mask=is_seen[:, None] & is_column, other=0.0)
         v = tl.load(values + source, mask=is_seen[:, None] & is_column, other=0.0)
         scores = tl.where(is_seen[None, :], dot(query, tl.trans(k)) * SCALE, -float("inf"))
-        acc, total, top = _online_softmax(acc, total, top, scores, None, v)
+        acc, total, top = online_softmax(acc, total, top, scores, None, v)
 
     if NUM_SPLITS == 1:
         result = acc / tl.where(length > 0, total, 1.0)[:, None]  # an empty row has no terms: 0
@@ -196,7 +178,7 @@ def attend(
             tl.store(partial + kept_at, added, mask=is_head[:, None] & is_column)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_MOVING)
 def merge(
     lengths: tl.tensor,
     out: tl.tensor,
@@ -221,7 +203,7 @@ def merge(
     is_used = split * _tokens_per_split(length, NUM_SPLITS, TILE) < length
     is_column = column < P
     kept = head * (NUM_SPLITS + 1) + split
-    top = tl.load(tops + kept, mask=is_used, other=_LOWEST)
+    top = tl.load(tops + kept, mask=is_used, other=LOWEST)
     fade = tl.where(is_used, tl.exp2(top - tl.max(top, 0)), 0.0)
     total = tl.sum(fade * tl.load(totals + kept, mask=is_used, other=0.0), 0)
     parts = tl.load(partial + kept[:, None] * P + column[None, :], mask=is_used[:, None] & is_column[None, :], other=0.0)
@@ -326,7 +308,7 @@ def decode_attention(
         table_width=block_table.shape[1],
         **strides,
         **constants,
-        num_warps=NUM_WARPS,
+        num_warps=NUM_WARPS if q.dtype.itemsize == 2 else 2 * NUM_WARPS,
         num_stages=NUM_STAGES,
     )
     if num_splits > 1:

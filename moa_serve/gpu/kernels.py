@@ -16,7 +16,7 @@ away, never multiplied by 0. The definition is model/moa.py, which every kernel 
 import triton
 import triton.language as tl
 
-from moa_serve.gpu.tiles import dot
+from moa_serve.gpu.tiles import LOWEST, PROMPT_TILE, dot, online_softmax
 
 CHUNK = 16
 """Tokens of a chunk, at most: what a product on tensor cores takes at least."""
@@ -25,6 +25,12 @@ START, COUNT, SLOT, RULE, GIVEN, COUNTERS = range(6)
 """Of a chunk: first token, tokens, slot or -1, row of the rules, whether its layer gates are given, row of the counters or -1."""
 RULE_INTS = 8
 HAS_THRESHOLD, IS_FUNCTION, SUBTRACTS, TOP_K, RENORMALISES, DISABLED, FORCED = range(7)
+
+# Where these point moves with the layer and the number of tokens, by less than 16 bytes: compiled for any place, a kernel is compiled once.
+_MOVING = [
+    "chunks_ptr", "token_ids_ptr", "places_ptr", "ints_ptr", "floats_ptr", "rule_ints_ptr", "rule_floats_ptr", "given_ptr", "words_ptr",
+    "counters_ptr",
+]  # fmt: skip
 
 
 @triton.jit
@@ -44,13 +50,11 @@ def _column(values, columns, index):
 
 
 @triton.jit
-def _pick(values, index, E: tl.constexpr, C: tl.constexpr, K: tl.constexpr):
+def _pick(values, index, C: tl.constexpr, K: tl.constexpr):
     """(C, K): of (C, E) the column that each of `index` (K,) names; 1 where it names none."""
-    columns = tl.arange(0, E)
-    out = tl.full((C, K), 1.0, tl.float32)
-    for e in tl.static_range(E):
-        out = tl.where((index == e)[None, :], _column(values, columns, e)[:, None], out)
-    return out
+    is_named = (index >= 0)[None, :]
+    places = tl.broadcast_to(tl.where(is_named, index[None, :], 0), (C, K))
+    return tl.where(is_named, tl.gather(values, places, axis=1), 1.0)
 
 
 @triton.jit
@@ -158,7 +162,8 @@ def _layer_route(
     tokens, mask, L: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The layer router of a chunk, from its rows' products times `scale` (C,)."""
-    columns = tl.arange(0, L.block)
+    E: tl.constexpr = L.block  # a shape must be a constant by its type
+    columns = tl.arange(0, E)
     outputs = tl.load(ints_ptr + L.at_outputs)
     used = (columns < outputs)[None, :]
     is_output = mask[:, None] & used
@@ -180,7 +185,7 @@ def _layer_route(
             one = one * scale[:, None] + tl.load(floats_ptr + L.at_gate_bias + units, mask=is_unit, other=0.0)[None, :]
             three = three * scale[:, None] + tl.load(floats_ptr + L.at_gate_bias + L.hidden + units, mask=is_unit, other=0.0)[None, :]
             inner = tl.where(each, _silu(one) * three, 0.0)
-            logits = tl.zeros((C, L.block), tl.float32)
+            logits = tl.zeros([C, E], tl.float32)
             for e in range(outputs):
                 row = tl.load(floats_ptr + L.at_w2 + e * L.hidden + units, mask=is_unit, other=0.0)
                 value = tl.sum(inner * row[None, :], axis=1) + tl.load(floats_ptr + L.at_w2_bias + e)
@@ -228,19 +233,20 @@ def _coefficients(
 
     A column takes the product of its row of the first factor; one of row -1 is a parallel adapter's bias, and is weighed alone.
     """
-    ks = tl.arange(0, S.columns)
+    K: tl.constexpr = S.columns
+    ks = tl.arange(0, K)
     rows = tl.load(ints_ptr + S.at_row + ks)
     is_row = mask[:, None] & (rows >= 0)[None, :]
     low = _low(low_ptr, stride, split_stride, tokens[:, None], S.first + rows[None, :], is_row, SPLITS) * scale[:, None]
     if S.is_parallel:
         low = _silu(low + tl.load(floats_ptr + L.at_parallel_bias + rows, mask=rows >= 0, other=0.0)[None, :])
         low = tl.where((rows == -1)[None, :], 1.0, low)
-    weight = tl.broadcast_to(tl.load(floats_ptr + S.at_scale + ks)[None, :], (C, S.columns))
+    weight = tl.broadcast_to(tl.load(floats_ptr + S.at_scale + ks)[None, :], (C, K))
     if L.has_gates:
-        outer = _pick(layer_gates, tl.load(ints_ptr + S.at_gate + ks), L.block, C, S.columns)
+        outer = _pick(layer_gates, tl.load(ints_ptr + S.at_gate + ks), C, K)
         weight = tl.where(outer != 0.0, outer * weight, 0.0)
     if S.has_inner:
-        inner = _pick(inner_gates, tl.load(ints_ptr + S.at_inner + ks), L.block, C, S.columns)
+        inner = _pick(inner_gates, tl.load(ints_ptr + S.at_inner + ks), C, K)
         weight = tl.where(weight != 0.0, inner * weight, 0.0)
     is_kept = mask[:, None] & (rows >= -1)[None, :] & (weight != 0.0)
     return tl.where(is_kept, low * weight, 0.0)
@@ -261,7 +267,8 @@ def _expand(acc, coefficients, b_ptr, columns, in_range, S: tl.constexpr):
 @triton.jit
 def _layer_gates(words_ptr, word_width, tokens, mask, L: tl.constexpr, C: tl.constexpr):
     """(C, E): what the layer's router said in `attend_in`; ones where no adapter has such a router."""
-    gates = tl.full((C, L.block), 1.0, tl.float32)
+    E: tl.constexpr = L.block
+    gates = tl.full((C, E), 1.0, tl.float32)
     if L.has_gates:
         gates = _said_gates(words_ptr, word_width, 0, tokens, mask, L.block)
     return gates
@@ -288,7 +295,7 @@ def _site(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_MOVING)
 def embed(
     chunks_ptr, token_ids_ptr, table_ptr, norm_ptr, x_ptr, a_ptr, squares_ptr, D, num_tiles, C: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -318,7 +325,7 @@ def _new_stream(values, tokens, mask, columns, each, tile, norm_ptr, x_ptr, a_pt
     tl.store(squares_ptr + tokens * num_tiles + tile, tl.sum(tl.where(each, wide * wide, 0.0), axis=1), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_MOVING)
 def attend_in(
     chunks_ptr, y_ptr, y_stride, squares_ptr, bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, places_ptr,
     q_ptr, k_ptr, v_ptr, key_cache_ptr, value_cache_ptr,
@@ -334,7 +341,7 @@ def attend_in(
     writes down what the layer's router and a nested prompt's say, and the first of each site what that site's says.
     """
     chunk = chunks_ptr + tl.program_id(0) * 8
-    start, count, slot = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2)
+    start, count, slot = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2).to(tl.int64)  # slots may hold more than 2^31 numbers
     if count > 0:
         head = tl.program_id(1)
         own = tl.arange(0, C)
@@ -358,7 +365,8 @@ def attend_in(
                 rule = tl.load(chunk + 3).to(tl.int64) * rule_stride
                 rule_ints_ptr += rule * 8
                 rule_floats_ptr += rule
-                gates = tl.full((C, L.block), 1.0, tl.float32)
+                E: tl.constexpr = L.block
+                gates = tl.full((C, E), 1.0, tl.float32)
                 if L.has_gates:
                     is_given = tl.load(chunk + 4)
                     router_scale = scale
@@ -453,7 +461,7 @@ def _adapted_head(
     return first, second
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_MOVING)
 def residual(
     chunks_ptr, y_ptr, y_stride, bias_ptr, norm_ptr, x_ptr, a_ptr, squares_ptr,
     low_ptr, low_stride, low_slot, split_stride, m_squares_ptr, m_low_ptr, m_stride, m_slot, m_split_stride,
@@ -464,7 +472,7 @@ def residual(
 ):  # fmt: skip
     """x += y + LoRA of the linear S (+ the parallel adapter PA, which reads `m_low`); then as `embed`. Grid: (chunks, tiles)."""
     chunk = chunks_ptr + tl.program_id(0) * 8
-    start, count, slot = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2)
+    start, count, slot = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2).to(tl.int64)
     if count > 0:
         tile = tl.program_id(1)
         own = tl.arange(0, C)
@@ -503,7 +511,7 @@ def residual(
         _new_stream(values, tokens, mask, columns, each, tile, norm_ptr, x_ptr, a_ptr, squares_ptr, D, num_tiles)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_MOVING)
 def act(
     chunks_ptr, y_ptr, y_stride, squares_ptr, bias_ptr, z_ptr,
     low_ptr, low_stride, low_slot, split_stride,
@@ -514,7 +522,7 @@ def act(
 ):  # fmt: skip
     """z = silu(gate) * up, with the LoRA of both. Grid: (chunks, tiles of N of the F columns)."""
     chunk = chunks_ptr + tl.program_id(0) * 8
-    start, count, slot = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2)
+    start, count, slot = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2).to(tl.int64)
     if count > 0:
         tile = tl.program_id(1)
         own = tl.arange(0, C)
@@ -552,7 +560,7 @@ def act(
         tl.store(z_ptr + tokens[:, None] * F + columns[None, :], z.to(z_ptr.dtype.element_ty), mask=each)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["word_layer"], do_not_specialize_on_alignment=_MOVING)
 def count(
     chunks_ptr, words_ptr, word_layer, word_width, ints_ptr, ints_slot, ints_layer, floats_ptr, floats_slot, floats_layer, counters_ptr,
     L: tl.constexpr, C: tl.constexpr,
@@ -563,7 +571,7 @@ def count(
     `counters_ptr`: (n, 4) int64, addresses of `selected`, `gate_sum`, `computed` and `thresholds`, float64.
     """
     chunk = chunks_ptr + tl.program_id(0) * 8
-    start, tokens_in, slot, counters = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2), tl.load(chunk + 5)
+    start, tokens_in, slot, counters = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2).to(tl.int64), tl.load(chunk + 5)
     if (tokens_in > 0) & (slot >= 0) & (counters >= 0):
         layer, router = tl.program_id(1), tl.program_id(2)
         own = tl.arange(0, C)
@@ -596,17 +604,17 @@ def count(
             tl.atomic_add(thresholds_ptr + layer, tl.sum(limits.to(tl.float64), axis=0) * share)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_MOVING)
 def prompt(
     chunks_ptr, q_ptr, out_ptr, prompt_ptr, prompt_slot, ints_ptr, ints_slot, floats_ptr, floats_slot, words_ptr, word_width, softmax_scale,
     L: tl.constexpr, H: tl.constexpr, KV: tl.constexpr, P: tl.constexpr, P_BLOCK: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """out += the prompt expert's attention, for chunks of longer runs of tokens; rows of one token have it in their attention's launch.
 
-    Grid: (chunks, H). Keys and values (2, KV, N, P) float32 of the slot's layer.
+    Grid: (chunks, H). Keys and values (2, KV, N, P) float32 of the slot's layer; softmax_scale is log2(e) / sqrt(P).
     """
     chunk = chunks_ptr + tl.program_id(0) * 8
-    start, tokens_in, slot = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2)
+    start, tokens_in, slot = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2).to(tl.int64)
     if (tokens_in > 0) & (slot >= 0):
         ints_ptr += slot * ints_slot
         column = tl.load(ints_ptr + L.at_prompt_column)
@@ -618,25 +626,28 @@ def prompt(
             if L.has_gates:
                 gates = _said_gates(words_ptr, word_width, 0, tokens, mask, L.block)
                 weight = tl.where(column >= 0, _column(gates, tl.arange(0, L.block), column), 1.0)
-            places, rows = tl.arange(0, P_BLOCK), tl.arange(0, L.prompt_block)
-            each = mask[:, None] & (places < P)[None, :]
+            places = tl.arange(0, P_BLOCK)
+            is_place = (places < P)[None, :]
+            each = mask[:, None] & is_place
             q = tl.load(q_ptr + tokens[:, None] * (H * P) + head * P + places[None, :], mask=each, other=0.0).to(tl.float32)
             own_ptr = prompt_ptr + slot * prompt_slot + (head // (H // KV)) * (L.prompt_block * P)
-            inner = tl.load(ints_ptr + L.at_prompt_inner + rows)
-            is_row = inner >= -1
-            row = rows[:, None] * P + places[None, :]
-            is_place = is_row[:, None] & (places < P)[None, :]
-            keys = tl.load(own_ptr + row, mask=is_place, other=0.0)
-            values = tl.load(own_ptr + KV * L.prompt_block * P + row, mask=is_place, other=0.0)
-            scores = dot(q, tl.trans(keys)) * softmax_scale
-            scores = tl.where(is_row[None, :], scores, float("-inf"))
-            share = tl.exp(scores - tl.max(scores, axis=1)[:, None])
-            share = share / tl.sum(share, axis=1)[:, None]
-            if L.prompt.has_inner:
-                inner_gates = _said_gates(words_ptr, word_width, L.prompt.router, tokens, mask, L.block)
-                shares = _pick(inner_gates, inner, L.block, C, L.prompt_block)
-                share = tl.where(shares != 0.0, share * shares, 0.0)
-            added = dot(share, values) * weight[:, None]
+            acc = tl.zeros([C, P_BLOCK], tl.float32)
+            total = tl.zeros([C], tl.float32)
+            top = tl.full([C], LOWEST, tl.float32)
+            for first in range(0, L.prompt_block, PROMPT_TILE):
+                rows = first + tl.arange(0, PROMPT_TILE)
+                inner = tl.load(ints_ptr + L.at_prompt_inner + rows)
+                is_row = inner >= -1
+                row = own_ptr + rows[:, None] * P + places[None, :]
+                keys = tl.load(row, mask=is_row[:, None] & is_place, other=0.0)
+                values = tl.load(row + KV * L.prompt_block * P, mask=is_row[:, None] & is_place, other=0.0)
+                scores = tl.where(is_row[None, :], dot(q, tl.trans(keys)) * softmax_scale, float("-inf"))
+                share = None
+                if L.prompt.has_inner:
+                    inner_gates = _said_gates(words_ptr, word_width, L.prompt.router, tokens, mask, L.block)
+                    share = _pick(inner_gates, inner, C, PROMPT_TILE)
+                acc, total, top = online_softmax(acc, total, top, scores, share, values)
+            added = acc * tl.math.div_rn(weight, total)[:, None]
             added = added * tl.load(floats_ptr + slot * floats_slot + L.at_head_gate + head)
             out = out_ptr + tokens[:, None] * (H * P) + head * P + places[None, :]
             kept = each & (weight != 0.0)[:, None]

@@ -7,6 +7,7 @@ definition on the same weights and the same cache, apart from the rest of the ba
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -618,7 +619,8 @@ class FusedTransformer:
         self._launch(
             kernels.prompt, (len(chunks), config.num_heads),
             chunks, views.q, views.mixed, bank.prompt[:, index], bank.prompt.stride(0), bank.ints[:, index], bank.ints.stride(0),
-            bank.floats[:, index], bank.floats.stride(0), views.words[index], views.words.shape[2], config.head_dim**-0.5,
+            bank.floats[:, index], bank.floats.stride(0), views.words[index], views.words.shape[2],
+            math.log2(math.e) * config.head_dim**-0.5,
             L=self._constants, H=config.num_heads, KV=config.num_kv_heads, P=config.head_dim, P_BLOCK=max(16, block(config.head_dim)),
             C=kernels.CHUNK,
         )  # fmt: skip
@@ -755,10 +757,10 @@ def multiply(inputs: Tensor, weight: Tensor, out: Tensor) -> None:
     """out (M, N) float32 = inputs (M, K) times weight (N, K), added up in float32 and not rounded."""
     if inputs.dtype == torch.float32:
         torch.mm(inputs, weight.T, out=out)
-    elif inputs.is_cuda:
-        torch.ops.aten.mm.dtype_out(inputs, weight.T, torch.float32, out=out)
-    else:  # torch has no such product on a CPU; widened numbers have the same one
+    elif inputs.device.type == "cpu":  # torch has no such product there; widened numbers have the same one
         torch.mm(inputs.float(), weight.float().T, out=out)
+    else:
+        torch.ops.aten.mm.dtype_out(inputs, weight.T, torch.float32, out=out)
 
 
 def _or(found: Tensor | None, other: Tensor) -> Tensor:

@@ -278,7 +278,8 @@ class SlotBank:
         self.layout, self.num_slots, self.rows = layout, num_slots, rows
         self.ints = torch.zeros(num_slots, layers, max(layout.ints.size, 1), dtype=torch.int32, device=device)
         self.floats = torch.zeros(num_slots, layers, max(layout.floats.size, 1), device=device)
-        self.matrices = torch.zeros(num_slots, layers, max(layout.matrices.size, 1), dtype=dtype, device=device)
+        # Of every layer at a multiple of 16 bytes, also where there are none: kernels are compiled once for all layers.
+        self.matrices = torch.zeros(num_slots, layers, max(layout.matrices.size, 8), dtype=dtype, device=device)
         self.prompt = torch.zeros(num_slots, layers, 2, config.num_kv_heads, layout.prompt_block, config.head_dim, device=device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._copied: list[tuple[torch.cuda.Event, SlotImage]] = []  # what copies may still read
