@@ -79,7 +79,7 @@ def _prompt(
     """What the prompt of this row's adapter adds to the heads of this program, (GROUP, WIDTH) float32: zeros where nothing counts."""
     row, kv_head = tl.program_id(0), tl.program_id(1)
     group, column = tl.arange(0, GROUP), tl.arange(0, WIDTH)
-    slot = tl.load(slots + row)
+    slot = tl.load(slots + row).to(tl.int64)
     gate = tl.load(prompt_column + slot * column_stride, mask=(slot >= 0) & (length > 0), other=-2)
     weight = tl.load(gates + row * gates_stride + gate, mask=gate >= 0, other=1.0)
     weight = tl.where(gate == -2, 0.0, weight)

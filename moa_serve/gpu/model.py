@@ -21,6 +21,7 @@ from moa_serve.config import ModelConfig
 from moa_serve.gpu import kernels
 from moa_serve.gpu.attention import Prompts, SplitResults, decode_attention
 from moa_serve.gpu.constants import Constants, Site
+from moa_serve.gpu.kernels import START
 from moa_serve.gpu.launch import Launch, launch
 from moa_serve.gpu.layout import PRODUCTS, SlotLayout, SlotShape, block
 from moa_serve.gpu.rules import RuleTable
@@ -334,12 +335,12 @@ class FusedTransformer:
         numbers = host_numbers(runs, counted, spans, self._cache.block_size)
         views = self._space(len(batch.token_ids)).views(len(batch.token_ids))
         step = self._eager(batch, numbers)
-        self._compute(step, views, self._longer(numbers), bool(batch.segments), _pooled(batch.segments))
+        self._compute(step, views, self._longer(numbers), bool(batch.segments), _pooled(batch.segments, spans))
         with self._part("head"):
             logits = self._logits(step, views)
         if any(segment.counters is not None for segment in batch.segments):
             self._count(step, views)
-        self._tell(batch, views)
+        self._tell(batch, views, numbers.chunks)
         return logits
 
     def _longer(self, numbers: HostNumbers) -> "_Longer | None":
@@ -555,13 +556,13 @@ class FusedTransformer:
             bank.floats, bank.floats.stride(0), bank.floats.stride(1), step.counters, L=self._constants, C=kernels.CHUNK,
         )  # fmt: skip
 
-    def _tell(self, batch: ForwardBatch, views: Views) -> None:
+    def _tell(self, batch: ForwardBatch, views: Views, chunks: np.ndarray) -> None:
         """Instance-level weights go to their sequences, and routers' words to who asked."""
         for number, segment in enumerate(batch.segments):
             if segment.pooled is not None:
                 self._keep_pooled(segment, views.words)
             if batch.trace is not None:
-                self._trace(batch.trace, number, segment, views.words)
+                self._trace(batch.trace, number, segment, views.words, chunks)
 
     def _keep_pooled(self, segment: Segment, words: Tensor) -> None:
         pooled, width = segment.pooled, self.layout.output_block
@@ -573,7 +574,7 @@ class FusedTransformer:
                 pooled.words[row, :, 0] = own[:, 2 * width + 1 :][:, :outputs]
                 pooled.words[row, :, 1] = own[:, :outputs]
 
-    def _trace(self, trace: RoutingTrace, number: int, segment: Segment, words: Tensor) -> None:
+    def _trace(self, trace: RoutingTrace, number: int, segment: Segment, words: Tensor, chunks: np.ndarray) -> None:
         adapter, length = segment.adapter, segment.end - segment.start
         assert isinstance(adapter, SlottedAdapter), "the batch has adapters that stand in slots only"
         wanted = trace.wanted(number, length)
@@ -583,8 +584,16 @@ class FusedTransformer:
         told = own[:, wanted.to(self.device)].transpose(0, 1).flatten(1)[:, on_device(adapter.words, self.device)]
         evaluations = None
         if segment.counters is not None:
-            evaluations = torch.full((length,), segment.counters.num_experts, dtype=torch.int32)
+            evaluations = self._evaluations(adapter, own, chunks[:, START], segment)
         trace.segments[number] = SegmentTrace(told, adapter.traced, evaluations)
+
+    def _evaluations(self, adapter: SlottedAdapter, words: Tensor, starts: np.ndarray, segment: Segment) -> Tensor:
+        """(t,) int32, of a segment's words (L, t, W): for each token the experts that one of its chunk kept, as `count` counts them."""
+        own = starts[(starts >= segment.start) & (starts < segment.end)]
+        chunk_of = on_device(np.searchsorted(own, np.arange(segment.start, segment.end), side="right") - 1, self.device)
+        kept = words.transpose(0, 1).flatten(1)[:, on_device(adapter.kept, self.device)]
+        counts = kept.new_zeros(len(own), kept.shape[1]).index_add_(0, chunk_of, kept)
+        return (counts != 0).sum(1)[chunk_of].int().cpu()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -598,26 +607,31 @@ class _Longer:
 
 @dataclass(frozen=True, slots=True)
 class _Pooled:
-    """Prompts [start, end) in a slot whose layer router reads the mean of their tokens."""
+    """Sequences in a slot whose layer router reads the mean of their prompts.
+
+    Args:
+        spans: of each [start, end) of its prompt, and the end of all its tokens: branches stand behind the prompt.
+    """
 
     slot: int
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[tuple[int, int, int], ...]
 
     def average(self, low: Tensor, layout: SlotLayout) -> None:
-        """The mean of products is the product of the mean: every token of a prompt gets it."""
+        """The mean of products is the product of the mean: every token of a prompt gets it, and those that are computed with it."""
         first = self.slot * layout.sections["QKV"].rows + layout.sections["QKV"].gate
         rows = slice(first, first + layout.parts * layout.gate_rows)
-        for start, end in self.spans:
-            low[start:end, rows] = low[start:end, rows].mean(0)
+        for start, end, last in self.spans:
+            low[start:last, rows] = low[start:end, rows].mean(0)
 
 
-def _pooled(segments: Sequence[Segment]) -> list[_Pooled]:
+def _pooled(segments: Sequence[Segment], spans: Sequence[CachedSpan]) -> list[_Pooled]:
     found = []
+    counts = {span.start: span.count for span in spans}
     for segment in segments:
         if segment.pooled is not None and any(segment.pooled.spans):
             assert isinstance(segment.adapter, SlottedAdapter), "the batch has adapters that stand in slots only"
-            spans = tuple((segment.start + span[0], segment.start + span[1]) for span in segment.pooled.spans if span is not None)
-            found.append(_Pooled(segment.adapter.slot, spans))
+            prompts = [(segment.start + span[0], segment.start + span[1]) for span in segment.pooled.spans if span is not None]
+            found.append(_Pooled(segment.adapter.slot, tuple((start, end, start + counts[start]) for start, end in prompts)))
     return found
 
 
