@@ -120,7 +120,8 @@ class MetaModel:
             config, allocate(config, META, dtype), num_slots=num_slots, shape=shape, max_tokens=512, gathers=gathers, launch=self.recorder
         )
         self.cache = self.model.new_cache(1024, PAGE)
-        self.adapters = [SlottedAdapter(manifest, slot, (), np.zeros(0, dtype=np.int64)) for slot, manifest in enumerate(manifests)]
+        none = np.zeros(0, dtype=np.int64)
+        self.adapters = [SlottedAdapter(manifest, slot, (), none, none) for slot, manifest in enumerate(manifests)]
 
     def batch(self, counts: Sequence[int], adapters: Sequence[int | None], computed: int = 3) -> tuple[ForwardBatch, list[CachedSpan]]:
         """Sequences with so many tokens in the step, each behind `computed` more ones and with the adapter of a slot or none."""

@@ -341,7 +341,8 @@ def attend_in(
     writes down what the layer's router and a nested prompt's say, and the first of each site what that site's says.
     """
     chunk = chunks_ptr + tl.program_id(0) * 8
-    start, count, slot = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2).to(tl.int64)  # slots may hold more than 2^31 numbers
+    start, count = tl.load(chunk), tl.load(chunk + 1)
+    slot = tl.load(chunk + 2).to(tl.int64)  # all slots' matrices may be more than 2^31 numbers
     if count > 0:
         head = tl.program_id(1)
         own = tl.arange(0, C)
@@ -379,9 +380,8 @@ def attend_in(
                         reads_ptr, reads_stride, reads_split, router_scale, given_ptr, given_width, is_given, ints_ptr, floats_ptr,
                         rule_ints_ptr, rule_floats_ptr, tokens, mask, L, C, ROUTER_SPLITS,
                     )  # fmt: skip
-                    if head == 0:
-                        if tl.load(ints_ptr + L.at_outputs) > 0:
-                            _say(words_ptr, word_width, 0, tokens, mask, scores, limit, selected, gates, L.block)
+                    if head == 0:  # zeros where the layer has no router: a sequence may take them along
+                        _say(words_ptr, word_width, 0, tokens, mask, scores, limit, selected, gates, L.block)
                 if L.prompt.has_inner:
                     if head == 0:
                         _inner_gates(
@@ -472,7 +472,8 @@ def residual(
 ):  # fmt: skip
     """x += y + LoRA of the linear S (+ the parallel adapter PA, which reads `m_low`); then as `embed`. Grid: (chunks, tiles)."""
     chunk = chunks_ptr + tl.program_id(0) * 8
-    start, count, slot = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2).to(tl.int64)
+    start, count = tl.load(chunk), tl.load(chunk + 1)
+    slot = tl.load(chunk + 2).to(tl.int64)  # all slots' matrices may be more than 2^31 numbers
     if count > 0:
         tile = tl.program_id(1)
         own = tl.arange(0, C)
@@ -522,7 +523,8 @@ def act(
 ):  # fmt: skip
     """z = silu(gate) * up, with the LoRA of both. Grid: (chunks, tiles of N of the F columns)."""
     chunk = chunks_ptr + tl.program_id(0) * 8
-    start, count, slot = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2).to(tl.int64)
+    start, count = tl.load(chunk), tl.load(chunk + 1)
+    slot = tl.load(chunk + 2).to(tl.int64)  # all slots' matrices may be more than 2^31 numbers
     if count > 0:
         tile = tl.program_id(1)
         own = tl.arange(0, C)

@@ -24,6 +24,7 @@ from moa_serve.gpu import kernels
 from moa_serve.gpu.attention import Prompts, SplitResults, decode_attention
 from moa_serve.gpu.constants import Constants, Site
 from moa_serve.gpu.graphs import RowGraphs, StaticStep
+from moa_serve.gpu.kernels import START
 from moa_serve.gpu.launch import Launch, launch
 from moa_serve.gpu.layout import PRODUCTS, SlotLayout, SlotShape, block
 from moa_serve.gpu.placement import Placement, partial_sums
@@ -237,7 +238,9 @@ class FusedTransformer:
         self._graphs: RowGraphs | None = None
         if recorder is not None or self.device.type == "cuda":
             self._graphs = RowGraphs(recorder or CudaRecorder(), self._decode)
+        self._recorded_rules = 0
         self._cache: FusedCache | None = None
+        self._width = 0  # pages of a sequence, at most
         self._clock: PartClock | None = None
         self._layers_done = 0
 
@@ -280,13 +283,17 @@ class FusedTransformer:
 
     def new_cache(self, num_blocks: int, block_size: int) -> FusedCache:
         self._cache = FusedCache(self.config, num_blocks, block_size, self._dtype, self.device)
+        self._width = min(num_blocks, -(-self.config.max_position // block_size))
         if self._graphs is not None:
-            most = min(self._workspace.max_tokens, next((rows for rows in ROW_BUCKETS if rows >= self._max_rows), ROW_BUCKETS[-1]))
-            self._split_results(most)  # recorded steps keep where it stands
-            width = min(num_blocks, -(-self.config.max_position // block_size))
-            with torch.inference_mode():
-                self._graphs.record(most, width, (self.config.num_layers, 2 * self.layout.output_block), self.device)
+            self._record(self._graphs)
         return self._cache
+
+    def _record(self, graphs: RowGraphs) -> None:
+        most = min(self._workspace.max_tokens, next((rows for rows in ROW_BUCKETS if rows >= self._max_rows), ROW_BUCKETS[-1]))
+        self._split_results(most)  # recorded steps keep where it stands
+        self._recorded_rules = self._rules.generation
+        with torch.inference_mode():
+            graphs.record(most, self._width, (self.config.num_layers, 2 * self.layout.output_block), self.device)
 
     def trial_cache(self, num_blocks: int, block_size: int) -> FusedCache:
         """One for a few steps before the one that serves; nothing is recorded for it."""
@@ -307,10 +314,10 @@ class FusedTransformer:
         self.warm(adapter)
         found = self._images.get(adapter.revision)
         assert found is not None, "it was just made"
-        weights, packed = found
+        known, packed = found
         self.bank.fill(slot, packed)
         self._rules.fill(slot, adapter.manifest)
-        self._standing[slot] = standing = slotted(weights, self.layout, slot)
+        self._standing[slot] = standing = replace(known, slot=slot)
         return standing
 
     def warm(self, adapter: Adapter) -> None:
@@ -326,7 +333,7 @@ class FusedTransformer:
         packed = image(weights, self.layout, self._dtype)
         if self.device.type == "cuda":
             packed = packed.pinned()
-        self._images.put(adapter.revision, weights, packed)
+        self._images.put(adapter.revision, slotted(weights, self.layout), packed)
 
     def cool(self, revision: str) -> None:
         self._images.drop(revision)
@@ -397,25 +404,30 @@ class FusedTransformer:
         assert self._cache is not None, "a step needs a cache"
         runs, counted = runs_of(batch, spans, self._rules)
         numbers = host_numbers(runs, counted, spans, self._cache.block_size)
-        if (
-            self._graphs is not None and self._graphs.num_recorded and not numbers.longer and self._clock is None
-        ):  # a recorded step has no parts that could be timed
-            static = self._graphs.step(len(batch.token_ids))
-            if static is not None:
-                return self._replayed(self._graphs, static, batch, numbers)
+        if (static := self._static_step(numbers)) is not None:
+            return self._replayed(static, batch, numbers)
         views = self._space(len(batch.token_ids)).views(len(batch.token_ids))
         step = self._eager(batch, numbers)
-        logits = self._computed(step, views, self._longer(numbers), bool(batch.segments), _pooled(batch.segments))
-        self._tell(batch, views)
+        logits = self._computed(step, views, self._longer(numbers), bool(batch.segments), _pooled(batch.segments, spans))
+        self._tell(batch, views, numbers.chunks)
         return logits
 
-    def _replayed(self, graphs: RowGraphs, static: StaticStep, batch: ForwardBatch, numbers: HostNumbers) -> Tensor:
+    def _static_step(self, numbers: HostNumbers) -> StaticStep | None:
+        """Where the numbers of a recorded step go; None where the step is not recorded."""
+        if self._graphs is None or not self._graphs.num_recorded or numbers.longer or self._clock is not None:
+            return None  # a recorded step has no parts that could be timed
+        if self._rules.generation != self._recorded_rules:
+            self._record(self._graphs)
+        return self._graphs.step(len(numbers.rows))
+
+    def _replayed(self, static: StaticStep, batch: ForwardBatch, numbers: HostNumbers) -> Tensor:
+        assert self._graphs is not None, "it is one of its steps"
         rows = torch.arange(len(batch.token_ids), device=self.device) if batch.logit_rows is None else batch.logit_rows
         static.fill(batch.token_ids, batch.positions, rows, numbers)
         _give(static.buffers.given, batch.segments, self.layout.output_block)
-        logits = graphs.replay(static, bool(batch.segments))
+        logits = self._graphs.replay(static, bool(batch.segments))
         self._layers_done += self.config.num_layers
-        self._tell(batch, self._workspace.views(static.rows))
+        self._tell(batch, self._workspace.views(static.rows), numbers.chunks)
         return logits[: len(rows)]
 
     def _decode(self, step: StepBuffers, has_adapter: bool) -> Tensor:
@@ -675,13 +687,13 @@ class FusedTransformer:
             bank.floats, bank.floats.stride(0), bank.floats.stride(1), step.counters, L=self._constants, C=kernels.CHUNK,
         )  # fmt: skip
 
-    def _tell(self, batch: ForwardBatch, views: Views) -> None:
+    def _tell(self, batch: ForwardBatch, views: Views, chunks: np.ndarray) -> None:
         """Instance-level weights go to their sequences, and routers' words to who asked."""
         for number, segment in enumerate(batch.segments):
             if segment.pooled is not None:
                 self._keep_pooled(segment, views.words)
             if batch.trace is not None:
-                self._trace(batch.trace, number, segment, views.words)
+                self._trace(batch.trace, number, segment, views.words, chunks)
 
     def _keep_pooled(self, segment: Segment, words: Tensor) -> None:
         pooled, width = segment.pooled, self.layout.output_block
@@ -693,7 +705,7 @@ class FusedTransformer:
                 pooled.words[row, :, 0] = own[:, 2 * width + 1 :][:, :outputs]
                 pooled.words[row, :, 1] = own[:, :outputs]
 
-    def _trace(self, trace: RoutingTrace, number: int, segment: Segment, words: Tensor) -> None:
+    def _trace(self, trace: RoutingTrace, number: int, segment: Segment, words: Tensor, chunks: np.ndarray) -> None:
         adapter, length = segment.adapter, segment.end - segment.start
         assert isinstance(adapter, SlottedAdapter), "the batch has adapters that stand in slots only"
         wanted = trace.wanted(number, length)
@@ -703,8 +715,16 @@ class FusedTransformer:
         told = own[:, wanted.to(self.device)].transpose(0, 1).flatten(1)[:, on_device(adapter.words, self.device)]
         evaluations = None
         if segment.counters is not None:
-            evaluations = torch.full((length,), segment.counters.num_experts, dtype=torch.int32)
+            evaluations = self._evaluations(adapter, own, chunks[:, START], segment)
         trace.segments[number] = SegmentTrace(told, adapter.traced, evaluations)
+
+    def _evaluations(self, adapter: SlottedAdapter, words: Tensor, starts: np.ndarray, segment: Segment) -> Tensor:
+        """(t,) int32, of a segment's words (L, t, W): for each token the experts that one of its chunk kept, as `count` counts them."""
+        own = starts[(starts >= segment.start) & (starts < segment.end)]
+        chunk_of = on_device(np.searchsorted(own, np.arange(segment.start, segment.end), side="right") - 1, self.device)
+        kept = words.transpose(0, 1).flatten(1)[:, on_device(adapter.kept, self.device)]
+        counts = kept.new_zeros(len(own), kept.shape[1]).index_add_(0, chunk_of, kept)
+        return (counts != 0).sum(1)[chunk_of].int().cpu()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -718,29 +738,37 @@ class _Longer:
 
 @dataclass(frozen=True, slots=True)
 class _Pooled:
-    """Prompts [start, end) in a slot whose layer router reads the mean of their tokens."""
+    """Sequences in a slot whose layer router reads the mean of their prompts.
+
+    Args:
+        spans: of each [start, end) of its prompt, and the end of all its tokens: branches stand behind the prompt.
+    """
 
     slot: int
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[tuple[int, int, int], ...]
 
     def average(self, low: Low, layout: SlotLayout) -> None:
-        """The mean of products is the product of the mean: every token of a prompt gets it, in the first split."""
+        """The mean of products is the product of the mean: every token of a prompt gets it, and those that are computed with it.
+
+        Of partial sums the first gets it.
+        """
         first = self.slot * low.slot + layout.sections["QKV"].gate
         rows = slice(first, first + layout.parts * layout.gate_rows)
-        for start, end in self.spans:
-            own = low.first[:, start:end, rows]
-            mean = own.sum(0).mean(0)
+        for start, end, last in self.spans:
+            mean = low.first[:, start:end, rows].sum(0).mean(0)
+            own = low.first[:, start:last, rows]
             own.zero_()
             own[0] = mean
 
 
-def _pooled(segments: Sequence[Segment]) -> list[_Pooled]:
+def _pooled(segments: Sequence[Segment], spans: Sequence[CachedSpan]) -> list[_Pooled]:
     found = []
+    counts = {span.start: span.count for span in spans}
     for segment in segments:
         if segment.pooled is not None and any(segment.pooled.spans):
             assert isinstance(segment.adapter, SlottedAdapter), "the batch has adapters that stand in slots only"
-            spans = tuple((segment.start + span[0], segment.start + span[1]) for span in segment.pooled.spans if span is not None)
-            found.append(_Pooled(segment.adapter.slot, spans))
+            prompts = [(segment.start + span[0], segment.start + span[1]) for span in segment.pooled.spans if span is not None]
+            found.append(_Pooled(segment.adapter.slot, tuple((start, end, start + counts[start]) for start, end in prompts)))
     return found
 
 

@@ -1,7 +1,7 @@
 """By which rules routers choose, as the kernels read them: a row for each slot, its adapter's own, and further rows for requests' options.
 
-A chunk of tokens names its row. Rows of options are kept for steps to come and taken again, the one used least lately first. Owned by the
-engine thread.
+A chunk of tokens names its row. Rows of options are kept for steps to come and taken again, the one used least lately first; a step that
+needs more than there are gets a larger table, which stands at other addresses. Owned by the engine thread.
 """
 
 from collections import OrderedDict
@@ -23,6 +23,7 @@ class RuleTable:
     def __init__(self, layout: SlotLayout, num_slots: int, device: torch.device) -> None:
         self._layout, self._num_slots = layout, num_slots
         self._known: OrderedDict[tuple[int, RoutingRules], int] = OrderedDict()
+        self.generation = 0  # another one: the table stands elsewhere now
         self._allocate(NUM_OPTIONS, device)
 
     def _allocate(self, num_options: int, device: torch.device) -> None:
@@ -62,9 +63,13 @@ class RuleTable:
         if len(taken) < len(rows):
             return next(row for row in rows if row not in taken)
         key = next((key for key, row in self._known.items() if row not in in_use), None)
-        if key is None:
-            raise OverflowError(f"a step has requests with more than {len(rows)} kinds of routing options")
-        return self._known.pop(key)
+        if key is not None:
+            return self._known.pop(key)
+        ints, thresholds = self.ints, self.thresholds
+        self._allocate(2 * len(rows), ints.device)
+        self.generation += 1
+        self.ints[: len(ints)], self.thresholds[: len(thresholds)] = ints, thresholds
+        return rows.stop
 
     def _write(self, row: int, manifest: Manifest, rules: RoutingRules | None) -> None:
         ints, thresholds = torch.zeros(self.ints.shape[1:], dtype=torch.int64), torch.zeros(self.thresholds.shape[1:])

@@ -46,14 +46,16 @@ class SlottedAdapter:
     """What the forward knows of an adapter in a slot.
 
     Args:
-        slot: the place in the bank.
+        slot: the place in the bank; -1 before it has one.
         traced, words: the routers as a trace has them, and their words' places (W,) among (L, words of a layer), flattened.
+        kept: among the same, for each expert that is counted, where it stands whether its output is selected.
     """
 
     manifest: Manifest
     slot: int
     traced: tuple[TracedRouter, ...]
     words: np.ndarray
+    kept: np.ndarray
 
     @property
     def num_layers(self) -> int:
@@ -155,7 +157,9 @@ class _LayerImage:
         net, layout = router.net, self._layout
         number = layout.router("layer")
         places, final = [], net.w2 if isinstance(net, SwigluNet) else net.out
-        if isinstance(net, SwigluNet):
+        if isinstance(net, SwigluNet) and not len(net.w1.weight):  # without hidden units it says its bias
+            places.append((0, Affine(torch.zeros(len(final.weight), net.w1.weight.shape[1]), final.bias)))
+        elif isinstance(net, SwigluNet):
             hidden, outputs = len(net.w1.weight), len(final.weight)
             places += [(0, net.w1), (layout.shape.hidden, net.w3)]
             w2 = self.floats("w2").view(layout.shape.outputs, layout.shape.hidden)
@@ -233,11 +237,12 @@ def _inner(mixture: Mixture, count: int) -> Tensor:
     return torch.full((count,), CONSTANT, dtype=torch.int32) if mixture.inner is None else mixture.inner.int()
 
 
-def slotted(weights: MoaWeights, layout: SlotLayout, slot: int) -> SlottedAdapter:
-    """What the forward knows of the adapter once it stands in the slot."""
+def slotted(weights: MoaWeights, layout: SlotLayout) -> SlottedAdapter:
+    """What the forward knows of the adapter once it stands in a slot; in none yet."""
     traced: list[TracedRouter] = []
     places: list[int] = []
-    block = layout.output_block
+    kept: list[int] = []
+    block, counted = layout.output_block, counted_outputs(weights.manifest)
     for index, layer in enumerate(weights.layers):
         for site, router in _routers(layer):
             final = router.net.w2 if isinstance(router.net, SwigluNet) else router.net.out
@@ -247,7 +252,9 @@ def slotted(weights: MoaWeights, layout: SlotLayout, slot: int) -> SlottedAdapte
             places += [*range(first, first + outputs), first + block]
             for part in (block + 1, 2 * block + 1):
                 places += range(first + part, first + part + outputs)
-    return SlottedAdapter(weights.manifest, slot, tuple(traced), np.array(places, dtype=np.int64))
+            if (cells := counted[index].get(site)) is not None:
+                kept += [first + block + 1 + output for output in cells.outputs]
+    return SlottedAdapter(weights.manifest, -1, tuple(traced), np.array(places, dtype=np.int64), np.array(kept, dtype=np.int64))
 
 
 def _routers(layer: MoaLayer | None) -> Iterator[tuple[str, Router]]:
@@ -326,15 +333,15 @@ class Images:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: dict[str, tuple[MoaWeights, SlotImage]] = {}
+        self._kept: dict[str, tuple[SlottedAdapter, SlotImage]] = {}
 
-    def get(self, revision: str) -> tuple[MoaWeights, SlotImage] | None:
+    def get(self, revision: str) -> tuple[SlottedAdapter, SlotImage] | None:
         with self._lock:
             return self._kept.get(revision)
 
-    def put(self, revision: str, weights: MoaWeights, found: SlotImage) -> None:
+    def put(self, revision: str, adapter: SlottedAdapter, found: SlotImage) -> None:
         with self._lock:
-            self._kept[revision] = (weights, found)
+            self._kept[revision] = (adapter, found)
 
     def drop(self, revision: str) -> None:
         with self._lock:

@@ -145,3 +145,25 @@ def test_all_recorded_steps_of_one_kind_are_the_same_operations(pair: tuple[Serv
     for kind in (0, 1):
         names = [tape.names for tape in tapes[kind::2]]
         assert all(found == names[0] for found in names)
+
+
+def test_more_kinds_of_options_than_ever_before_are_recorded_anew(pair: tuple[Served, Served, TapeRecorder]) -> None:
+    """The table of rules then stands elsewhere: a replay would read the old one, which nobody writes any more."""
+    fused, definition, recorder = pair
+    table, before = fused.model._rules, list(recorder.tapes)
+    table._known.clear()
+    for served in (fused, definition):
+        served.load(0, made("soft", 0))
+    manifest = fused.slots[0].manifest
+    many = [rules_for(RoutingOptions(threshold=number / 999), manifest) for number in range(1, len(table.thresholds) - 1)]
+    for rules in many:
+        table.row(0, manifest, rules, in_use=set())
+    in_use = set(table._known.values())
+    last = rules_for(RoutingOptions(top_k=2), manifest)
+    table.row(0, manifest, last, in_use)  # all rows are in use
+    assert table.generation == 1
+    both(pair, [(0, 0, last)], [[40]])
+    both(pair, [(0, 0, many[-1])], [[41]])
+    if before:
+        assert len(recorder.tapes) == 6
+        assert not set(map(id, recorder.tapes)) & set(map(id, before))
