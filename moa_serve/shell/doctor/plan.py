@@ -22,6 +22,7 @@ from moa_serve.config import ModelConfig
 from moa_serve.engine.engine import GPU_MEMORY_UTILIZATION, EngineOptions
 from moa_serve.errors import ModelNotFound, ModelUnsupported, sized
 from moa_serve.gpu.layout import SlotLayout, SlotShape
+from moa_serve.gpu.placement import Placement
 from moa_serve.gpu.plan import CUDA_BYTES, MemoryPlan, plan
 from moa_serve.llm import slot_shape
 from moa_serve.model.weights import allocate, read_config
@@ -69,8 +70,10 @@ class SlotCost:
     """Of one family on a base. The shares are of the bytes of the base that a decode step reads.
 
     Args:
-        slot_bytes: of one slot, of which `row_bytes` stand among the base's weights.
-        share_of_one: what a step reads more with `num_slots` slots and one adapter at work: the rows of all of them, and what else is its.
+        slot_bytes: of one slot, of which `row_bytes` are rows of products.
+        is_apart: so many slots' rows stand in buffers of their own, and each layer has four more launches.
+        share_of_one: what a step reads more with `num_slots` slots and one adapter at work: the rows of all of them, where they stand among
+            the base's weights, or its own; and what else is its.
         share_of_all: with a different adapter of each slot at work.
     """
 
@@ -78,6 +81,7 @@ class SlotCost:
     num_parameters: int
     slot_bytes: int
     row_bytes: int
+    is_apart: bool
     share_of_one: float
     share_of_all: float
 
@@ -153,7 +157,9 @@ def slot_cost(family: str, recipe: Recipe, config: ModelConfig, num_slots: int) 
     slot, rows = layout.slot_bytes(DTYPE.itemsize), layout.row_bytes(DTYPE.itemsize)
     weights = allocate(config, torch.device("meta"), DTYPE)
     read = weights.num_bytes - (0 if config.tie_word_embeddings else weights.embed.nbytes)  # of the embedding some rows
-    return SlotCost(family, manifest.num_parameters, slot, rows, (num_slots * rows + slot - rows) / read, num_slots * slot / read)
+    is_apart = Placement(layout, num_slots, DTYPE.itemsize).gathers
+    one = (1 if is_apart else num_slots) * rows + slot - rows
+    return SlotCost(family, manifest.num_parameters, slot, rows, is_apart, one / read, num_slots * slot / read)
 
 
 def _base(model: str | None, shapes: str | None) -> tuple[str, ModelConfig]:
@@ -214,11 +220,12 @@ def _costs(found: Outlook) -> Table:
     slots = found.options.num_slots
     title = f"a slot for each family, and what a decode step reads beside the base's bytes with {slots} of them"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for name in ("family", "parameters", "MiB a slot", "among weights", "1 adapter at work", f"{slots} at work"):
+    for name in ("family", "parameters", "MiB a slot", "rows", "they stand", "1 adapter at work", f"{slots} at work"):
         table.add_column(name, justify="left" if name == "family" else "right")
     for one in found.costs:
         mib = (f"{size / 2**20:.1f}" for size in (one.slot_bytes, one.row_bytes))
-        table.add_row(one.family, f"{one.num_parameters:,}", *mib, f"{100 * one.share_of_one:.2f}%", f"{100 * one.share_of_all:.2f}%")
+        shares = (f"{100 * share:.2f}%" for share in (one.share_of_one, one.share_of_all))
+        table.add_row(one.family, f"{one.num_parameters:,}", *mib, "apart" if one.is_apart else "among weights", *shares)
     return table
 
 

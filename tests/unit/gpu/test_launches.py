@@ -54,6 +54,16 @@ def test_a_layer_launches_what_the_base_alone_does(family: str | None, config: M
     assert launched[last:] == [*HEAD, *(["count"] if family is not None and model.model.layout.routers else [])]
 
 
+def test_rows_that_stand_apart_take_a_launch_for_each_product() -> None:
+    """Four more a layer, where there are adapters in the step, and none where the base is alone in it."""
+    model = MetaModel(SHORT, [manifest("soft")], gathers=True)
+    layer = [name for part in NINE for name in ([part, "shrink"] if part == "mm" else [part])]
+    for slots, expected in (([0, None], layer), ([None, None], NINE)):
+        launched = names(model.step([1] * 2, slots))
+        first = launched.index("embed") + 1
+        assert launched[first : first + len(expected) * SHORT.num_layers] == expected * SHORT.num_layers
+
+
 @pytest.mark.parametrize("ask", [Tensor.item, Tensor.tolist, Tensor.nonzero, bool])
 def test_a_step_that_asked_a_tensor_would_fail_here(ask: Callable[[Tensor], object]) -> None:
     """What all of this file rests on: where tensors have no numbers, nobody gets one by waiting for it."""
