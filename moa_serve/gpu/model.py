@@ -32,7 +32,7 @@ from moa_serve.gpu.plan import ROW_BUCKETS, FusedSizes, num_splits, recorded_byt
 from moa_serve.gpu.plan import TILE as _TILE
 from moa_serve.gpu.rules import RuleTable
 from moa_serve.gpu.shrink import BLOCK, NUM_STAGES, NUM_WARPS, TILE, num_tiles, shrink
-from moa_serve.gpu.slots import Images, SlotBank, SlottedAdapter, image, slotted
+from moa_serve.gpu.slots import Images, SlotBank, SlotImage, SlottedAdapter, image, slotted
 from moa_serve.gpu.step import HostNumbers, StepBuffers, host_numbers, runs_of
 from moa_serve.model.attention import (
     BranchedChunk,
@@ -54,7 +54,7 @@ from moa_serve.model.weights import BaseWeights, LayerWeights
 
 logger = logging.getLogger(__name__)
 
-_MOST_DOUBLED = ROW_BUCKETS[-1]
+_MOST_DOUBLED = 64
 """Tokens of a step whose residual stream takes part in the first product: with so few, weights are read and arithmetic is free. More of
 them take a product of their own with the slots' rows alone, and a launch."""
 _ATTRIBUTES = {"QKV": "qkv", "O": "o", "GATE_UP": "gate_up", "DOWN": "down"}
@@ -231,6 +231,7 @@ class FusedTransformer:
         self.bank = SlotBank(self.layout, num_slots, rows, self._dtype, self.device)
         self._rules = RuleTable(self.layout, num_slots, self.device)
         self._images = Images()
+        self._too_large: set[str] = set()  # revisions of which that was said
         self._standing: WeakValueDictionary[int, SlottedAdapter] = WeakValueDictionary()
         self._definition = Transformer(config, weights)
         self._workspace = self._new_workspace(max_tokens)
@@ -306,34 +307,42 @@ class FusedTransformer:
         return build(adapter.manifest, adapter.tensors, base, self.config, torch.float32)
 
     def prepare(self, adapter: Adapter, slot: int | None = None) -> PreparedAdapter:
-        if not self.layout.shape.holds(SlotShape.of(adapter.manifest)):
+        if not self._fits(adapter):
             return self._definition.prepare(adapter, slot)
         if slot is None:
             slot = next((free for free in range(self.bank.num_slots) if free not in self._standing), None)
             assert slot is not None, "more adapters are prepared than there are slots"
-        self.warm(adapter)
-        found = self._images.get(adapter.revision)
-        assert found is not None, "it was just made"
-        known, packed = found
+        known, packed = self._image(adapter)
         self.bank.fill(slot, packed)
         self._rules.fill(slot, adapter.manifest)
         self._standing[slot] = standing = replace(known, slot=slot)
         return standing
 
     def warm(self, adapter: Adapter) -> None:
-        if self._images.get(adapter.revision) is not None:
-            return
-        if not self.layout.shape.holds(SlotShape.of(adapter.manifest)):
+        if self._fits(adapter):
+            self._image(adapter)
+
+    def _fits(self, adapter: Adapter) -> bool:
+        """Whether a slot takes it; says so once where none does."""
+        fits = self.layout.shape.holds(SlotShape.of(adapter.manifest))
+        if not fits and adapter.revision not in self._too_large:
+            self._too_large.add(adapter.revision)
             logger.warning(
-                "adapter revision %s is larger than a slot of the fused step; its tokens are computed one operation at a time",
+                "adapter revision %s is larger than a slot of the triton backend: its rows are computed by torch, one operation at a time; "
+                "slots are as large as the adapters that are known when the server starts, so start it again with this one in its folder",
                 adapter.revision[:12],
             )
-            return
-        weights = self._built(adapter)
-        packed = image(weights, self.layout, self._dtype)
-        if self.device.type == "cuda":
-            packed = packed.pinned()
-        self._images.put(adapter.revision, slotted(weights, self.layout), packed)
+        return fits
+
+    def _image(self, adapter: Adapter) -> tuple[SlottedAdapter, SlotImage]:
+        """Laid out before, or now. Safe in any thread."""
+        found = self._images.get(adapter.revision)
+        if found is None:
+            weights = self._built(adapter)
+            packed = image(weights, self.layout, self._dtype)
+            found = slotted(weights, self.layout), packed.pinned() if self.device.type == "cuda" else packed
+            self._images.put(adapter.revision, *found)
+        return found
 
     def cool(self, revision: str) -> None:
         self._images.drop(revision)

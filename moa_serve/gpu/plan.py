@@ -19,7 +19,7 @@ from moa_serve.model.attention import KVCache
 from moa_serve.model.weights import BaseWeights, allocate
 
 TILE = 128  # columns of a program of `residual`, `act` and `embed`
-ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 CUDA_BYTES = 2**30
 """Of a card that nobody has asked: what the driver keeps of it (an RTX 4090 is 24,564 MiB to nvidia-smi, and 23.64 GiB to CUDA), CUDA's
 context, cuBLAS and the kernels. An assumption; a server that starts asks its device."""

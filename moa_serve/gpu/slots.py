@@ -5,6 +5,7 @@ copied on a stream of their own, behind the steps that may still read what stood
 """
 
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from moa_serve.gpu.layout import ABSENT, CONSTANT, INNER_OF, LORA_OF, PRODUCTS, 
 from moa_serve.model.batch import TracedRouter
 from moa_serve.model.counters import counted_outputs
 from moa_serve.model.moa import Affine, LoraExperts, Mixture, MoaLayer, MoaWeights, ParallelAdapter, Router, SwigluNet
+
+MOST_IMAGE_BYTES = 4 * 2**30  # about fifty Soft MoA sets of an 8B base
 
 
 @dataclass(eq=False, slots=True)
@@ -34,6 +37,10 @@ class SlotImage:
     floats: Tensor
     matrices: Tensor
     prompt: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.nbytes for part in (*self.rows.values(), self.ints, self.floats, self.matrices, self.prompt))
 
     def pinned(self) -> "SlotImage":
         """In memory that a copy to the device reads beside the processor."""
@@ -329,24 +336,29 @@ class SlotBank:
 
 
 class Images:
-    """Images of adapters that are in host memory, by revision; made by loader threads, taken by the engine's."""
+    """Images of adapters in host memory, by revision, the least recently used leave first; made by loader threads, taken by the engine's.
 
-    def __init__(self) -> None:
+    Args:
+        max_bytes: of all but the one that came last. Pinned memory is never swapped out, so it has a bound of its own.
+    """
+
+    def __init__(self, max_bytes: int = MOST_IMAGE_BYTES) -> None:
+        self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        self._kept: dict[str, tuple[SlottedAdapter, SlotImage]] = {}
+        self._kept: OrderedDict[str, tuple[SlottedAdapter, SlotImage]] = OrderedDict()
 
     def get(self, revision: str) -> tuple[SlottedAdapter, SlotImage] | None:
         with self._lock:
+            if revision in self._kept:
+                self._kept.move_to_end(revision)
             return self._kept.get(revision)
 
     def put(self, revision: str, adapter: SlottedAdapter, found: SlotImage) -> None:
         with self._lock:
             self._kept[revision] = (adapter, found)
+            while len(self._kept) > 1 and sum(image.num_bytes for _, image in self._kept.values()) > self._max_bytes:
+                self._kept.popitem(last=False)
 
     def drop(self, revision: str) -> None:
         with self._lock:
             self._kept.pop(revision, None)
-
-    def clear(self) -> None:
-        with self._lock:
-            self._kept.clear()

@@ -33,7 +33,11 @@ def what_is_wrong(model: FusedTransformer, definition: Transformer) -> str | Non
         with torch.inference_mode():
             found = {name: (_logits(model, adapter, name), _logits(definition, adapter, name)) for name in ("base", "adapter")}
     except Exception as error:  # a compiler, a driver or a kernel: whatever it was, this device is not for these kernels
-        return f"its kernels do not run on this device ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''})"
+        said = str(error).strip().splitlines()
+        return f"its kernels do not run on this device ({type(error).__name__}{': ' + said[0] if said else ''})"
+    finally:
+        for one in (model, definition):
+            one.forget(adapter.revision)
     for name, (ours, theirs) in found.items():
         apart = (ours - theirs).square().mean().sqrt() / theirs.square().mean().sqrt()
         if not apart <= _MOST_APART[model.dtype]:  # not a number is wrong, too
