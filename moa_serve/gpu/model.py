@@ -360,6 +360,11 @@ class FusedTransformer:
         self._definition.close()
 
     @property
+    def num_recorded(self) -> int:
+        """Decode steps that are recorded: of some numbers of rows, without adapters and with."""
+        return 0 if self._graphs is None else self._graphs.num_recorded
+
+    @property
     def layers_done(self) -> int:
         return self._layers_done + self._definition.layers_done
 
@@ -423,7 +428,7 @@ class FusedTransformer:
 
     def _static_step(self, numbers: HostNumbers) -> StaticStep | None:
         """Where the numbers of a recorded step go; None where the step is not recorded."""
-        if self._graphs is None or not self._graphs.num_recorded or numbers.longer or self._clock is not None:
+        if self._graphs is None or not self.num_recorded or numbers.longer or self._clock is not None:
             return None  # a recorded step has no parts that could be timed
         if self._rules.generation != self._recorded_rules:
             self._record(self._graphs)

@@ -135,6 +135,7 @@ def swaps(subject: Subject) -> Finding:
             ours.load_adapter(first, another)
             turns.append((first, "another"))
             found.append(_greedy(ours, [prompt] * 2, [first] * 2))
+            recorded = getattr(ours._engine.model, "num_recorded", None)
             wrong = []
             for turn, ((_, name), rows) in enumerate(zip(turns, found, strict=True)):
                 expected = _greedy(exact, [prompt], [name])[0]
@@ -143,14 +144,18 @@ def swaps(subject: Subject) -> Finding:
     where = f"{backend} on {device.type}, float32"
     if wrong:
         return Finding("failed", f"{where}: other tokens after a swap: {', '.join(wrong)}", _REPORT)
-    return Finding("ok", f"{where}: {len(turns)} turns of {NUM_TOKENS} tokens in one slot, each as if it were alone")
+    said = f"{where}: {len(turns)} turns of {NUM_TOKENS} tokens in one slot, each as if it were alone"
+    if recorded == 0 and device.type == "cuda":
+        return Finding("failed", f"{said}; but no decode step was recorded as a CUDA graph", "report it, with the log of a server's start")
+    return Finding("ok", said if recorded is None else f"{said}; {recorded} decode steps are recorded")
 
 
 def _opened(subject: Subject, base: object, adapters: Mapping[str, object], *, dtype: str = "float32", num_slots: int = 8) -> LLM:
+    resolved, _, _ = resolve(subject.backend, subject.device, dtype)
     return LLM(
         str(base),
         adapters={name: str(folder) for name, folder in adapters.items()},
-        backend=subject.backend,
+        backend=resolved,  # by name: "auto" would serve by torch where a GPU's kernels fail their trial
         device=subject.device,
         dtype=dtype,
         kv_cache_bytes=golden.KV_CACHE_BYTES,

@@ -98,7 +98,7 @@ def test_replays_are_right_whatever_stands_in_the_slots(pair: tuple[Served, Serv
     """A replay of a step that was recorded with fewer adapters, other lengths or another adapter in the slot would be silently wrong
     (SGLang's issue 28371)."""
     fused, definition, _ = pair
-    assert fused.model._graphs.num_recorded == 6, "1, 2 and 4 rows, without adapters and with"
+    assert fused.model.num_recorded == 6, "1, 2 and 4 rows, without adapters and with"
     for served in (fused, definition):
         for slot, family in enumerate(("soft", "nested_hydra", "instance")):
             served.load(slot, made(family, slot))
