@@ -380,8 +380,9 @@ FAMILIES: tuple[_OfSums | _OfAdapter, ...] = (
     _counter("moa_expert_selected_total", "Tokens that kept an expert.", _cells(lambda sums: sums.selected), "layer", "expert"),
     _counter(
         "moa_expert_computed_total",
-        "Tokens that an expert was computed for. The torch backend computes every expert for every token; the native one leaves out whom "
-        "no token kept, each token by itself or, with AMX, up to 16 neighbours together.",
+        "Tokens that an expert was computed for. The torch backend computes every expert for every token; the others leave out whom "
+        "no token kept, each token by itself or, with AMX and on the triton backend, up to 16 neighbours together (there of its second "
+        "factor alone).",
         _cells(lambda sums: sums.computed),
         "layer",
         "expert",

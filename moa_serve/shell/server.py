@@ -163,7 +163,7 @@ def compose(settings: ServerSettings, base: Base, backend: str, directory: State
     metrics.attach(engine, registry, store.cache)
     if settings.raises_thresholds and model.name != "native":
         logger.warning(
-            "thresholds may be raised under pressure, but the %s backend computes every expert all the same: answers change and no time is "
+            "thresholds may be raised under pressure, but the %s backend hardly computes less for it: answers change and no time is "
             "saved; leave pressure_threshold_scale and pressure_adapters out",
             model.name,
         )
