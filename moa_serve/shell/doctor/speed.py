@@ -70,8 +70,8 @@ def measured(subject: Subject, name: str, config: ModelConfig, *, rounds: int = 
     for num_adapters, sizes in ((1, ROWS), (goals.DISTINCT_ADAPTERS, ROWS[-1:])):
         # A server with eight slots for most, and one with a slot for each of many: what a step costs a GPU depends on how many there are.
         options = EngineOptions(num_slots=max(EngineOptions().num_slots, num_adapters + len(FAMILIES) + 1))
-        model = new_model(backend, base, options=options, shape=slot_shape(FAMILIES, base.config))
-        with own_cache(), quiet(), closing(model):
+        shape = slot_shape(FAMILIES, base.config)
+        with own_cache(), quiet(), closing(new_model(backend, base, options=options, shape=shape)) as model:
             found = measure(model, num_adapters, sizes=sizes, rounds=rounds, inner_steps=inner_steps, on_progress=subject.on_progress)
         many = f", {options.num_slots} slots" if num_adapters > 1 else ""
         rows += [replace(row, case=row.case + many) for row in found]

@@ -273,7 +273,7 @@ from moa_serve.model.weights import load_base, named_tensors
 def peak():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
-torch.empty(9).copy_(torch.empty(9, dtype=torch.bfloat16))
+torch.empty(9, device=sys.argv[3]).copy_(torch.empty(9, dtype=torch.bfloat16))  # what torch loads for a first copy is no weight
 before = peak()
 base = load_base(sys.argv[1], dtype=getattr(torch, sys.argv[2]), device=sys.argv[3])
 print((peak() - before) / sum(t.nbytes for _, t in named_tensors(base.config, base.weights)))

@@ -430,8 +430,11 @@ def test_tokens_part_only_where_two_are_as_good(second_best: float, is_same: boo
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_bench_measures_any_backend_and_missed_goals_are_a_warning(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+def test_the_bench_measures_any_backend_and_missed_goals_are_a_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, backend: str
+) -> None:
     """Each goal with its own number of rows; what a tiny base gives is far from them, or not."""
+    monkeypatch.setenv("MOA_CACHE_DIR", str(tmp_path))  # nobody else writes there meanwhile
     monkeypatch.setattr(goals, "DISTINCT_TO_BASE_ON_GPU", 0.0)
     monkeypatch.setattr(goals, "adapter_to_base_on_gpu", lambda rows: 1e9)
     heard: list[str] = []
