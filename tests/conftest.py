@@ -16,7 +16,8 @@ from moa_serve import faults
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))
 
-if not torch.cuda.is_available():  # read when triton is imported, and by processes that tests start
+# Read when triton is imported, and by processes that tests start: kernels are interpreted, or compiled and on the GPU.
+if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "0":
     os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits for the first, and for other processes

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 import pytest
 import torch
+from kernel_device import DEVICE, MARKS
 from support import tiny_config
 from torch import Tensor
 
@@ -16,8 +17,7 @@ from moa_serve.gpu.attention import Prompts, SplitResults, decode_attention
 from moa_serve.model.attention import CachedSpan, KVCache
 from moa_serve.model.moa import Mixture, PromptExpert, Routed
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # kernels are compiled or interpreted, never both in one process
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+pytestmark = MARKS
 NAN = float("nan")
 LENGTHS = (1, 16, 17, 0, 70, 150)  # one token, a page, one more, a padding row, more than a tile, more than two
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from families import random_adapter, write_base
+from kernel_device import DEVICE, MARKS
 from tapes import TapeRecorder
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from moa_serve.model.counters import RouterCounters
 from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import load_base
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where there is a GPU, its graphs take the place of the tape
+pytestmark = MARKS  # where there is a GPU, its graphs take the place of the tape
 PAGE, PAGES, MOST = 4, 3, 4
 
 

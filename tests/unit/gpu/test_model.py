@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from goldens import Golden, goldens
+from kernel_device import DEVICE, MARKS
 from torch import Tensor
 
 from moa_serve.adapter.adapter import Adapter
@@ -19,7 +20,7 @@ from moa_serve.model.counters import RouterCounters
 from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import load_base
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # a GPU where there is one, else the interpreter
+pytestmark = MARKS
 PAGE = 16
 LATER = 4  # tokens of a golden row that its decode starts from the end
 ROWS, STEPS = 2, 1  # of a golden folder; an interpreted program takes milliseconds

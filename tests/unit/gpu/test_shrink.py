@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from families import TINY, raw_manifest, write_base
+from kernel_device import DEVICE, MARKS
 from support import llama_8b_config, random_tensors
 from torch import Tensor
 
@@ -20,8 +21,7 @@ from moa_serve.model.batch import ForwardBatch, PooledRows, PreparedAdapter, Rou
 from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import load_base
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # kernels are compiled or interpreted, never both in one process
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+pytestmark = MARKS
 CPU = torch.device("cpu")
 NAN = float("nan")
 LEFT = 7.0  # stands wherever nothing may be written

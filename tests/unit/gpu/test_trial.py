@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from families import write_base
+from kernel_device import DEVICE, MARKS
 
 from moa_serve.gpu.layout import SlotShape
 from moa_serve.gpu.model import FusedTransformer
@@ -13,7 +14,7 @@ from moa_serve.gpu.trial import what_is_wrong
 from moa_serve.model.transformer import Transformer
 from moa_serve.model.weights import load_base
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = MARKS
 LORA = frozenset(("Q", "K", "V", "O", "UP", "GATE", "DOWN"))
 SHAPES = {
     "sparse": SlotShape(outputs=9, hidden=8, targets=LORA, rank=4, columns=4, parallel=5, parallel_columns=6, prompt=3, residual=True),
