@@ -681,6 +681,8 @@ def resolve_backend(backend: str, device: torch.device, block_size: int = PAGE) 
         return "torch"
     if backend == "triton" or (backend == "auto" and device.type != "cpu"):
         reason = why_no_kernels(device)
+        if reason is None and block_size & (block_size - 1):
+            reason = f"its pages hold a power of two of tokens, and block_size is {block_size}"
         if reason is None:
             return "triton"
         if backend == "triton":

@@ -1,4 +1,4 @@
-"""Where the kernels of moa_serve.gpu compute in this run of the tests: interpreted on the CPU, or compiled on a GPU with TRITON_INTERPRET=0.
+"""Where the kernels of moa_serve.gpu compute in this run of tests: interpreted on the CPU, or compiled on a GPU with TRITON_INTERPRET=0.
 
 Never both in one process: Triton decides when a kernel is imported. conftest.py sets the variable where nobody did.
 """
