@@ -27,13 +27,17 @@ from moa_serve.gpu.graphs import RowGraphs, StaticStep
 from moa_serve.gpu.kernels import START
 from moa_serve.gpu.launch import Launch, launch
 from moa_serve.gpu.layout import PRODUCTS, SlotLayout, SlotShape, block
-from moa_serve.gpu.placement import Placement, partial_sums
+from moa_serve.gpu.parts import Part
+from moa_serve.gpu.placement import Placement
 from moa_serve.gpu.plan import ROW_BUCKETS, FusedSizes, num_splits, recorded_bytes, step_bytes
-from moa_serve.gpu.plan import TILE as _TILE
+from moa_serve.gpu.plan import TILE as TILE_COLUMNS
+from moa_serve.gpu.pooled import Pooled, give, pooled_of
+from moa_serve.gpu.products import ATTRIBUTES, multiply, placed
 from moa_serve.gpu.rules import RuleTable
 from moa_serve.gpu.shrink import BLOCK, NUM_STAGES, NUM_WARPS, TILE, num_tiles, shrink
 from moa_serve.gpu.slots import Images, SlotBank, SlotImage, SlottedAdapter, image, slotted
 from moa_serve.gpu.step import HostNumbers, StepBuffers, host_numbers, runs_of
+from moa_serve.gpu.workspace import Low, Views, Workspace, doubled
 from moa_serve.model.attention import (
     BranchedChunk,
     CachedSpan,
@@ -57,7 +61,6 @@ logger = logging.getLogger(__name__)
 _MOST_DOUBLED = 64
 """Tokens of a step whose residual stream takes part in the first product: with so few, weights are read and arithmetic is free. More of
 them take a product of their own with the slots' rows alone, and a launch."""
-_ATTRIBUTES = {"QKV": "qkv", "O": "o", "GATE_UP": "gate_up", "DOWN": "down"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,117 +78,6 @@ class FusedCache(KVCache):
 
     def definition(self, spans: Sequence[CachedSpan]) -> PagedAttention:
         return super().attention(spans)
-
-
-class Workspace:
-    """Intermediate results of up to `max_tokens` tokens, at fixed addresses, so that a step allocates nothing. plan.py counts its bytes.
-
-    Args:
-        rows: by product, of the weights that it reads. gathers: the slots' rows are none of these.
-    """
-
-    def __init__(
-        self, config: ModelConfig, layout: SlotLayout, rows: dict[str, int], max_tokens: int, dtype: torch.dtype, device: torch.device, *,
-        gathers: bool,
-    ) -> None:  # fmt: skip
-        self._rows, self._config = rows, config
-        self.num_tiles = -(-config.hidden_size // _TILE)
-        most = max(_doubled(layout, gathers) * rows["QKV"], rows["O"], rows["DOWN"])
-
-        def new(numbers: int, kind: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(max_tokens * numbers, dtype=kind, device=device)
-
-        self._narrow, self._wide = new(most), new(rows["GATE_UP"])
-        self._stream = new(2 * config.hidden_size, dtype)
-        self._q, self._k, self._v = (new(size, dtype) for size in (config.q_size, config.kv_size, config.kv_size))
-        self._mixed, self._z = new(config.q_size, dtype), new(config.intermediate_size, dtype)
-        self._squares, self._m_squares = new(self.num_tiles), new(self.num_tiles)
-        self._low: dict[str, Tensor] = {}
-        if gathers:
-            for product, (splits, own) in partial_sums(layout).items():
-                self._low[product] = new(splits * own).view(splits, max_tokens, own)
-        self._words = new(config.num_layers * max(layout.word_width, 1))
-        self._word_width = max(layout.word_width, 1)
-        self.max_tokens = max_tokens
-
-    def views(self, tokens: int) -> "Views":
-        """For a step of so many tokens."""
-        config = self._config
-
-        def view(flat: Tensor, *shape: int) -> Tensor:
-            return flat[: int(np.prod(shape))].view(shape)
-
-        stream = view(self._stream, 2 * tokens, config.hidden_size)
-        return Views(
-            a=stream[:tokens],
-            x=stream[tokens:],
-            both=stream,
-            q=view(self._q, tokens, config.num_heads, config.head_dim),
-            k=view(self._k, tokens, config.num_kv_heads, config.head_dim),
-            v=view(self._v, tokens, config.num_kv_heads, config.head_dim),
-            mixed=view(self._mixed, tokens, config.num_heads, config.head_dim),
-            z=view(self._z, tokens, config.intermediate_size),
-            squares=view(self._squares, tokens, self.num_tiles),
-            m_squares=view(self._m_squares, tokens, self.num_tiles),
-            words=view(self._words, config.num_layers, tokens, self._word_width),
-            low={product: low[:, :tokens] for product, low in self._low.items()},
-            narrow=self._narrow,
-            wide=self._wide,
-        )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Views:
-    """Of a workspace: x the residual stream and a = x * g, what a product reads; one behind the other in `both`.
-
-    `low`: by product (splits, T, rows of a slot), products of slots' rows, where these stand in buffers of their own.
-    """
-
-    a: Tensor
-    x: Tensor
-    both: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mixed: Tensor
-    z: Tensor
-    squares: Tensor
-    m_squares: Tensor
-    words: Tensor
-    low: dict[str, Tensor]
-    narrow: Tensor
-    wide: Tensor
-
-
-def _doubled(layout: SlotLayout, gathers: bool) -> int:
-    """Of the first product: its rows read the norm, and once more the residual stream, where routers among them do."""
-    return 2 if layout.shape.residual and not gathers else 1
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Low:
-    """Products of slots' rows.
-
-    Args:
-        first: (splits, T, rows) float32, from the first row of slot 0 on; what counts is the sum of the splits.
-        slot: how much further the next slot's are; 0 where a token has those of its own slot only.
-    """
-
-    first: Tensor
-    slot: int
-
-    @property
-    def splits(self) -> int:
-        return len(self.first)
-
-    @property
-    def split(self) -> int:
-        """From one to the next. It does not depend on a step's tokens, or kernels would be compiled again."""
-        return self.first.stride(0) if self.splits > 1 else 0
-
-    @property
-    def stride(self) -> int:
-        return self.first.stride(1)
 
 
 class FusedTransformer:
@@ -221,12 +113,12 @@ class FusedTransformer:
         self._dtype = weights.embed.dtype
         self.layout = SlotLayout(config, shape, is_exact=self._dtype == torch.float32)
         self._constants = Constants.of(self.layout)
-        self._base_rows = {product: len(getattr(weights.layers[0], name)) for product, name in _ATTRIBUTES.items()}
+        self._base_rows = {product: len(getattr(weights.layers[0], name)) for product, name in ATTRIBUTES.items()}
         placement = Placement(self.layout, num_slots, self._dtype.itemsize)
         self._gathers = placement.gathers if gathers is None else gathers
         if num_slots:
             logger.info("%s", placement.told(self._gathers))
-        self._buffers, rows = _placed(weights, self.layout, num_slots, self._gathers)
+        self._buffers, rows = placed(weights, self.layout, num_slots, self._gathers)
         self.weights = weights
         self.bank = SlotBank(self.layout, num_slots, rows, self._dtype, self.device)
         self._rules = RuleTable(self.layout, num_slots, self.device)
@@ -401,7 +293,7 @@ class FusedTransformer:
         wanted = np.arange(len(is_slow)) if batch.logit_rows is None else batch.logit_rows.cpu().numpy()
         out = torch.empty(len(wanted), self.config.vocab_size, device=self.device)
         for chosen, is_own in ((np.flatnonzero(~is_slow), False), (np.flatnonzero(is_slow), True)):
-            part = _Part.of(batch, spans, chosen, wanted, self.device)
+            part = Part.of(batch, spans, chosen, wanted, self.device)
             if not len(chosen):
                 continue
             if is_own:
@@ -422,7 +314,7 @@ class FusedTransformer:
             return self._replayed(static, batch, numbers)
         views = self._space(len(batch.token_ids)).views(len(batch.token_ids))
         step = self._eager(batch, numbers)
-        logits = self._computed(step, views, self._longer(numbers), bool(batch.segments), _pooled(batch.segments, spans))
+        logits = self._computed(step, views, self._longer(numbers), bool(batch.segments), pooled_of(batch.segments, spans))
         self._tell(batch, views, numbers.chunks)
         return logits
 
@@ -438,7 +330,7 @@ class FusedTransformer:
         assert self._graphs is not None, "it is one of its steps"
         rows = torch.arange(len(batch.token_ids), device=self.device) if batch.logit_rows is None else batch.logit_rows
         static.fill(batch.token_ids, batch.positions, rows, numbers)
-        _give(static.buffers.given, batch.segments, self.layout.output_block)
+        give(static.buffers.given, batch.segments, self.layout.output_block)
         logits = self._graphs.replay(static, bool(batch.segments))
         self._layers_done += self.config.num_layers
         self._tell(batch, self._workspace.views(static.rows), numbers.chunks)
@@ -448,9 +340,7 @@ class FusedTransformer:
         """A step of rows that decode, at the addresses of its numbers: what is recorded."""
         return self._computed(step, self._workspace.views(len(step.token_ids)), None, has_adapter, ())
 
-    def _computed(
-        self, step: StepBuffers, views: Views, longer: "_Longer | None", has_adapter: bool, pooled: Sequence["_Pooled"]
-    ) -> Tensor:
+    def _computed(self, step: StepBuffers, views: Views, longer: "_Longer | None", has_adapter: bool, pooled: Sequence["Pooled"]) -> Tensor:
         """A step's device part; the logits of the rows that it names."""
         self._compute(step, views, longer, has_adapter, pooled)
         with self._part("head"):
@@ -481,14 +371,14 @@ class FusedTransformer:
         given = torch.zeros(0, device=self.device)
         if any(segment.pooled is not None for segment in batch.segments):
             given = torch.zeros(self.config.num_layers, tokens, 2 * layout.output_block, device=self.device)
-            _give(given, batch.segments, layout.output_block)
+            give(given, batch.segments, layout.output_block)
         rows = torch.arange(tokens, device=self.device) if batch.logit_rows is None else batch.logit_rows
         arrays = (numbers.chunks, numbers.places, numbers.lengths, numbers.slots, numbers.tables, numbers.counters)
         chunks, places, lengths, slots, tables, counters = (on_device(array, self.device) for array in arrays)
         decoding = on_device(numbers.rows, self.device) if numbers.longer else None
         return StepBuffers(batch.token_ids, batch.positions, chunks, places, decoding, lengths, slots, tables, counters, given, rows)
 
-    def _compute(self, step: StepBuffers, views: Views, longer: "_Longer | None", has_adapter: bool, pooled: Sequence["_Pooled"]) -> None:
+    def _compute(self, step: StepBuffers, views: Views, longer: "_Longer | None", has_adapter: bool, pooled: Sequence["Pooled"]) -> None:
         """All layers; what is left in `views` is the last one's output, times the final norm's weight."""
         config, weights = self.config, self.weights
         angles = step.positions.float()[:, None] * self._frequencies
@@ -498,7 +388,7 @@ class FusedTransformer:
         self._launch(
             kernels.embed, grid,
             step.chunks, step.token_ids, weights.embed, weights.layers[0].attention_norm, views.x, views.a, views.squares,
-            config.hidden_size, num_tiles, C=kernels.CHUNK, N=min(_TILE, block(config.hidden_size)),
+            config.hidden_size, num_tiles, C=kernels.CHUNK, N=min(TILE_COLUMNS, block(config.hidden_size)),
         )  # fmt: skip
         for index, layer in enumerate(weights.layers):
             is_last = index + 1 == config.num_layers
@@ -508,7 +398,7 @@ class FusedTransformer:
 
     def _layer(
         self, index: int, layer: LayerWeights, next_norm: Tensor, step: StepBuffers, views: Views, longer: "_Longer | None",
-        has_adapter: bool, cos: Tensor, sin: Tensor, pooled: Sequence["_Pooled"],
+        has_adapter: bool, cos: Tensor, sin: Tensor, pooled: Sequence["Pooled"],
     ) -> None:  # fmt: skip
         with self._part("base"):
             self._attend_in(index, layer, step, views, has_adapter, cos, sin, pooled)
@@ -566,11 +456,11 @@ class FusedTransformer:
 
     def _attend_in(
         self, index: int, layer: LayerWeights, step: StepBuffers, views: Views, has_adapter: bool, cos: Tensor, sin: Tensor,
-        pooled: Sequence["_Pooled"],
+        pooled: Sequence["Pooled"],
     ) -> None:  # fmt: skip
         assert self._cache is not None, "a step needs a cache"
         config, tokens = self.config, len(views.a)
-        reads_residual = has_adapter and _doubled(self.layout, self._gathers) == 2
+        reads_residual = has_adapter and doubled(self.layout, self._gathers) == 2
         is_doubled = reads_residual and tokens <= _MOST_DOUBLED
         y, low = self._product("QKV", index, views.both if is_doubled else views.a, step, views, has_adapter)
         router = low
@@ -665,13 +555,13 @@ class FusedTransformer:
             *self._slot_arguments(index, step, views), views.words[index], views.words.shape[2],
             config.hidden_size, self._workspace.num_tiles, config.rms_norm_eps,
             L=self._constants, S=site, PA=parallel, TILES=block(self._workspace.num_tiles), C=kernels.CHUNK,
-            N=min(_TILE, block(config.hidden_size)), HAS_BIAS=bias is not None, HAS_ADAPTER=has_adapter,
+            N=min(TILE_COLUMNS, block(config.hidden_size)), HAS_BIAS=bias is not None, HAS_ADAPTER=has_adapter,
             SPLITS=low.splits, M_SPLITS=m_low.splits,
         )  # fmt: skip
 
     def _act(self, index: int, layer: LayerWeights, y: Tensor, low: Low, step: StepBuffers, views: Views, has_adapter: bool) -> None:
         config = self.config
-        tile = min(_TILE, block(config.intermediate_size))
+        tile = min(TILE_COLUMNS, block(config.intermediate_size))
         self._launch(
             kernels.act, (len(step.chunks), -(-config.intermediate_size // tile)),
             step.chunks, y, y.stride(0), views.m_squares, _or(layer.gate_up_bias, y), views.z,
@@ -750,129 +640,6 @@ class _Longer:
     their_chunks: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class _Pooled:
-    """Sequences in a slot whose layer router reads the mean of their prompts.
-
-    Args:
-        spans: of each [start, end) of its prompt, and the end of all its tokens: branches stand behind the prompt.
-    """
-
-    slot: int
-    spans: tuple[tuple[int, int, int], ...]
-
-    def average(self, low: Low, layout: SlotLayout) -> None:
-        """The mean of products is the product of the mean: every token of a prompt gets it, and those that are computed with it.
-
-        Of partial sums the first gets it.
-        """
-        first = self.slot * low.slot + layout.sections["QKV"].gate
-        rows = slice(first, first + layout.parts * layout.gate_rows)
-        for start, end, last in self.spans:
-            mean = low.first[:, start:end, rows].sum(0).mean(0)
-            own = low.first[:, start:last, rows]
-            own.zero_()
-            own[0] = mean
-
-
-def _pooled(segments: Sequence[Segment], spans: Sequence[CachedSpan]) -> list[_Pooled]:
-    found = []
-    counts = {span.start: span.count for span in spans}
-    for segment in segments:
-        if segment.pooled is not None and any(segment.pooled.spans):
-            assert isinstance(segment.adapter, SlottedAdapter), "the batch has adapters that stand in slots only"
-            prompts = [(segment.start + span[0], segment.start + span[1]) for span in segment.pooled.spans if span is not None]
-            found.append(_Pooled(segment.adapter.slot, tuple((start, end, start + counts[start]) for start, end in prompts)))
-    return found
-
-
-def _give(given: Tensor, segments: Sequence[Segment], width: int) -> None:
-    for segment in segments:
-        if (pooled := segment.pooled) is not None:
-            words = pooled.words[pooled.row_of_token].permute(1, 0, 2, 3)  # (L, t, 2, E)
-            outputs = words.shape[3]
-            given[:, segment.start : segment.end, :outputs] = words[:, :, 0]
-            given[:, segment.start : segment.end, width : width + outputs] = words[:, :, 1]
-
-
-def multiply(inputs: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out (M, N) float32 = inputs (M, K) times weight (N, K), added up in float32 and not rounded."""
-    if inputs.dtype == torch.float32:
-        torch.mm(inputs, weight.T, out=out)
-    elif inputs.device.type == "cpu":  # torch has no such product there; widened numbers have the same one
-        torch.mm(inputs.float(), weight.float().T, out=out)
-    else:
-        torch.ops.aten.mm.dtype_out(inputs, weight.T, torch.float32, out=out)
-
-
 def _or(found: Tensor | None, other: Tensor) -> Tensor:
     """A kernel's argument that it does not read where there is none."""
     return other if found is None else found
-
-
-def _placed(
-    weights: BaseWeights, layout: SlotLayout, num_slots: int, gathers: bool
-) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
-    """By product, the weights that each layer's reads, and all slots' rows.
-
-    Where these do not stand apart, they stand behind the base's, which `weights` are views of then. No more than a layer is twice.
-    """
-    found: dict[str, list[Tensor]] = {product: [] for product in PRODUCTS}
-    rows: dict[str, list[Tensor]] = {product: [] for product in PRODUCTS}
-    for layer in weights.layers:
-        for product, name in _ATTRIBUTES.items():
-            old = getattr(layer, name)
-            base, further = len(old), num_slots * layout.sections[product].rows
-            if gathers:
-                found[product].append(old)
-                rows[product].append(old.new_zeros(further, old.shape[1]))
-                continue
-            new = old.new_zeros(base + further, old.shape[1])
-            new[:base] = old
-            setattr(layer, name, new[:base])
-            found[product].append(new)
-            rows[product].append(new[base:])
-            del old
-        if weights.embed.is_cuda and not gathers:
-            torch.cuda.empty_cache()  # what a layer leaves is too small for the next one's
-    return found, rows
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Part:
-    """Some of a batch's sequences as a batch of their own.
-
-    Args:
-        rows: of the whole batch's logits, those of this part, in its order.
-        numbers: of its segments in the whole batch.
-    """
-
-    batch: ForwardBatch
-    spans: list[CachedSpan]
-    rows: Tensor
-    numbers: list[int]
-
-    @classmethod
-    def of(cls, batch: ForwardBatch, spans: Sequence[CachedSpan], chosen: np.ndarray, wanted: np.ndarray, device: torch.device) -> "_Part":
-        """
-        Args:
-            chosen: tokens of whole sequences, ascending. wanted: all tokens whose logits are wanted.
-        """
-        place = {int(token): index for index, token in enumerate(chosen)}
-        numbers = [number for number, segment in enumerate(batch.segments) if segment.start in place]
-        segments = [
-            replace(batch.segments[number], start=place[batch.segments[number].start], end=place[batch.segments[number].end - 1] + 1)
-            for number in numbers
-        ]
-        rows = np.array([row for row, token in enumerate(wanted) if int(token) in place], dtype=np.int64)
-        own = np.array([place[int(wanted[row])] for row in rows], dtype=np.int64)
-        trace = None
-        if batch.trace is not None:
-            tokens = batch.trace.tokens
-            kept = None if tokens is None else {index: tokens[number] for index, number in enumerate(numbers) if number in tokens}
-            trace = RoutingTrace(kept)
-        index = on_device(chosen, device)
-        inner = ForwardBatch(batch.token_ids[index], batch.positions[index], tuple(segments), on_device(own, device), trace)
-        return cls(
-            inner, [replace(span, start=place[span.start]) for span in spans if span.start in place], on_device(rows, device), numbers
-        )
