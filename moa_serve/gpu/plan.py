@@ -109,7 +109,7 @@ class FusedSizes:
         return bank.num_bytes + RuleTable(self.layout, self.num_slots, _META).num_bytes
 
     def workspace_bytes(self, num_tokens: int) -> int:
-        """Of gpu.workspace.Workspace for so many tokens, and frequencies of positions, which the definition behind the step has once more."""
+        """Of `Workspace` for so many tokens, and frequencies of positions, which the definition behind the step has once more."""
         config, layout, itemsize = self.config, self.layout, self.dtype.itemsize
         gathers = Placement(layout, self.num_slots, itemsize).gathers
         behind = 0 if gathers else self.num_slots
