@@ -38,6 +38,7 @@ class Pooled:
 
 
 def pooled_of(segments: Sequence[Segment], spans: Sequence[CachedSpan]) -> list[Pooled]:
+    """Of each segment with prompts whose mean is still to be taken; `spans` cover the batch's tokens."""
     found = []
     counts = {span.start: span.count for span in spans}
     for segment in segments:
@@ -49,6 +50,7 @@ def pooled_of(segments: Sequence[Segment], spans: Sequence[CachedSpan]) -> list[
 
 
 def give(given: Tensor, segments: Sequence[Segment], width: int) -> None:
+    """Write layer gates and scores that sequences have already, `width` numbers each, to their tokens' places in given (L, T, 2 width)."""
     for segment in segments:
         if (pooled := segment.pooled) is not None:
             words = pooled.words[pooled.row_of_token].permute(1, 0, 2, 3)  # (L, t, 2, E)
