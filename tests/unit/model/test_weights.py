@@ -283,4 +283,4 @@ print((peak() - before) / sum(t.nbytes for _, t in named_tensors(base.config, ba
     for dtype, device in (("bfloat16", "cpu"), ("float32", "cpu"), ("bfloat16", "meta")):
         command = [sys.executable, "-c", script, str(tmp_path / "model"), dtype, device]
         ratio = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        assert (ratio < 0.2) if device == "meta" else (0.5 < ratio <= 1.2), (dtype, device)
+        assert (ratio < 0.4) if device == "meta" else (0.5 < ratio <= 1.2), (dtype, device, ratio)
