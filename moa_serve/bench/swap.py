@@ -7,7 +7,6 @@ counted; a swap then is a lease and what the backend does to put a known adapter
 """
 
 import gc
-import os
 import random
 import statistics
 import time
@@ -34,6 +33,7 @@ from moa_serve.engine.request import Request, SamplingParams
 from moa_serve.errors import InvalidRequest
 from moa_serve.llm import new_model
 from moa_serve.model.backend import Backend, Cache
+from moa_serve.model.cache import caching_in
 from moa_serve.model.weights import Base
 
 FAMILY = "soft_moa"  # the larger one of the paper's two
@@ -129,7 +129,7 @@ def measure(base: Base, backend: str, plan: Plan, *, on_progress: Callable[[str]
     refuse_beyond(base.config, plan.prompt_tokens + plan.most_tokens, asked, "prompt_tokens")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="moa-bench-")))
-        with _cache_folder(folder / "cache"):
+        with caching_in(folder / "cache"):
             model = stack.enter_context(closing(new_model(backend, base)))
         on_progress(f"making and loading {plan.adapters} adapters")
         library = _Library(base, model, folder / "adapters", plan.adapters)
@@ -140,20 +140,6 @@ def measure(base: Base, backend: str, plan: Plan, *, on_progress: Callable[[str]
         on_progress(f"{plan.rounds} rounds of {len(engines)} engines, and one to warm up")
         interleaved(cases, plan.rounds, warmups=_WARMUPS)
         return _report(base, model, library, engines, plan)
-
-
-@contextmanager
-def _cache_folder(folder: Path) -> Iterator[None]:
-    """What a model that is made in here packs is kept there: made-up adapters are nothing for the user's own cache."""
-    before = os.environ.get("MOA_CACHE_DIR")
-    os.environ["MOA_CACHE_DIR"] = str(folder)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["MOA_CACHE_DIR"]
-        else:
-            os.environ["MOA_CACHE_DIR"] = before
 
 
 class _Library:

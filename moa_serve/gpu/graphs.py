@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moa_serve.gpu.kernels import CHUNK_FIELDS
 from moa_serve.gpu.plan import ROW_BUCKETS
 from moa_serve.gpu.step import HostNumbers, StepBuffers
 from moa_serve.model.graphs import Recorder, Replay
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_FIELDS = 8
 _LEAST_WIDTH = 16  # pages of a row that are copied at least, so that copies have few shapes
 
 
@@ -33,14 +33,14 @@ class StaticStep:
     def __init__(self, rows: int, width: int, given: tuple[int, int], device: torch.device) -> None:
         self.rows = rows
         # One copy for all: addresses of counters, which are 64 bits wide, then chunks, places, lengths, slots.
-        sizes = (8 * rows, _CHUNK_FIELDS * rows, rows, rows, rows)
+        sizes = (8 * rows, CHUNK_FIELDS * rows, rows, rows, rows)
         self._ends = np.cumsum(sizes).tolist()
         self._ints = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
         counters, chunks, places, lengths, slots = torch.split(self._ints, list(sizes))
         self.buffers = StepBuffers(
             token_ids=torch.zeros(rows, dtype=torch.int64, device=device),
             positions=torch.zeros(rows, dtype=torch.int64, device=device),
-            chunks=chunks.view(rows, _CHUNK_FIELDS),
+            chunks=chunks.view(rows, CHUNK_FIELDS),
             places=places,
             rows=None,
             lengths=lengths,

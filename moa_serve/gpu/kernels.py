@@ -23,8 +23,6 @@ CHUNK = 16
 CHUNK_FIELDS = 8
 START, COUNT, SLOT, RULE, GIVEN, COUNTERS = range(6)
 """Of a chunk: first token, tokens, slot or -1, row of the rules, whether its layer gates are given, row of the counters or -1."""
-RULE_INTS = 8
-HAS_THRESHOLD, IS_FUNCTION, SUBTRACTS, TOP_K, RENORMALISES, DISABLED, FORCED = range(7)
 
 # Where these point moves with the layer and the number of tokens, by less than 16 bytes: compiled for any place, a kernel is compiled once.
 _MOVING = [
@@ -226,8 +224,8 @@ def _inner_gates(
 
 @triton.jit
 def _coefficients(
-    low_ptr, stride, split_stride, scale, layer_gates, inner_gates, ints_ptr, floats_ptr, tokens, mask,
-    S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr,
+    low_ptr, stride, split_stride, scale, layer_gates, ints_ptr, floats_ptr, rule_ints_ptr, rule_floats_ptr, words_ptr, word_width, says,
+    tokens, mask, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """(C, K) float32: what the columns of a site's second factor are multiplied by, exactly 0 where an expert is not kept.
 
@@ -246,6 +244,10 @@ def _coefficients(
         outer = _pick(layer_gates, tl.load(ints_ptr + S.at_gate + ks), C, K)
         weight = tl.where(outer != 0.0, outer * weight, 0.0)
     if S.has_inner:
+        inner_gates = _inner_gates(
+            low_ptr, stride, split_stride, scale, ints_ptr, floats_ptr, rule_ints_ptr, rule_floats_ptr, words_ptr, word_width, says,
+            tokens, mask, S, L, C, SPLITS,
+        )  # fmt: skip
         inner = _pick(inner_gates, tl.load(ints_ptr + S.at_inner + ks), C, K)
         weight = tl.where(weight != 0.0, inner * weight, 0.0)
     is_kept = mask[:, None] & (rows >= -1)[None, :] & (weight != 0.0)
@@ -281,16 +283,11 @@ def _site(
     S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """acc (C, N) and on top what the experts of a site add to these columns."""
-    inner_gates = layer_gates
-    if S.has_inner:
-        inner_gates = _inner_gates(
-            low_ptr, stride, split_stride, scale, ints_ptr, floats_ptr, rule_ints_ptr, rule_floats_ptr, words_ptr, word_width, says,
-            tokens, mask, S, L, C, SPLITS,
-        )  # fmt: skip
     if S.columns > 0:
         coefficients = _coefficients(
-            low_ptr, stride, split_stride, scale, layer_gates, inner_gates, ints_ptr, floats_ptr, tokens, mask, S, L, C, SPLITS
-        )
+            low_ptr, stride, split_stride, scale, layer_gates, ints_ptr, floats_ptr, rule_ints_ptr, rule_floats_ptr, words_ptr, word_width,
+            says, tokens, mask, S, L, C, SPLITS,
+        )  # fmt: skip
         acc = _expand(acc, coefficients, matrices_ptr, columns, in_range, S)
     return acc
 
@@ -446,16 +443,11 @@ def _adapted_head(
     S: tl.constexpr, L: tl.constexpr, P: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Both halves of a head (C, P / 2) and on top the LoRA of its linear; `columns`: of the first half among the linear's outputs."""
-    inner_gates = gates
-    if S.has_inner:
-        inner_gates = _inner_gates(
-            low_ptr, stride, split_stride, scale, ints_ptr, floats_ptr, rule_ints_ptr, rule_floats_ptr, words_ptr, word_width, says,
-            tokens, mask, S, L, C, SPLITS,
-        )  # fmt: skip
     if S.columns > 0:
         coefficients = _coefficients(
-            low_ptr, stride, split_stride, scale, gates, inner_gates, ints_ptr, floats_ptr, tokens, mask, S, L, C, SPLITS
-        )
+            low_ptr, stride, split_stride, scale, gates, ints_ptr, floats_ptr, rule_ints_ptr, rule_floats_ptr, words_ptr, word_width,
+            says, tokens, mask, S, L, C, SPLITS,
+        )  # fmt: skip
         first = _expand(first, coefficients, matrices_ptr, columns, is_half, S)
         second = _expand(second, coefficients, matrices_ptr, columns + P // 2, is_half, S)
     return first, second

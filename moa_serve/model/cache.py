@@ -14,7 +14,8 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,20 @@ _DIGESTS = "file-digests.json"
 _MARKER = "complete.json"  # written last: a folder without it was not finished
 CONVERSION = 1  # of a GGUF file, part of its folder's name: raise it where gguf.py converts the same file differently
 _STALE_SECONDS = 24 * 3600  # an unfinished folder older than this belongs to a process that was killed
+
+
+@contextmanager
+def caching_in(folder: Path) -> Iterator[None]:
+    """What is cached in here is cached there: what is made up and thrown away at once is nothing for the user's own cache."""
+    before = os.environ.get("MOA_CACHE_DIR")
+    os.environ["MOA_CACHE_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MOA_CACHE_DIR"]
+        else:
+            os.environ["MOA_CACHE_DIR"] = before
 
 
 def cache_dir() -> Path:

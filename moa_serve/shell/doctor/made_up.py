@@ -4,7 +4,6 @@ numpy promises that RandomState never draws others, and uniform numbers need no 
 """
 
 import json
-import os
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from moa_serve.adapter.checkpoint import write_adapter
 from moa_serve.adapter.manifest import VARIANTS, BaseShape
 from moa_serve.bench.synthetic import FAMILIES
 from moa_serve.config import ModelConfig
+from moa_serve.model.cache import caching_in
 from moa_serve.model.weights import allocate, named_tensors
 from moa_serve.train.recipe import Recipe, manifest_of
 
@@ -128,13 +128,5 @@ def _one_thread() -> Iterator[None]:
 @contextmanager
 def own_cache() -> Iterator[None]:
     """Packed adapters and digests of what is thrown away at once do not go into the user's cache, nor is a file of there read."""
-    before = os.environ.get("MOA_CACHE_DIR")
-    with TemporaryDirectory() as folder:
-        os.environ["MOA_CACHE_DIR"] = folder
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ["MOA_CACHE_DIR"]
-            else:
-                os.environ["MOA_CACHE_DIR"] = before
+    with TemporaryDirectory() as folder, caching_in(Path(folder)):
+        yield
