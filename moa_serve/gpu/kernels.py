@@ -231,6 +231,11 @@ def _coefficients(
 
     A column takes the product of its row of the first factor; one of row -1 is a parallel adapter's bias, and is weighed alone.
     """
+    if S.has_inner:  # first: behind the products below, both would be in registers at once
+        inner_gates = _inner_gates(
+            low_ptr, stride, split_stride, scale, ints_ptr, floats_ptr, rule_ints_ptr, rule_floats_ptr, words_ptr, word_width, says,
+            tokens, mask, S, L, C, SPLITS,
+        )  # fmt: skip
     K: tl.constexpr = S.columns
     ks = tl.arange(0, K)
     rows = tl.load(ints_ptr + S.at_row + ks)
@@ -244,10 +249,6 @@ def _coefficients(
         outer = _pick(layer_gates, tl.load(ints_ptr + S.at_gate + ks), C, K)
         weight = tl.where(outer != 0.0, outer * weight, 0.0)
     if S.has_inner:
-        inner_gates = _inner_gates(
-            low_ptr, stride, split_stride, scale, ints_ptr, floats_ptr, rule_ints_ptr, rule_floats_ptr, words_ptr, word_width, says,
-            tokens, mask, S, L, C, SPLITS,
-        )  # fmt: skip
         inner = _pick(inner_gates, tl.load(ints_ptr + S.at_inner + ks), C, K)
         weight = tl.where(weight != 0.0, inner * weight, 0.0)
     is_kept = mask[:, None] & (rows >= -1)[None, :] & (weight != 0.0)
